@@ -1,0 +1,206 @@
+"""Cost table + budget -> Plan: one choice a matrix, as good as the budget allows, with a certificate."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.atomic import write_json
+from pipeline.budget import Budget, human_bytes
+from pipeline.costs import CostTable, full_label
+from pipeline.errors import BudgetError, RecipeError
+from quantizers import StorageFormat, quantizer_from_label
+from solvers import AllocationProblem, InfeasibleBudgetError, solve
+
+BYTE_BUDGET_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class PlannedMatrix:
+    """What one matrix gets: a quantizer's label, its exact size, and the error that the cost table expects."""
+
+    label: str
+    shape: tuple[int, int]
+    size_bits: int
+    cost: float
+
+    @property
+    def format(self) -> StorageFormat:
+        """How it will be stored."""
+        return quantizer_from_label(self.label).format
+
+    @property
+    def bits_per_param(self) -> float:
+        """Everything stored over out * in."""
+        return self.size_bits / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The choice for every matrix, and how good it provably is.
+
+    Attributes:
+        matrices: module name -> its part.
+        budget: as the user wrote it.
+        predicted_cost: sum of the matrices' costs.
+        lower_bound: no plan within the budget costs less.
+        gap: (predicted_cost - lower_bound) / predicted_cost.
+        status, solver: how the answer was found.
+    """
+
+    matrices: dict[str, PlannedMatrix]
+    budget: str
+    predicted_cost: float
+    lower_bound: float
+    gap: float
+    status: str
+    solver: str
+
+    @property
+    def size_bits(self) -> int:
+        """Every stored bit of the planned matrices."""
+        return sum(matrix.size_bits for matrix in self.matrices.values())
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the planned matrices."""
+        return sum(matrix.shape[0] * matrix.shape[1] for matrix in self.matrices.values())
+
+    @property
+    def bits_per_param(self) -> float:
+        """size_bits / num_params"""
+        return self.size_bits / self.num_params
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain and sorted; no time, no host."""
+        facts = asdict(self) | {"size_bits": self.size_bits, "bits_per_param": round(self.bits_per_param, 6)}
+        return json.loads(json.dumps(facts, sort_keys=True))
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        write_json(path, self.to_json())
+
+    @staticmethod
+    def read(path: Path) -> "Plan":
+        """Undo `write`."""
+        stored = json.loads(path.read_text())
+        stored["matrices"] = {
+            name: PlannedMatrix(**{**entry, "shape": tuple(entry["shape"])})
+            for name, entry in stored["matrices"].items()
+        }
+        del stored["size_bits"], stored["bits_per_param"]
+        return Plan(**stored)
+
+
+def offered_choices(names: list[str], labels: list[str], overrides: dict[str, str]) -> dict[str, list[str]]:
+    """Parameter name -> labels on offer: the override's where a pattern matches, else all.
+
+    Raises:
+        RecipeError: a pattern is malformed, or matches nothing.
+    """
+    offered = {name: labels for name in names}
+    for pattern, label in overrides.items():
+        try:
+            matched = [name for name in names if re.search(pattern, name)]
+        except re.error as error:
+            raise RecipeError(f"The override pattern {pattern!r} is not a regular expression: {error}.") from None
+        if not matched:
+            raise RecipeError(
+                f"The override {pattern}={label} matches no matrix. Names look like {names[0]}; "
+                "`bitsmith inspect MODEL` lists them all."
+            )
+        offered |= {name: [full_label(label)] for name in matched}
+    return offered
+
+
+def allocate(table: CostTable, budget_bits: int, *, budget: str, solver: str, share_groups: bool) -> Plan:
+    """Solve the integer program.
+
+    Args:
+        budget_bits: for all matrices of the table together.
+        share_groups: matrices that read the same input get the same choice (fused kernels want that).
+    Raises:
+        BudgetError: not even the smallest choices fit.
+    """
+    groups: dict[str, list[int]] = defaultdict(list)
+    for index, group in enumerate(table.groups):
+        groups[group].append(index)
+    shared = tuple(tuple(members) for members in groups.values()) if share_groups else ()
+    try:
+        found = solve(AllocationProblem(table.cost, table.size_bits, budget_bits, shared), solver=solver)
+    except InfeasibleBudgetError as error:
+        params = int(table.num_params.sum())
+        raise BudgetError(
+            f"The budget {budget} is {budget_bits / params:.4f} bits per parameter for the compressed matrices, and "
+            f"the smallest plan takes {error.smallest_bits / params:.4f} ({human_bytes(error.smallest_bits / 8)}). "
+            f"Raise the budget to at least {_rounded_up(error.smallest_bits / params)}bpw, or offer smaller candidates."
+        ) from None
+    matrices = {
+        name.removesuffix(".weight"): PlannedMatrix(
+            table.choices[choice], shape, int(table.size_bits[row, choice]), float(table.cost[row, choice])
+        )
+        for row, (name, shape, choice) in enumerate(zip(table.matrices, table.shapes, found.choice, strict=True))
+    }
+    return Plan(matrices, budget, found.cost, found.lower_bound, found.gap, found.status.name.lower(), found.solver)
+
+
+def allocate_to_budget(
+    table: CostTable,
+    budget: Budget,
+    original_bytes: int,
+    folder_bytes: Callable[[Plan], int],
+    *,
+    solver: str,
+    share_groups: bool,
+) -> Plan:
+    """`allocate`, for a budget of any kind.
+
+    What surrounds the matrices in a folder (file headers, configuration) depends a little on the plan, so a
+    byte budget is met by solving again with what was over.
+
+    Args:
+        original_bytes: of the original's weight files, which "40%" refers to.
+        folder_bytes: exact size of the finished folder for a plan.
+    Raises:
+        BudgetError: no plan fits.
+    """
+    limit = budget.limit_bytes(original_bytes)
+    if limit is None:
+        bits = int(budget.bits_per_param * int(table.num_params.sum()))
+        return allocate(table, bits, budget=budget.text, solver=solver, share_groups=share_groups)
+    smallest = allocate(table, _smallest_bits(table, share_groups), budget=budget.text, solver=solver, share_groups=share_groups)
+    around_bytes = folder_bytes(smallest) - -(-smallest.size_bits // 8)
+    if folder_bytes(smallest) > limit:
+        raise BudgetError(
+            f"The budget {budget.text} is {human_bytes(limit)} for the finished folder, and the smallest plan takes "
+            f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are embeddings, norms, head, "
+            f"tokenizer and configuration. Raise the budget to at least {folder_bytes(smallest)}B, or offer smaller "
+            "candidates."
+        )
+    budget_bits = 8 * (limit - around_bytes)
+    for _ in range(BYTE_BUDGET_ROUNDS):
+        plan = allocate(table, budget_bits, budget=budget.text, solver=solver, share_groups=share_groups)
+        over_bytes = folder_bytes(plan) - limit
+        if over_bytes <= 0:
+            return plan
+        budget_bits = plan.size_bits - 8 * over_bytes
+    return smallest
+
+
+def _smallest_bits(table: CostTable, share_groups: bool) -> int:
+    sizes = np.where(np.isfinite(table.cost), table.size_bits, np.iinfo(np.int64).max // 2**20)
+    if not share_groups:
+        return int(sizes.min(axis=1).sum())
+    totals: dict[str, np.ndarray] = defaultdict(lambda: np.zeros(len(table.choices), dtype=np.int64))
+    for group, row in zip(table.groups, sizes, strict=True):
+        totals[group] = totals[group] + row
+    return int(sum(total.min() for total in totals.values()))
+
+
+def _rounded_up(value: float) -> float:
+    return np.ceil(value * 1000) / 1000

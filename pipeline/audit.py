@@ -1,0 +1,96 @@
+"""Proof, in a fresh process, that a written folder is what the plan promised.
+
+    python -m pipeline.audit FOLDER LOGITS.safetensors
+
+Loads the folder as any user would, checks that every planned matrix is there packed, with exactly the planned
+bytes, and that nothing was missing or left over, then stores the logits of a fixed prompt. The caller compares
+them with those of the model in its own memory: what was tested is what will be served.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.errors import CheckpointError
+from pipeline.quiet import quiet_transformers
+from quantizers import QuantizedLinear
+
+LARGEST_DIFFERENCE = 1e-3  # of the logits, relative to their range: rounding, not damage
+NUM_TOKENS = 32
+
+
+def audit(folder: Path, in_memory: PreTrainedModel) -> None:
+    """Load `folder` in a fresh process and compare its logits with those of `in_memory`.
+
+    Raises:
+        CheckpointError: a tensor is missing, has other bytes than planned, or the logits differ.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "logits.safetensors"
+        command = [sys.executable, "-m", "pipeline.audit", str(folder), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+            raise CheckpointError(
+                f"The written checkpoint {folder} does not load in a fresh process: {reason}. Nothing was published. "
+                "Run the command again; if it fails again, start over with --no-resume."
+            )
+        reloaded = load_file(answer)["logits"]
+    expected = fixed_logits(in_memory)
+    difference = float((reloaded - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+    if not difference <= LARGEST_DIFFERENCE:
+        raise CheckpointError(
+            f"The written checkpoint {folder} gives other logits than the model in memory (relative difference "
+            f"{difference:.2g}, expected at most {LARGEST_DIFFERENCE}). Nothing was published. Run the command again; "
+            "if it fails again, start over with --no-resume."
+        )
+
+
+@torch.inference_mode()
+def fixed_logits(model: PreTrainedModel) -> Tensor:
+    """float32 [tokens, vocab] logits of a fixed sequence of token ids."""
+    vocab = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, NUM_TOKENS + 1) * 7919 % vocab
+    return model(ids[None].to(model.device)).logits[0].float().cpu()
+
+
+def load_checked(folder: Path) -> PreTrainedModel:
+    """Load a folder packed, on the CPU in float32, and check it against its plan.
+
+    Raises:
+        CheckpointError: what is there is not what was planned.
+    """
+    with quiet_transformers():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[what]:
+            raise CheckpointError(f"{folder} has {what.replace('_', ' ')}: {', '.join(map(str, sorted(info[what])[:5]))}")
+    plan = json.loads((folder / "plan.json").read_text())
+    for name, planned in plan["matrices"].items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, QuantizedLinear):
+            raise CheckpointError(f"{name} was planned as {planned['label']}, and {folder} holds it uncompressed")
+        if layer.quantized().size_bits != planned["size_bits"]:
+            raise CheckpointError(
+                f"{name} was planned with {planned['size_bits']} bits, and {folder} stores {layer.quantized().size_bits}"
+            )
+    return model.eval()
+
+
+def main() -> None:
+    """See the module's docstring."""
+    folder, answer = Path(sys.argv[1]), Path(sys.argv[2])
+    save_file({"logits": fixed_logits(load_checked(folder)).contiguous()}, answer)
+
+
+if __name__ == "__main__":
+    main()

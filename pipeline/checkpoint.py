@@ -1,0 +1,128 @@
+"""The finished folder: what is in it, how large it will be to the byte, and how it is written.
+
+    config.json                       the original's, with `quantization_config` (docs/checkpoint-format.md)
+    model.safetensors                 or model-0000i-of-0000N.safetensors with model.safetensors.index.json
+    tokenizer files, chat template, generation_config.json, licence   as in the original
+    plan.json                         what every matrix got, and how good that provably is
+    recipe.json                       everything that decided the result
+
+Planning and writing share one description, so the forecast is exact and not an estimate.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.allocation import Plan
+from pipeline.atomic import replace_file
+from pipeline.decompose import read_matrix
+from pipeline.model import Model
+from pipeline.progress import SILENT, Progress
+from pipeline.safetensors_file import DTYPES, SafetensorsFile, TensorSpec, into_shards
+from quantizers import quantization_config
+
+SHARD_BYTES = 5 * 10**9
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The folder that a plan makes of a model.
+
+    Attributes:
+        recipe: plain JSON, written as recipe.json.
+    """
+
+    model: Model
+    plan: Plan
+    recipe: dict[str, Any]
+
+    @cached_property
+    def shards(self) -> dict[str, SafetensorsFile]:
+        """File name -> layout, in the original's order of tensors."""
+        files = into_shards(self._specs(), SHARD_BYTES)
+        if len(files) == 1:
+            return {"model.safetensors": files[0]}
+        return {f"model-{i:05d}-of-{len(files):05d}.safetensors": file for i, file in enumerate(files, 1)}
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """File name -> content of the JSON files that are made here."""
+        config = json.loads((self.model.path / "config.json").read_text())
+        config["quantization_config"] = quantization_config(
+            {module: (matrix.format, matrix.shape) for module, matrix in self.plan.matrices.items()}
+        )
+        texts = {"config.json": config, "plan.json": self.plan.to_json(), "recipe.json": self.recipe}
+        if len(self.shards) > 1:
+            weight_map = {spec.name: name for name, file in self.shards.items() for spec in file.tensors}
+            total = sum(spec.size_bytes for file in self.shards.values() for spec in file.tensors)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            texts["model.safetensors.index.json"] = index
+        return {
+            name: json.dumps(text, indent=2, sort_keys=True, ensure_ascii=False) + "\n" for name, text in texts.items()
+        }
+
+    @property
+    def sizes_bytes(self) -> dict[str, int]:
+        """File name -> exact size of every file of the folder."""
+        sizes = {name: file.size_bytes for name, file in self.shards.items()}
+        sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
+        return sizes | {path.name: path.stat().st_size for path in self.model.extra_files()}
+
+    @property
+    def size_bytes(self) -> int:
+        """Exact size of the whole folder."""
+        return sum(self.sizes_bytes.values())
+
+    def write(self, folder: Path, matrix_path: Callable[[str], Path], *, progress: Progress = SILENT) -> None:
+        """Write every file into `folder`.
+
+        Args:
+            matrix_path: module name -> file that `decompose` wrote for it.
+        """
+        for path in self.model.extra_files():
+            replace_file(folder / path.name, lambda target, source=path: target.write_bytes(source.read_bytes()))
+        for name, text in self.texts.items():
+            replace_file(folder / name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
+        reader = _Reader(self.model, self.plan, matrix_path)
+        for name, file in progress.track(self.shards.items(), "Write checkpoint", total=len(self.shards)):
+            replace_file(folder / name, lambda target, file=file: file.write(target, reader.tensor))
+
+    def _specs(self) -> list[TensorSpec]:
+        specs = []
+        for name, info in self.model.tensors.items():
+            planned = self.plan.matrices.get(name.removesuffix(".weight"))
+            if planned is None:
+                specs.append(TensorSpec(info.name, DTYPES[info.dtype], info.shape))
+                continue
+            stored_module = info.name.removesuffix("weight")
+            specs += [
+                TensorSpec(stored_module + key, dtype, shape)
+                for key, (shape, dtype) in planned.format.tensor_specs(planned.shape).items()
+            ]
+        return specs
+
+
+class _Reader:
+    """Gives each tensor of the checkpoint by its stored name; the matrix read last is kept."""
+
+    def __init__(self, model: Model, plan: Plan, matrix_path: Callable[[str], Path]) -> None:
+        self._model, self._plan, self._matrix_path = model, plan, matrix_path
+        self._parameter_of = {info.name: name for name, info in model.tensors.items()}
+        self._module_of = {
+            model.tensors[f"{module}.weight"].name.removesuffix(".weight"): module for module in plan.matrices
+        }
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def tensor(self, name: str) -> Tensor:
+        stored_module, _, key = name.rpartition(".")
+        module = self._module_of.get(stored_module)
+        if module is None or name in self._parameter_of:
+            return self._model.tensor(self._parameter_of[name])
+        if self._last[0] != module:
+            self._last = (module, read_matrix(self._matrix_path(module), self._plan, module).tensors())
+        return self._last[1][key]

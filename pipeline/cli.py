@@ -1,0 +1,432 @@
+"""The command line: `bitsmith` or `python -m pipeline`.
+
+Each command is a thin call on the library. Heavy imports (torch takes seconds) happen inside commands and
+after the arguments and the model folder have been checked, so that help and errors come at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.budget import Budget, human_bytes
+from pipeline.display import ERRORS, RESULTS, Bars
+from pipeline.errors import PipelineError, RecipeError
+from pipeline.home import home
+from pipeline.progress import SILENT, Progress
+from registry import Registry, RegistryError, Version
+
+app = typer.Typer(
+    name="bitsmith",
+    help="Compress a Hugging Face language model to an exact memory budget: W ~ Q + L1 L2, chosen by an integer program.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+registry_app = typer.Typer(help="What was made: names, versions, files.", no_args_is_help=True)
+app.add_typer(registry_app, name="registry")
+
+ModelArgument = Annotated[str, typer.Argument(help="folder with safetensors, Hub id, GGUF file, or `demo`")]
+FolderArgument = Annotated[Path, typer.Argument(help="folder that `compress` wrote")]
+NameArgument = Annotated[str, typer.Argument(help="NAME or NAME:VERSION; the latest version without a number")]
+Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
+BudgetOption = Annotated[
+    str, typer.Option("--budget", "-b", help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%")
+]
+Preset = Annotated[str, typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe")]
+Rank = Annotated[int | None, typer.Option(help="rank of the low-rank part, where the program chooses one; 0: none")]
+Dataset = Annotated[str | None, typer.Option(help="calibration text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
+DatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
+NumSamples = Annotated[int | None, typer.Option(help="calibration windows")]
+SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
+Seed = Annotated[int | None, typer.Option(help="of every random draw")]
+Sensitivity = Annotated[str | None, typer.Option(help="fisher: weighted errors; none: no calibration")]
+Candidate = Annotated[
+    list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")
+]
+Override = Annotated[
+    list[str] | None, typer.Option(help="'REGEX=QUANTIZER': what matching matrices get, e.g. 'down_proj=nf4'")
+]
+ShareGroups = Annotated[
+    bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")
+]
+Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
+EvalDataset = Annotated[str | None, typer.Option(help="evaluation text, like --dataset")]
+EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]
+EvalSeqLen = Annotated[int | None, typer.Option(help="tokens of an evaluation window")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no tables")]
+
+
+@app.command()
+def inspect(model: ModelArgument, revision: Revision = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """List a model's matrices, their groups, what would be skipped and why, and sizes."""
+    _check_model(model, revision, quiet)
+    from dataclasses import asdict
+
+    from pipeline.display import show_model
+    from pipeline.model import open_model
+
+    opened = open_model(model, revision=revision, progress=_progress(quiet))
+    if as_json:
+        _print_json(
+            {
+                "model": model,
+                "matrices": [asdict(matrix) for matrix in opened.matrices],
+                "skipped": [asdict(entry) for entry in opened.skipped],
+                "num_params": opened.num_params,
+                "num_matrix_params": opened.num_matrix_params,
+                "size_bytes": opened.size_bytes,
+            }
+        )
+    elif not quiet:
+        show_model(opened)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    budget: BudgetOption,
+    dry_run: Annotated[bool, typer.Option(help="write nothing, neither into the registry nor elsewhere")] = False,
+    revision: Revision = None,
+    preset: Preset = "default",
+    rank: Rank = None,
+    dataset: Dataset = None,
+    dataset_revision: DatasetRevision = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    sensitivity: Sensitivity = None,
+    candidate: Candidate = None,
+    override: Override = None,
+    share_groups: ShareGroups = None,
+    solver: Solver = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what every matrix would get and how large the result would be, to the byte.
+
+    Measures costs unless the registry has them. Without --dry-run they are kept there, and `compress` with the same
+    settings goes on from them.
+    """
+    recipe = _recipe(preset, _settings(locals()), eval_windows=0)
+    _check_model(model, revision, quiet)
+    from pipeline.display import show_plan
+    from pipeline.planning import make_plan
+
+    made = make_plan(recipe, home() / "registry", device=_device(device), dry_run=dry_run, progress=_progress(quiet))
+    if as_json:
+        _print_json({"plan": made.plan.to_json(), "files_bytes": made.files_bytes, "size_bytes": made.size_bytes})
+    elif not quiet:
+        show_plan(made)
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    budget: BudgetOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write; must not hold anything else")],
+    name: Annotated[str | None, typer.Option(help="name in the registry; the folder's by default")] = None,
+    revision: Revision = None,
+    preset: Preset = "default",
+    rank: Rank = None,
+    dataset: Dataset = None,
+    dataset_revision: DatasetRevision = None,
+    num_samples: NumSamples = None,
+    seq_len: SeqLen = None,
+    seed: Seed = None,
+    sensitivity: Sensitivity = None,
+    candidate: Candidate = None,
+    override: Override = None,
+    share_groups: ShareGroups = None,
+    solver: Solver = None,
+    eval_dataset: EvalDataset = None,
+    eval_windows: EvalWindows = None,
+    eval_seq_len: EvalSeqLen = None,
+    resume: Annotated[bool, typer.Option(help="go on from an unfinished run; --no-resume starts over")] = True,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compress a model to the budget, audit and evaluate the result, and publish it in the registry."""
+    recipe = _recipe(preset, _settings(locals()))
+    output = output.expanduser()
+    _check_output(output)
+    _check_model(model, revision, quiet)
+    from pipeline.compress import compress as run_compress
+    from pipeline.display import show_result, show_start
+
+    started: list[Any] = []
+
+    def on_start(run: Any) -> None:
+        started.append(run)
+        if not quiet:
+            show_start(run, str(output))
+
+    done = run_compress(
+        recipe,
+        _registry(),
+        output,
+        name=name,
+        device=_device(device),
+        resume=resume,
+        progress=_progress(quiet),
+        on_start=on_start,
+    )
+    if as_json:
+        _print_json(done.to_json())
+    elif not quiet:
+        if done.was_finished:
+            RESULTS.print(f"{output} was finished before; nothing was done anew.", soft_wrap=True)
+        show_result(done, started[0].model.size_bytes)
+    else:
+        RESULTS.print(str(done.folder), soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    folder: FolderArgument,
+    base: Annotated[str, typer.Option(help="the original model: folder, Hub id, GGUF file, or `demo`")],
+    base_revision: Revision = None,
+    dataset: EvalDataset = None,
+    dataset_revision: DatasetRevision = None,
+    num_windows: Annotated[int, typer.Option(min=1, help="windows to evaluate on, from the start of the text")] = 24,
+    seq_len: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity, KL divergence and top-1 agreement of a compressed folder beside its original."""
+    _check_model(base, base_revision, quiet)
+    from pipeline.display import show_evaluation
+    from pipeline.evaluate_folder import evaluate_folder
+
+    report = evaluate_folder(
+        folder,
+        base,
+        base_revision=base_revision,
+        dataset=dataset,
+        dataset_revision=dataset_revision,
+        num_windows=num_windows,
+        seq_len=seq_len,
+        device=_device(device),
+        progress=_progress(quiet),
+    )
+    if as_json:
+        _print_json(report.to_json())
+    else:
+        show_evaluation(report)
+
+
+@app.command()
+def generate(
+    folder: FolderArgument,
+    prompt: Annotated[str, typer.Argument(help="text to go on from")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 64,
+    chat: Annotated[bool, typer.Option(help="send the prompt through the chat template")] = False,
+    device: Device = "auto",
+) -> None:
+    """Continue a text with a compressed model, token by token as they come."""
+    if not prompt.strip():
+        raise RecipeError("The prompt is empty. Give some text to go on from.")
+    from pipeline.generate import stream_text
+
+    stream_text(folder, prompt, max_new_tokens=max_new_tokens, chat=chat, device=_device(device))
+
+
+@app.command()
+def push(
+    name: NameArgument,
+    repo: Annotated[str, typer.Argument(help="user/repo on the Hub; made if it does not exist")],
+    private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a version on the Hub: one commit, every hash checked, then the tag v<number>."""
+    from pipeline.card import write_card
+    from registry import push as registry_push
+
+    store = _registry()
+    card = write_card(store, store.version(name), repo)
+    pushed = registry_push(store, name, repo, private=private, card=card, progress=_progress(quiet))
+    if as_json:
+        _print_json(pushed.__dict__)
+    elif not quiet:
+        RESULTS.print(
+            f"{pushed.url} (tag {pushed.tag}, commit {pushed.commit[:12]}): {pushed.num_uploaded} files sent, "
+            f"{pushed.num_unchanged} were there",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="user/repo on the Hub, published by bitsmith")],
+    name: Annotated[str | None, typer.Option(help="name in the registry; the repository's by default")] = None,
+    revision: Revision = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the files into this folder")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a version from the Hub into the registry, every hash checked."""
+    from registry import pull as registry_pull
+
+    store = _registry()
+    version = registry_pull(repo, store, name=name, revision=revision, progress=_progress(quiet))
+    if output is not None:
+        store.materialize(store.get(version.digest), output.expanduser())
+    if as_json:
+        _print_json(_version_json(version))
+    elif not quiet:
+        RESULTS.print(f"{version} ({version.digest[:12]}){f' in {output}' if output else ''}", soft_wrap=True)
+
+
+@registry_app.command("list")
+def registry_list(as_json: AsJson = False) -> None:
+    """All versions."""
+    from pipeline.display import show_versions
+
+    versions = _registry().versions()
+    if as_json:
+        _print_json([_version_json(version) for version in versions])
+    else:
+        show_versions(_registry(), versions)
+
+
+@registry_app.command("show")
+def registry_show(name: NameArgument, as_json: AsJson = False) -> None:
+    """One version: files, lineage, recipe, quality."""
+    from pipeline.display import show_version
+
+    store = _registry()
+    version = store.version(name)
+    artifact = store.get(version.digest)
+    if as_json:
+        _print_json(_version_json(version) | json.loads(artifact.to_json()))
+    else:
+        show_version(store, version)
+
+
+@registry_app.command("verify")
+def registry_verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Re-hash every file of a version; exits with 1 if one is missing or damaged."""
+    store = _registry()
+    found = store.verify(name, progress=_progress(quiet))
+    if as_json:
+        damage = {path: str(error) for path, error in found.damaged.items()}
+        _print_json(_version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
+    found.raise_if_damaged()
+    if not quiet and not as_json:
+        RESULTS.print(f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: known errors end as one paragraph and exit code 1, Ctrl-C as 130."""
+    _run(lambda: app(standalone_mode=False))
+
+
+def _run(command: Callable[[], Any]) -> None:
+    import click
+
+    try:
+        code = command()
+    except click.exceptions.Abort:
+        _stop("Interrupted. What is finished is kept: run the same command again to go on.", 130)
+    except KeyboardInterrupt:
+        _stop("Interrupted. What is finished is kept: run the same command again to go on.", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (PipelineError, RegistryError) as error:
+        _stop(f"Error: {error}", 1)
+    except OSError as error:
+        _stop(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
+    except MemoryError:
+        _stop("Error: out of memory. Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine.", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _stop(message: str, code: int) -> None:
+    ERRORS.print(message, soft_wrap=True, highlight=False, markup=False, style="red" if code == 1 else None)
+    sys.exit(code)
+
+
+def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The recipe's fields among a command's arguments."""
+    fields = {
+        *("model", "budget", "revision", "rank", "dataset", "dataset_revision", "num_samples", "seq_len", "seed"),
+        *("sensitivity", "share_groups", "solver", "eval_dataset", "eval_windows", "eval_seq_len"),
+    }
+    settings = {key: value for key, value in arguments.items() if key in fields}
+    settings["candidates"] = tuple(arguments["candidate"]) if arguments["candidate"] else None
+    settings["overrides"] = tuple(map(_override, arguments["override"])) if arguments["override"] else None
+    return settings
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, label = text.rpartition("=")
+    if not equals or not pattern or not label:
+        raise RecipeError(f"The override {text!r} is malformed. Expected 'REGEX=QUANTIZER', e.g. 'down_proj=nf4'.")
+    return pattern, label
+
+
+def _recipe(preset: str, settings: dict[str, Any], **fixed: Any) -> Any:
+    Budget.parse(settings["budget"])  # before pydantic is imported
+    from pipeline.recipe import Recipe
+
+    return Recipe.of(preset, **settings | fixed)
+
+
+def _check_model(spec: str, revision: str | None, quiet: bool) -> None:
+    """Find the folder and read its headers, without torch: most mistakes end here."""
+    from pipeline.shards import read_folder
+    from pipeline.sources import find_source
+
+    read_folder(find_source(spec, revision, _progress(quiet)).path)
+
+
+def _check_output(output: Path) -> None:
+    from pipeline.output import check_free
+
+    check_free(output)
+
+
+def _device(device: str) -> str:
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"Device {device!r} cannot be used: {reason}. Expected auto, cpu, cuda or cuda:N.") from None
+    return device
+
+
+def _registry() -> Registry:
+    return Registry(home() / "registry")
+
+
+def _progress(quiet: bool) -> Progress:
+    return SILENT if quiet else Bars()
+
+
+def _version_json(version: Version) -> dict[str, Any]:
+    return {
+        "name": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "created_at": version.created_at,
+        "note": version.note,
+    }
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

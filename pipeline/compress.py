@@ -1,0 +1,113 @@
+"""compress(): the whole story.
+
+Each stage is a step of the registry: its result is found where the same work was done before, its finished
+parts survive a kill, and its parents are the version's lineage.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.allocation import Plan
+from pipeline.eval_report import EvalReport
+from pipeline.output import OutputFolder
+from pipeline.progress import SILENT, Progress
+from pipeline.recipe import Recipe
+from pipeline.run import Run
+from pipeline.stages import Stage, StageLog
+from registry import Registry, Version
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a run made.
+
+    Attributes:
+        folder: the checkpoint.
+        version: where it stands in the registry.
+        plan: what every matrix got.
+        evaluation: None if the recipe asks for none.
+        stages: seconds and peak memory.
+        size_bytes: of the checkpoint's files.
+    """
+
+    folder: Path
+    version: Version
+    plan: Plan
+    evaluation: EvalReport | None
+    stages: tuple[Stage, ...]
+    size_bytes: int
+    was_finished: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {
+            "folder": str(self.folder),
+            "name": self.version.name,
+            "version": self.version.number,
+            "digest": self.version.digest,
+            "bits_per_param": self.plan.bits_per_param,
+            "size_bytes": self.size_bytes,
+            "predicted_cost": self.plan.predicted_cost,
+            "gap": self.plan.gap,
+            "evaluation": self.evaluation.to_json() if self.evaluation else None,
+            "stages": [asdict(stage) for stage in self.stages],
+            "was_finished": self.was_finished,
+        }
+
+
+def compress(
+    recipe: Recipe,
+    registry: Registry,
+    out: Path,
+    *,
+    name: str | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    progress: Progress = SILENT,
+    on_start: Callable[[Run], None] = lambda run: None,
+) -> Compressed:
+    """Compress a model into `out` and publish it in `registry` under `name` (default: the folder's name).
+
+    Args:
+        resume: go on from an earlier, unfinished run of the same recipe; False starts over.
+        on_start: called once everything is checked and before long work begins.
+    Raises:
+        PipelineError: see pipeline/errors.py.
+        RegistryError: the registry cannot be read or written.
+    """
+    log = StageLog()
+    with log.stage("open"):
+        run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)
+        output = OutputFolder(out, run.facts)
+        run.check_disk(out)
+        output.claim(resume=resume)
+        was_finished = output.is_finished() and (out / "report").is_dir()
+    on_start(run)
+    with log.stage("statistics"):
+        statistics = run.statistics()
+    with log.stage("costs"):
+        costs = run.costs(statistics)
+    with log.stage("plan"):
+        plan = run.plan(costs)
+    with log.stage("decompose"):
+        matrices = run.matrices(plan, statistics)
+    with log.stage("checkpoint"):
+        checkpoint = run.checkpoint(plan, matrices)
+        run.deliver(checkpoint, plan, matrices, output)
+    with log.stage("evaluate"):
+        evaluation = run.evaluation(checkpoint, output.path)
+    with log.stage("report"):
+        report = run.report(costs, plan, matrices, checkpoint, evaluation)
+        output.add_report(registry, report)
+    version = registry.publish(name or out.name, checkpoint, report)
+    return Compressed(
+        folder=out,
+        version=version,
+        plan=run.read_plan(plan),
+        evaluation=run.read_evaluation(evaluation),
+        stages=tuple(log.stages),
+        size_bytes=checkpoint.size_bytes,
+        was_finished=was_finished,
+    )

@@ -1,0 +1,219 @@
+"""The cost table: what every (matrix, choice) loses, measured on the cheap.
+
+The table wants, for each matrix and each choice of quantizer and rank, the Fisher-weighted error after the
+decomposition W ~ Q + L1 L2. Decomposing anew for each entry takes hours. Three savings, each checked
+against the exhaustive table by benchmarks/cost_table.py:
+
+1. One set of factors a (matrix, bits, rank): the residual W - Q that they fit hardly depends on the block
+   size and the width of the scales, so it comes from one quick quantization of the whole matrix.
+2. A sample of rows: each candidate quantizes some rows of W - L1 L2 only. Rows are drawn with
+   probability proportional to their expected error, so that a few dozen give a percent or two.
+3. The same rows for all candidates of a matrix, so that their order hardly depends on the draw.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.atomic import write_json
+from pipeline.errors import NonFiniteError, RecipeError
+from pipeline.model import Matrix, Model
+from pipeline.progress import SILENT, Progress
+from pipeline.statistics import Statistics
+from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, quantizer_from_label
+from quantizers.block_codebook import quantize_quickly
+from quantizers.lq import fit_low_rank
+
+SIGNIFICANT_DIGITS = 6  # costs are rounded before they decide, so that the last bits of a sum do not
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """cost[i, c] and size_bits[i, c] of giving choice c to matrix i; cost is inf where c is not on offer.
+
+    Attributes:
+        matrices: parameter names.
+        groups: group of each matrix.
+        shapes: (out, in) of each matrix.
+        choices: labels, see quantizers/registered.py.
+        cost: float64 [matrices, choices], estimated sum of F * (W - Q - L1 L2)^2.
+        size_bits: int64 [matrices, choices], everything stored.
+    """
+
+    matrices: tuple[str, ...]
+    groups: tuple[str, ...]
+    shapes: tuple[tuple[int, int], ...]
+    choices: tuple[str, ...]
+    cost: np.ndarray
+    size_bits: np.ndarray
+
+    @property
+    def num_params(self) -> np.ndarray:
+        """int64 [matrices]"""
+        return np.array([rows * columns for rows, columns in self.shapes], dtype=np.int64)
+
+    def write(self, path: Path) -> None:
+        """As JSON; sizes follow from labels and shapes and are not written."""
+        rows = [
+            {"matrix": name, "group": group, "shape": list(shape), "cost": _costs_to_json(cost)}
+            for name, group, shape, cost in zip(self.matrices, self.groups, self.shapes, self.cost, strict=True)
+        ]
+        write_json(path, {"choices": list(self.choices), "rows": rows})
+
+    @staticmethod
+    def read(path: Path) -> "CostTable":
+        """Undo `write`."""
+        stored = json.loads(path.read_text())
+        return _table(
+            [(row["matrix"], row["group"], tuple(row["shape"])) for row in stored["rows"]],
+            stored["choices"],
+            np.array([[np.inf if cost is None else cost for cost in row["cost"]] for row in stored["rows"]]),
+        )
+
+
+def full_label(label: str) -> str:
+    """The label with its defaults spelt out: "nf4" -> "nf4-g64-s8".
+
+    Raises:
+        RecipeError: there is no such quantizer, or a setting is out of range.
+    """
+    try:
+        return quantizer_from_label(label).format.label
+    except ValueError as error:
+        raise RecipeError(f"{label!r} cannot be offered: {error}.") from None
+
+
+def choices_of(candidates: tuple[str, ...], rank: int) -> list[str]:
+    """All labels of the table: every candidate without and with a low-rank part."""
+    plain = [full_label(label) for label in candidates]
+    return list(dict.fromkeys(plain + [f"{label}-r{rank}" for label in plain if rank and "-r" not in label]))
+
+
+def check_ranks(matrices: tuple[Matrix, ...], rank: int) -> None:
+    """Raise RecipeError if some matrix cannot have a low-rank part of that rank."""
+    for matrix in matrices:
+        if rank > min(matrix.shape):
+            raise RecipeError(
+                f"Rank {rank} is above what {matrix.name} of shape {matrix.shape[0]} x {matrix.shape[1]} can have "
+                f"({min(matrix.shape)}). Use a rank of at most {min(min(m.shape) for m in matrices)}."
+            )
+
+
+def measure_costs(
+    model: Model,
+    statistics: Statistics | None,
+    choices: dict[str, list[str]],
+    *,
+    num_rows: int,
+    seed: int,
+    work: Path,
+    progress: Progress = SILENT,
+) -> None:
+    """Measure the table into `work`/out/costs.json; layers already measured are kept over kills.
+
+    Args:
+        statistics: None for an unweighted error.
+        choices: parameter name -> labels on offer for that matrix.
+        num_rows: rows sampled from each matrix; a matrix with fewer is measured whole.
+    Raises:
+        NonFiniteError: a weight is not finite, or a cost came out so.
+    """
+    (work / "matrices").mkdir(exist_ok=True)
+    costs: dict[str, dict[str, float]] = {}
+    for matrix in progress.track(model.matrices, "Cost table", total=len(model.matrices)):
+        part = work / "matrices" / f"{matrix.name}.json"
+        if not part.exists():
+            learnt = statistics.of(matrix) if statistics else None
+            row = measure_matrix(model.weight(matrix), learnt, choices[matrix.name], num_rows=num_rows, seed=seed)
+            write_json(part, row)
+        costs[matrix.name] = json.loads(part.read_text())
+    table = cost_table(model.matrices, choices, lambda name, label: costs[name][label])
+    if np.isnan(table.cost).any():
+        bad = table.matrices[int(np.argwhere(np.isnan(table.cost))[0][0])]
+        raise NonFiniteError(f"The cost of {bad} is not a number; its statistics are damaged. Start with --no-resume.")
+    (work / "out").mkdir(exist_ok=True)
+    table.write(work / "out" / "costs.json")
+
+
+def cost_table(
+    matrices: tuple[Matrix, ...], offered: dict[str, list[str]], cost: Callable[[str, str], float]
+) -> CostTable:
+    """A table filled by `cost(parameter name, label)`; inf where a label is not on offer."""
+    labels = list(dict.fromkeys(label for labels in offered.values() for label in labels))
+    costs = [[cost(m.name, label) if label in offered[m.name] else np.inf for label in labels] for m in matrices]
+    return _table([(m.name, m.group, m.shape) for m in matrices], labels, np.array(costs))
+
+
+def measure_matrix(
+    weight: Tensor, statistics: LayerStatistics | None, labels: list[str], *, num_rows: int, seed: int
+) -> dict[str, float]:
+    """Label -> estimated weighted error of one matrix [out, in]."""
+    fisher = statistics.fisher_diag if statistics else torch.ones_like(weight)
+    rows, times = _sample_rows((fisher.sum(dim=1) * weight.square().mean(dim=1)), num_rows, seed)
+    weight_rows, fisher_rows = weight[rows], fisher[rows]
+    row_statistics = LayerStatistics(fisher_rows, None, 0, 0)
+    remainders: dict[tuple[str, int], Tensor] = {}
+    costs = {}
+    for label in labels:
+        quantizer = quantizer_from_label(label)
+        remainder = weight_rows
+        if quantizer.format.rank:
+            key = (quantizer.format.codebook_name, quantizer.format.rank)
+            if key not in remainders:
+                remainders[key] = weight_rows - _low_rank_rows(weight, statistics, quantizer, rows)
+            remainder = remainders[key]
+        plain = _without_low_rank(quantizer)
+        residual = remainder - plain.quantize(remainder, row_statistics if statistics else None).dequantize()
+        errors = (residual.square() * fisher_rows).sum(dim=1, dtype=torch.float64)
+        costs[label] = float(f"{float(errors @ times):.{SIGNIFICANT_DIGITS}g}")
+    for label, cost in costs.items():  # the decomposition keeps the best iterate, and no low-rank part is one
+        costs[label] = min(cost, costs.get(label.rpartition("-r")[0], cost))
+    return costs
+
+
+def _low_rank_rows(
+    weight: Tensor, statistics: LayerStatistics | None, quantizer: AbstractQuantizer, rows: Tensor
+) -> Tensor:
+    quick = quantize_quickly(weight, quantizer.format)
+    low_rank = fit_low_rank(weight - quick, statistics, quantizer.format.rank)
+    return low_rank.out[rows].float() @ low_rank.into.float()
+
+
+def _without_low_rank(quantizer: AbstractQuantizer) -> AbstractQuantizer:
+    return quantizer.quantizer if isinstance(quantizer, LowRankPlus) else quantizer
+
+
+def _sample_rows(expected: Tensor, num_rows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Systematic sampling with probability proportional to `expected` (plus a floor for rows of zeros).
+
+    Returns:
+        Distinct row indices, and the float64 factor by which each one's error enters the sum.
+    """
+    total = len(expected)
+    if num_rows >= total:
+        return torch.arange(total), torch.ones(total, dtype=torch.float64)
+    share = expected.double() / expected.double().sum().clamp_min(1e-300)
+    share = 0.9 * share + 0.1 / total
+    share = share / share.sum()
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.rand(1, generator=generator, dtype=torch.float64)
+    points = (torch.arange(num_rows, dtype=torch.float64) + start) / num_rows
+    drawn = torch.searchsorted(share.cumsum(0), points).clamp_max(total - 1)
+    rows, counts = drawn.unique(return_counts=True)
+    return rows, counts / (num_rows * share[rows])
+
+
+def _table(matrices: list[tuple[str, str, tuple[int, int]]], labels: list[str], cost: np.ndarray) -> CostTable:
+    names, groups, shapes = zip(*matrices, strict=True)
+    formats = [quantizer_from_label(label).format for label in labels]
+    sizes = np.array([[form.size_bits(shape) for form in formats] for shape in shapes], dtype=np.int64)
+    return CostTable(names, groups, shapes, tuple(labels), cost.astype(np.float64), sizes)
+
+
+def _costs_to_json(cost: np.ndarray) -> list[float | None]:
+    return [float(value) if np.isfinite(value) else None for value in cost]

@@ -1,0 +1,61 @@
+"""Plan -> quantized matrices: each weight W ~ Q + L1 L2 as planned, one at a time, one file each."""
+
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from pipeline.allocation import Plan
+from pipeline.atomic import replace_file
+from pipeline.errors import NonFiniteError
+from pipeline.model import Model
+from pipeline.progress import SILENT, Progress
+from pipeline.statistics import Statistics
+from quantizers import QuantizedTensor, quantizer_from_label, weighted_error
+
+
+def decompose(
+    model: Model, plan: Plan, statistics: Statistics | None, work: Path, *, device: str, progress: Progress = SILENT
+) -> None:
+    """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
+
+    The achieved weighted error goes into each file's metadata as `error`.
+
+    Raises:
+        NonFiniteError: a weight or an error is not finite.
+    """
+    out = work / "out"
+    out.mkdir(exist_ok=True)
+    for matrix in progress.track(model.matrices, "Decompose", total=len(model.matrices)):
+        target = out / matrix_file(matrix.module)
+        if target.exists():
+            continue
+        weight = model.weight(matrix).to(device)
+        learnt = statistics.of(matrix).to(device) if statistics else None
+        quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
+        error = weighted_error(weight - quantized.dequantize(), learnt)
+        if not error < float("inf"):
+            raise NonFiniteError(f"The error of {matrix.name} after quantization is {error}. Its weights are damaged.")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
+        replace_file(target, lambda path, t=tensors, e=error: save_file(t, path, metadata={"error": repr(e)}))
+
+
+def matrix_file(module: str) -> str:
+    """Name of the file that holds a module's quantized weight."""
+    return f"{module}.safetensors"
+
+
+def read_matrix(path: Path, plan: Plan, module: str) -> QuantizedTensor:
+    """What `decompose` wrote for `module`."""
+    planned = plan.matrices[module]
+    with safe_open(path, framework="pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    return QuantizedTensor.from_tensors(planned.format, planned.shape, planned.format.levels, tensors)
+
+
+def read_error(path: Path) -> float:
+    """The weighted error that `decompose` achieved."""
+    with safe_open(path, framework="pt") as stored:
+        return float(stored.metadata()["error"])
+
+

@@ -1,0 +1,214 @@
+"""What the command line shows: progress bars with an estimate of the time left, and tables.
+
+Everything goes to standard error but results, so that `--json` can be piped.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich import box
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pipeline.budget import human_bytes
+
+if TYPE_CHECKING:
+    from pipeline.compress import Compressed
+    from pipeline.eval_report import EvalReport
+    from pipeline.model import Model
+    from pipeline.planning import Planned
+    from pipeline.run import Run
+    from registry import Registry, Version
+
+T = TypeVar("T")
+ERRORS = Console(stderr=True)
+RESULTS = Console()
+
+
+class Bars:
+    """Progress bars on standard error; one at a time, kept when done."""
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+        """See pipeline/progress.py."""
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        with Progress(*columns, console=ERRORS) as bars:
+            task = bars.add_task(description, total=total, completed=done)
+            for item in items:
+                yield item
+                bars.advance(task)
+
+    def say(self, message: str) -> None:
+        """See pipeline/progress.py."""
+        ERRORS.print(message, style="dim")
+
+
+def _table(*headers: str, title: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for position, header in enumerate(headers):
+        table.add_column(header, justify="left" if position == 0 else "right")
+    return table
+
+
+def show_model(model: "Model") -> None:
+    """The answer of `inspect`."""
+    table = _table("layer", "type", "shape", "parameters", "stored as", "reads the input of", title=f"Matrices of {model.spec}")
+    for matrix in model.matrices:
+        shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
+        first = next(other for other in model.matrices if other.group == matrix.group)
+        shared = "" if first is matrix else first.kind
+        table.add_row(str(matrix.layer), matrix.kind, shape, f"{matrix.num_params:,}", matrix.dtype, shared)
+    RESULTS.print(table)
+    skipped = _table("reason", "tensors", "size", "for example", title="Left as they are")
+    for reason, entries in _by_reason(model).items():
+        size = human_bytes(sum(entry.size_bytes for entry in entries))
+        skipped.add_row(reason, str(len(entries)), size, entries[0].name)
+    RESULTS.print(skipped)
+    share = model.num_matrix_params / model.num_params
+    RESULTS.print(
+        f"{len(model.matrices)} matrices in {len(model.groups())} groups, {model.num_matrix_params:,} of "
+        f"{model.num_params:,} parameters ({share:.1%}); {human_bytes(model.size_bytes)} of weights"
+    )
+
+
+def _by_reason(model: "Model") -> dict[str, list[Any]]:
+    reasons: dict[str, list[Any]] = {}
+    for entry in model.skipped:
+        reasons.setdefault(entry.reason, []).append(entry)
+    return reasons
+
+
+def show_start(run: "Run", out: str) -> None:
+    """What a run is about to do, before it does it."""
+    recipe, model = run.recipe, run.model
+    smallest = run.smallest_plan()
+    table = _table("", "", title="Plan of the run")
+    table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
+    table.add_row("original", human_bytes(model.size_bytes))
+    table.add_row("budget", f"{recipe.budget} (smallest plan: {_smallest(run, smallest)})")
+    table.add_row("choices", f"{len(run.labels)} a matrix, low-rank part of rank 0 or {recipe.rank}")
+    if run.calibration:
+        tokens = run.calibration.tokens
+        table.add_row("calibration", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.calibration.source}")
+    else:
+        table.add_row("calibration", "none: unweighted error")
+    if run.eval_windows:
+        tokens = run.eval_windows.tokens
+        table.add_row("evaluation", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.eval_windows.source}")
+    table.add_row("device", run.device)
+    table.add_row("disk", f"up to {human_bytes(run.disk_bytes())} for results and intermediate files")
+    table.add_row("output", out)
+    ERRORS.print(table)
+
+
+def _smallest(run: "Run", any_plan: Any) -> str:
+    from quantizers import quantizer_from_label
+
+    bits = sum(
+        min(quantizer_from_label(label).size_bits(matrix.shape) for label in run.offered[matrix.name])
+        for matrix in run.model.matrices
+    )
+    return f"{bits / any_plan.num_params:.3f} bits per parameter"
+
+
+def show_result(done: "Compressed", original_bytes: int) -> None:
+    """The table after a run."""
+    if done.evaluation is not None:
+        show_evaluation(done.evaluation)
+    stages = _table("stage", "seconds", "peak memory", "", title="Stages")
+    for stage in done.stages:
+        note = "already done" if stage.reused else ""
+        stages.add_row(stage.name, f"{stage.seconds:.1f}", human_bytes(stage.peak_memory_bytes), note)
+    RESULTS.print(stages)
+    table = _table("", "", title="Result")
+    table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
+    table.add_row("size", f"{human_bytes(original_bytes)} -> {human_bytes(done.size_bytes)}")
+    table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
+    table.add_row("folder", str(done.folder))
+    table.add_row("report", str(done.folder / "report" / "index.html"))
+    table.add_row("registry", f"{done.version} ({done.version.digest[:12]})")
+    RESULTS.print(table)
+
+
+def show_plan(made: "Planned") -> None:
+    """The answer of `plan`."""
+    plan = made.plan
+    table = _table("matrix", "shape", "choice", "bits per parameter", "size", "cost", title=f"Plan for {made.model.spec}")
+    for name, matrix in plan.matrices.items():
+        shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
+        bits = f"{matrix.bits_per_param:.3f}"
+        table.add_row(name, shape, matrix.label, bits, human_bytes(matrix.size_bits / 8), f"{matrix.cost:.4g}")
+    RESULTS.print(table)
+    files = _table("file", "bytes", title="Forecast")
+    for name, size in made.files_bytes.items():
+        files.add_row(name, f"{size:,}")
+    files.add_row("total", f"{made.size_bytes:,}")
+    RESULTS.print(files)
+    RESULTS.print(
+        f"{plan.bits_per_param:.4f} bits per parameter (budget {plan.budget}), predicted cost "
+        f"{plan.predicted_cost:.6g}, no plan costs less than {plan.lower_bound:.6g} (gap {plan.gap:.1e}, {plan.solver})"
+    )
+
+
+def show_evaluation(report: "EvalReport") -> None:
+    """The answer of `evaluate`."""
+    table = _table("", "original", "compressed", title="Quality")
+    for label, original, compressed in report.rows():
+        table.add_row(label, original, compressed)
+    RESULTS.print(table)
+
+
+def show_versions(store: "Registry", versions: list["Version"]) -> None:
+    """The answer of `registry list`."""
+    if not versions:
+        RESULTS.print("The registry is empty. `bitsmith compress` publishes what it makes.")
+        return
+    table = _table("version", "digest", "size", "bits per parameter", "model", "made", title="Registry")
+    for version in versions:
+        artifact = store.get(version.digest)
+        bits = artifact.metadata.get("bits_per_param")
+        table.add_row(
+            str(version),
+            version.digest[:12],
+            human_bytes(artifact.size_bytes),
+            f"{bits:.4f}" if isinstance(bits, float) else "",
+            str(artifact.metadata.get("model", "")),
+            version.created_at[:19],
+        )
+    RESULTS.print(table)
+
+
+def show_version(store: "Registry", version: "Version") -> None:
+    """The answer of `registry show`."""
+    artifact = store.get(version.digest)
+    facts = _table("", "", title=str(version))
+    facts.add_row("digest", version.digest)
+    facts.add_row("made", version.created_at)
+    for key, value in sorted(artifact.metadata.get("settings", {}).items()):
+        facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    RESULTS.print(facts)
+    files = _table("file", "size", "sha256", title="Files")
+    for path, entry in artifact.files.items():
+        files.add_row(path, human_bytes(entry.size_bytes), entry.sha256[:16])
+    RESULTS.print(files)
+    lineage = _table("kind", "digest", title="Made from")
+    for ancestor in store.lineage(version.digest).artifacts[1:]:
+        lineage.add_row(ancestor.kind, ancestor.digest[:16])
+    RESULTS.print(lineage)
+    if version.report_digest:
+        report = store.get(version.report_digest)
+        RESULTS.print(f"report: {store.path(report, 'index.html')}", soft_wrap=True)

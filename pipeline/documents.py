@@ -1,0 +1,232 @@
+"""Where text comes from, and what counts as one document.
+
+A .txt file is one document. A .jsonl or .parquet file and a dataset on the Hub (user/name, user/name:config)
+have one document a row, in the first of these fields that is there:
+
+    text                                               plain
+    messages, conversations                            a chat: {role, content} or {from, value}
+    instruction (input) output, prompt completion,
+    question answer                                    a chat of two turns
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import CalibrationError
+from pipeline.hub_failures import hub_failures
+from pipeline.quiet import first_line
+
+Messages = list[dict[str, str]]
+Document = str | Messages
+DefaultText = Literal["calibration", "evaluation"]
+
+CHAT_FIELDS = ("messages", "conversations")
+TURN_FIELDS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
+# ShareGPT's names -> the names that chat templates know
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The non-empty documents of a source, read when asked for; its name; its commit on the Hub."""
+
+    documents: Iterator[Document]
+    source: str
+    revision: str | None
+
+
+def read_documents(
+    source: str | None, *, split: str, revision: str | None, default: DefaultText
+) -> Documents:
+    """All documents of a file, of a Hub dataset, or of the bundled text (`source` None).
+
+    Raises:
+        CalibrationError: missing, unreadable, of an unknown kind or shape, or without any text.
+    """
+    if source is None:
+        text = (resources.files("pipeline") / "data" / f"{default}.txt").read_text(encoding="utf-8")
+        return Documents(iter((text,)), f"bundled:{default}.txt", None)
+    path = Path(source).expanduser()
+    if path.is_file():
+        return Documents(_nonempty(source, _file_documents(path)), path.name, None)
+    if not _HUB_ID.fullmatch(source) or path.is_dir() or path.suffix in READERS:
+        raise CalibrationError(
+            f"No text file at {source}. Give a .txt, .jsonl or .parquet file (a path is taken relative to "
+            "the current folder), or a dataset on the Hub as user/name or user/name:config."
+        )
+    hub = _hub_rows(source, split, revision)
+    return Documents(_nonempty(source, _row_documents(source, hub.rows)), source, hub.commit)
+
+
+def _file_documents(path: Path) -> Iterator[Document]:
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise CalibrationError(
+            f"{path} has the unknown suffix {path.suffix!r}: expected {', '.join(READERS)}. Rename or "
+            "convert it; a file of any other kind would be read as something that it is not."
+        )
+    return reader(path)
+
+
+def _text_documents(path: Path) -> Iterator[Document]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is not UTF-8 ({error}). Convert it: iconv -t UTF-8.") from error
+
+
+def _jsonl_documents(path: Path) -> Iterator[Document]:
+    return _row_documents(str(path), _jsonl_rows(path))
+
+
+def _parquet_documents(path: Path) -> Iterator[Document]:
+    return _row_documents(str(path), _parquet_rows(path))
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
+    ".txt": _text_documents,
+    ".jsonl": _jsonl_documents,
+    ".parquet": _parquet_documents,
+}
+
+
+def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise CalibrationError(
+                    f"{path}, line {number} is not JSON ({error}). Expected one JSON object a line; mend or "
+                    "delete that line."
+                ) from error
+            if not isinstance(row, dict):
+                raise CalibrationError(
+                    f"{path}, line {number} is a JSON {type(row).__name__}, but expected one object a line, "
+                    'such as {"text": "..."}.'
+                )
+            yield row
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise CalibrationError(
+            f"{path} is not a readable parquet file ({error}). It is damaged or cut off: fetch it again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class _HubRows:
+    rows: Iterator[Mapping[str, Any]]
+    commit: str
+
+
+def _hub_rows(source: str, split: str, revision: str | None) -> _HubRows:
+    """A split's rows at one commit: streamed, or from the local cache where the Hub is switched off."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import is_offline_mode
+
+    dataset_id, _, config = source.partition(":")
+    offline = is_offline_mode()
+    with _hub_errors(source, split):
+        if offline and revision:
+            commit = revision
+        else:
+            commit = str(HfApi().dataset_info(dataset_id, revision=revision, timeout=10).sha)
+        rows = datasets.load_dataset(
+            dataset_id, config or None, split=split, revision=commit, streaming=not offline
+        )
+    return _HubRows(_guarded(rows, source, split), commit)
+
+
+def _guarded(rows: Iterable[Mapping[str, Any]], source: str, split: str) -> Iterator[Mapping[str, Any]]:
+    with _hub_errors(source, split):
+        yield from rows
+
+
+@contextmanager
+def _hub_errors(source: str, split: str) -> Iterator[None]:
+    import datasets
+
+    try:
+        yield
+    except hub_failures(ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise CalibrationError(
+            f"No text from {source}, split {split!r}: there is no such file here, and the Hub's dataset "
+            f"could not be loaded ({type(error).__name__}: {first_line(error)}). Check id, config, split and "
+            "connection; offline, a cached dataset needs its revision. Without a dataset the bundled text is "
+            "used."
+        ) from error
+
+
+def _row_documents(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+    for number, row in enumerate(rows, start=1):
+        yield _row_document(source, number, row)
+
+
+def _row_document(source: str, number: int, row: Mapping[str, Any]) -> Document:
+    """One row as text or as a chat; `number` counts rows from 1 for error messages."""
+    if "text" in row and (row["text"] is None or isinstance(row["text"], str)):
+        return row["text"] or ""
+    for field in CHAT_FIELDS:
+        if row.get(field) is not None:
+            return _messages(source, number, row[field])
+    for question, answer in TURN_FIELDS:
+        if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
+            asked = "\n\n".join(filter(None, [row[question], row.get("input")]))
+            return [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
+    pairs = ", ".join(f"{question}/{answer}" for question, answer in TURN_FIELDS)
+    raise CalibrationError(
+        f"{source}, row {number} has none of the known fields: text, {', '.join(CHAT_FIELDS)}, {pairs}. "
+        f"Found: {', '.join(sorted(row)) or 'no field at all'}. Rename the field with the text to `text`."
+    )
+
+
+def _messages(source: str, number: int, turns: Any) -> Messages:
+    try:
+        messages = [
+            {"role": turn["role"], "content": turn["content"]}
+            if "role" in turn
+            else {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+            for turn in turns
+        ]
+        if not all(isinstance(message["content"], str) for message in messages):
+            raise TypeError("a content that is not a string")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CalibrationError(
+            f"{source}, row {number} is not a conversation that can be read ({error}). Expected a list of "
+            '{"role": ..., "content": ...} or {"from": ..., "value": ...} with strings.'
+        ) from error
+    return messages
+
+
+def _nonempty(source: str, documents: Iterable[Document]) -> Iterator[Document]:
+    empty = True
+    for document in documents:
+        if _has_text(document):
+            empty = False
+            yield document
+    if empty:
+        raise CalibrationError(f"{source} holds no text. Give a file or a dataset with some.")
+
+
+def _has_text(document: Document) -> bool:
+    if isinstance(document, str):
+        return bool(document.strip())
+    return any(message["content"].strip() for message in document)

@@ -1,0 +1,114 @@
+"""What an evaluation found: quality of a compressed model, and its distance from the original.
+
+Plain numbers and no tensors, so that reports, cards and the registry read it without torch.
+No time and no host inside: equal work gives an equal report.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pipeline.errors import CheckpointError, NonFiniteError
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over the scored tokens, and how far it may be off.
+
+    `standard_error` is None where one window alone cannot tell.
+    """
+
+    mean: float
+    standard_error: float | None
+
+    @classmethod
+    def of_windows(cls, window_means: Sequence[float]) -> "Estimate":
+        """The mean of equally long windows, with the cluster-robust standard error.
+
+        Tokens of one window depend on each other, so the window is the unit of sampling:
+        std(window means, ddof=1) / sqrt(windows).
+        """
+        num_windows = len(window_means)
+        mean = math.fsum(window_means) / num_windows
+        if num_windows == 1:
+            return cls(mean, None)
+        variance = math.fsum((value - mean) ** 2 for value in window_means) / (num_windows - 1)
+        return cls(mean, math.sqrt(variance / num_windows))
+
+    def to_perplexity(self) -> "Estimate":
+        """exp of a mean negative log-likelihood in nats; the error by the delta method, exp(mean) * error.
+
+        Raises:
+            NonFiniteError: the perplexity is beyond the largest float.
+        """
+        try:
+            perplexity = math.exp(self.mean)
+        except OverflowError:
+            raise NonFiniteError(
+                f"The model gives the text {self.mean:.4g} nats per token, a perplexity beyond any number "
+                "(uniform guessing stays below 13 nats). Its weights are damaged: check how it was made."
+            ) from None
+        error = self.standard_error
+        return Estimate(perplexity, None if error is None else perplexity * error)
+
+    def text(self, spec: str = ".4g") -> str:
+        """`12.3 ± 0.4`, each number in the format `spec`; the mean alone without an error."""
+        if self.standard_error is None:
+            return format(self.mean, spec)
+        return f"{self.mean:{spec}} ± {self.standard_error:.2g}"
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """The compressed model beside the original on the same tokens.
+
+    Divergences are KL(original || compressed) in nats per token. `num_tokens` counts scored tokens:
+    `seq_len - 1` a window, since nothing predicts the first one.
+    """
+
+    perplexity: Estimate
+    base_perplexity: Estimate
+    kl_divergence: Estimate
+    kl_p99: float
+    top1_agreement: Estimate
+    num_tokens: int
+    num_windows: int
+    seq_len: int
+    tokens_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values with sorted keys; `from_json` gives back an equal report."""
+        return dict(sorted(asdict(self).items()))
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "EvalReport":
+        """Read what `to_json` wrote.
+
+        Raises:
+            CheckpointError: a field is missing or unknown.
+        """
+        wanted = {field.name for field in fields(cls)}
+        if set(data) != wanted:
+            raise CheckpointError(
+                f"The evaluation report lacks {sorted(wanted - set(data))} and has the unknown fields "
+                f"{sorted(set(data) - wanted)}: it is damaged or of another version. Evaluate again."
+            )
+        estimates = ("perplexity", "base_perplexity", "kl_divergence", "top1_agreement")
+        return cls(**{**data, **{name: Estimate(**data[name]) for name in estimates}})
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(label, original, compressed) for tables; the original's distance from itself is zero."""
+        counted = f"{self.num_tokens:,} in {self.num_windows} x {self.seq_len}"
+        return [
+            ("perplexity", self.base_perplexity.text(), self.perplexity.text()),
+            ("KL divergence, mean (nats/token)", "0", self.kl_divergence.text(".3g")),
+            ("KL divergence, 99th percentile", "0", f"{self.kl_p99:.3g}"),
+            ("top-1 agreement (%)", "100", _percent(self.top1_agreement).text()),
+            ("tokens scored", counted, counted),
+        ]
+
+
+def _percent(share: Estimate) -> Estimate:
+    error = share.standard_error
+    return Estimate(100 * share.mean, None if error is None else 100 * error)

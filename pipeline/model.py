@@ -1,0 +1,293 @@
+"""The noun of the whole pipeline: a causal language model in a folder of safetensors, opened lazily.
+
+model = open_model("demo")             # headers only: seconds and no memory for a model of any size
+for matrix in model.matrices: ...      # what can be compressed; model.skipped says why the rest cannot
+weight = model.weight(matrix)          # float32 [out, in], read from its shard now
+"""
+
+import hashlib
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipeline.completeness import check_complete, check_shapes
+from pipeline.errors import ModelError, NonFiniteError
+from pipeline.model_config import read_config
+from pipeline.progress import SILENT, Progress
+from pipeline.quiet import first_line, quiet_transformers
+from pipeline.shards import TensorInfo, read_folder
+from pipeline.sources import EXTRA_FILES, find_source
+from pipeline.stored_names import StoredNames, match_names
+from pipeline.structure import Structure, build_skeleton, read_structure
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Matrix", "Model", "Skipped", "TensorInfo", "open_model"]
+
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight that can be compressed: a linear layer's, inside the repeated blocks.
+
+    Attributes:
+        name: the parameter, `model.layers.0.self_attn.q_proj.weight`.
+        module: its layer, `model.layers.0.self_attn.q_proj`.
+        shape: (out, in), whatever the storage order.
+        transposed: stored as [in, out], as transformers' `Conv1D` does.
+        dtype: as stored, in safetensors' spelling: `BF16`.
+        layer: index of its block.
+        kind: last component of the module name, `q_proj`.
+        group: matrices of one group read the same input tensor.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    transposed: bool
+    dtype: str
+    layer: int
+    kind: str
+    group: str
+
+    @property
+    def num_params(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight that stays as it is, and why. A tied one that is not stored itself has `size_bytes` 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An opened model; see `open_model`.
+
+    Attributes:
+        spec: what the user typed.
+        path: the folder with the safetensors.
+        revision: the commit on the Hub; None for local files.
+        config: as transformers reads it.
+        tensors: parameter name -> where and how it is stored. Tensors that become no parameter unchanged
+            (experts that are merged on loading, left-over buffers) stand under their stored name.
+        matrices: by layer, then in module order.
+        skipped: everything else.
+        ties: parameter name -> the parameter whose tensor it shares.
+    """
+
+    spec: str
+    path: Path
+    revision: str | None
+    config: "PretrainedConfig" = field(repr=False)
+    tensors: dict[str, TensorInfo] = field(repr=False)
+    matrices: tuple[Matrix, ...] = field(repr=False)
+    skipped: tuple[Skipped, ...] = field(repr=False)
+    ties: dict[str, str] = field(repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what the model is: of the canonical JSON {file: sha256} of config and weight files.
+
+        Reads every byte once (a second per GB or so), hence not part of opening.
+        """
+        names = {"config.json"} | {info.file for info in self.tensors.values()}
+        hashes = {name: _file_sha256(self.path / name) for name in sorted(names)}
+        return hashlib.sha256(json.dumps(hashes, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    @property
+    def num_params(self) -> int:
+        """Elements of all stored tensors; a tied weight counts once."""
+        return sum(math.prod(info.shape) for info in self.tensors.values())
+
+    @property
+    def num_matrix_params(self) -> int:
+        return sum(matrix.num_params for matrix in self.matrices)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all stored tensors, file headers excluded."""
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    def groups(self) -> dict[str, list[Matrix]]:
+        """Group name -> its matrices, both in the order of `matrices`."""
+        members: dict[str, list[Matrix]] = defaultdict(list)
+        for matrix in self.matrices:
+            members[matrix.group].append(matrix)
+        return dict(members)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of `tensors[name]` as stored: its own dtype and order, on the CPU.
+
+        Raises:
+            KeyError: no such tensor.
+            ModelError: its shard cannot be read any more.
+        """
+        info = self.tensors[name]
+        try:
+            with safe_open(self.path / info.file, framework="pt") as shard:
+                return shard.get_tensor(info.name)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"Cannot read {info.name} from {self.path / info.file}: {error}. The file has changed since "
+                "it was opened, or the disk is failing: check it, and download the model again."
+            ) from error
+
+    def weight(self, matrix: Matrix) -> Tensor:
+        """float32 [out, in] on the CPU, read now.
+
+        Raises:
+            NonFiniteError: it holds a NaN or an infinity.
+        """
+        stored = self.tensor(matrix.name)
+        weight = stored.T if matrix.transposed else stored
+        num_bad = weight.numel() - int(torch.isfinite(weight).sum())
+        if num_bad:
+            raise NonFiniteError(
+                f"{matrix.name} in {self.path} has {num_bad} NaN or infinite values of {weight.numel()}; "
+                "every weight must be finite. The checkpoint is damaged or its training diverged: download "
+                "it again, or take another one."
+            )
+        return weight.to(torch.float32).contiguous()
+
+    def load(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "PreTrainedModel":
+        """The whole model in memory, in eval mode."""
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                self.path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            )
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        return model.eval()
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's own tokenizer, with its chat template where it has one.
+
+        Raises:
+            ModelError: there is none in the folder.
+        """
+        try:
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=False
+                )
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelError(
+                f"No usable tokenizer in {self.path}: {first_line(error)} Expected tokenizer.json or "
+                "another tokenizer that transformers reads without foreign code. Save the model's tokenizer "
+                "into that folder."
+            ) from error
+
+    def extra_files(self) -> list[Path]:
+        """What a complete output folder has beside config, weights and README: tokenizer, licence ..."""
+        paths = {path for pattern in EXTRA_FILES for path in self.path.glob(pattern) if path.is_file()}
+        return sorted(paths)
+
+
+def open_model(spec: str, *, revision: str | None = None, progress: Progress = SILENT) -> Model:
+    """Open a model from its headers, and check that it is whole.
+
+    Args:
+        spec: a folder, a Hub id, a GGUF file (converted once), or `demo`.
+        revision: branch, tag or commit on the Hub.
+        progress: told about downloads and conversions.
+    Raises:
+        ModelError: unknown, unsafe, incomplete, damaged, already quantized, or without a compressible matrix.
+    """
+    source = find_source(spec, revision, progress)
+    config = read_config(source.path)
+    stored = read_folder(source.path)
+    skeleton = build_skeleton(config)
+    structure = read_structure(skeleton)
+    names = match_names(skeleton, [info.name for info in stored])
+    tensors = {names.parameters.get(info.name, info.name): info for info in stored}
+    check_complete(source.path, structure, names, skeleton)
+    check_shapes(source.path, structure, tensors)
+    matrices = _matrices(structure, tensors)
+    if not matrices:
+        raise ModelError(
+            f"{spec} ({type(skeleton).__name__}) has no compressible matrix: no linear layer inside repeated "
+            "blocks that is stored as one 2-D tensor. Choose a decoder-only language model."
+        )
+    return Model(
+        spec=spec,
+        path=source.path,
+        revision=source.revision,
+        config=config,
+        tensors=tensors,
+        matrices=matrices,
+        skipped=_skipped(structure, names, tensors, {matrix.name for matrix in matrices}),
+        ties=structure.ties,
+    )
+
+
+def _matrices(structure: Structure, tensors: dict[str, TensorInfo]) -> tuple[Matrix, ...]:
+    matrices = []
+    for site in structure.sites:
+        info = tensors.get(site.name)
+        if info is None:
+            continue
+        if info.dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{info.name} in {info.file} is stored as {info.dtype}, not as {', '.join(FLOAT_DTYPES)}. "
+                "These weights look quantized already: open the original model instead."
+            )
+        kind = site.module.rpartition(".")[2]
+        matrices.append(
+            Matrix(
+                name=site.name,
+                module=site.module,
+                shape=site.shape,
+                transposed=site.transposed,
+                dtype=info.dtype,
+                layer=site.layer,
+                kind=kind,
+                group=site.group,
+            )
+        )
+    return tuple(matrices)
+
+
+def _skipped(
+    structure: Structure, names: StoredNames, tensors: dict[str, TensorInfo], matrices: set[str]
+) -> tuple[Skipped, ...]:
+    stored = []
+    for name, info in tensors.items():
+        if name in matrices:
+            continue
+        merged = names.merged.get(info.name)
+        reason = (
+            f"merged into {merged} on loading: not supported yet" if merged else structure.reasons.get(name)
+        )
+        stored.append(
+            Skipped(name, info.shape, info.dtype, info.size_bytes, reason or "not used by the architecture")
+        )
+    tied = [
+        Skipped(name, structure.shapes[name], tensors[source].dtype, 0, structure.reasons[name])
+        for name, source in structure.ties.items()
+        if name in structure.shapes and name not in tensors and source in tensors
+    ]
+    return tuple(stored + tied)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,105 @@
+"""The output folder: never overwritten, never half there.
+
+    OUT.partial/recipe.json    the run that is on its way to OUT
+    OUT.partial/checkpoint/    the folder, until it has passed its audit
+    OUT/                       appears by one rename
+    OUT/report/                added after the evaluation
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import write_json
+from pipeline.errors import OutputExistsError
+from pipeline.recipe import refuse_changes
+from registry import Artifact, Registry
+from registry.store import hash_file
+
+
+class OutputFolder:
+    """The folder `path` on behalf of one recipe (plain JSON, as written to recipe.json)."""
+
+    def __init__(self, path: Path, recipe: dict[str, Any]) -> None:
+        self.path, self.recipe = path, recipe
+        self.partial = path.with_name(f"{path.name}.partial")
+
+    def claim(self, *, resume: bool) -> None:
+        """Make sure that the folder is ours to fill, and note the recipe of the run.
+
+        Raises:
+            OutputExistsError: it holds something else, or is finished and `resume` is off.
+            RecipeChangedError: it was started or made with another recipe.
+        """
+        if self.is_finished() or not _is_empty(self.path):
+            self._check_finished(resume)
+            return
+        note = self.partial / "recipe.json"
+        if self.partial.exists() and not resume:
+            shutil.rmtree(self.partial)
+        if note.exists():
+            refuse_changes(json.loads(note.read_text()), self.recipe, f"The unfinished run in {self.partial}")
+        elif self.partial.exists() and any(self.partial.iterdir()):
+            raise OutputExistsError(
+                f"{self.partial} is in the way: unfinished work goes there, and it holds something else. Move it, or "
+                "choose another output folder with -o."
+            )
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_json(note, self.recipe)
+
+    def is_finished(self) -> bool:
+        """Is the checkpoint in its place?"""
+        return (self.path / "recipe.json").is_file()
+
+    def stage(self, registry: Registry, checkpoint: Artifact) -> Path:
+        """Write the checkpoint into the partial folder, to be audited there."""
+        staged = self.partial / "checkpoint"
+        shutil.rmtree(staged, ignore_errors=True)
+        registry.materialize(checkpoint, staged)
+        return staged
+
+    def finish(self) -> None:
+        """Move the staged checkpoint to its place."""
+        (self.partial / "checkpoint").rename(self.path)
+        shutil.rmtree(self.partial)
+
+    def check_unchanged(self, checkpoint: Artifact) -> None:
+        """Raise OutputExistsError if a finished folder no longer holds what was written."""
+        for name, entry in checkpoint.files.items():
+            path = self.path / name
+            if not path.is_file() or hash_file(path) != entry:
+                raise OutputExistsError(
+                    f"{path} is missing or was changed after it was written; {self.path} is no longer the checkpoint of "
+                    "this recipe. Move the folder away, or choose another one with -o."
+                )
+
+    def add_report(self, registry: Registry, report: Artifact) -> None:
+        """Put the report into the finished folder."""
+        target, temporary = self.path / "report", self.path / ".report.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        registry.materialize(report, temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+
+    def _check_finished(self, resume: bool) -> None:
+        check_free(self.path)
+        note = self.path / "recipe.json"
+        refuse_changes(json.loads(note.read_text()), self.recipe, f"The finished checkpoint in {self.path}")
+        if not resume:
+            raise OutputExistsError(
+                f"{self.path} holds the finished checkpoint of this recipe, and --no-resume would make it again. Delete "
+                "it first, or choose another folder with -o."
+            )
+
+
+def check_free(path: Path) -> None:
+    """Raise OutputExistsError if `path` holds something that is not a checkpoint of ours."""
+    if not _is_empty(path) and not (path / "recipe.json").is_file():
+        raise OutputExistsError(
+            f"The output folder {path} is not empty and was not made by bitsmith. Choose another one with -o, or empty it."
+        )
+
+
+def _is_empty(path: Path) -> bool:
+    return not path.exists() or (path.is_dir() and not any(path.iterdir()))

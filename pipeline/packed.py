@@ -1,0 +1,46 @@
+"""A compressed model in memory: the original with its planned layers swapped for packed ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.allocation import Plan
+from pipeline.decompose import read_matrix
+from pipeline.errors import CheckpointError
+from pipeline.model import Model
+from pipeline.quiet import quiet_transformers
+from quantizers import QuantizedLinear
+
+
+def packed_model(model: Model, plan: Plan, matrix_path: Callable[[str], Path]) -> PreTrainedModel:
+    """The original in float32 on the CPU, each planned layer replaced by what `decompose` wrote for it."""
+    network = model.load(device="cpu", dtype=torch.float32)
+    for module in plan.matrices:
+        parent, _, child = module.rpartition(".")
+        old = network.get_submodule(module)
+        layer = QuantizedLinear.from_quantized(read_matrix(matrix_path(module), plan, module), old.bias)
+        setattr(network.get_submodule(parent), child, layer)
+    return network
+
+
+def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    """A compressed folder as transformers loads it: packed, float32 on the CPU and its own dtype on a GPU.
+
+    Raises:
+        CheckpointError: it is not a folder that bitsmith wrote, or it is damaged.
+    """
+    if not (folder / "plan.json").is_file():
+        raise CheckpointError(
+            f"{folder} is not a compressed checkpoint: it has no plan.json. Name a folder that `bitsmith compress` wrote "
+            "or `bitsmith pull` fetched."
+        )
+    try:
+        with quiet_transformers():
+            network = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32 if device == "cpu" else "auto", local_files_only=True, use_safetensors=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} does not load: {error}") from error
+    return network.to(device).eval()

@@ -1,0 +1,97 @@
+"""Everything that decides the result of a run, in one immutable, hashable object.
+
+The same recipe with the same code on the same kind of machine gives the same bytes. A preset is a recipe with
+other defaults; flags of the command line override single fields. Unknown fields are errors.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.budget import Budget
+from pipeline.errors import RecipeChangedError, RecipeError
+
+LLOYD_LADDER = tuple(f"lloyd{bits}-g{group}-s{scale}" for bits in (2, 3, 4, 5) for group in (32, 64, 128) for scale in (4, 6))
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Minutes on two cores, for a first look.
+    "fast": {"num_samples": 16, "cost_rows": 24, "eval_windows": 12},
+    "default": {},
+}
+
+
+class Recipe(BaseModel):
+    """See the fields; `Recipe.of` gives readable errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="folder, Hub id, GGUF file, or `demo`")
+    revision: str | None = Field(None, description="commit, tag or branch on the Hub")
+    budget: str = Field(description="2.75bpw, 180MB, 4.2GiB or 40%")
+    rank: int = Field(8, ge=0, description="rank of the low-rank part, where the program chooses one; 0 for none")
+    dataset: str | None = Field(None, description="calibration text; None for the bundled one")
+    dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
+    num_samples: int = Field(64, ge=1, description="calibration windows")
+    seq_len: int = Field(512, ge=2, description="tokens of a window")
+    seed: int = Field(0, ge=0, description="of every random draw")
+    sensitivity: Literal["fisher", "none"] = Field("fisher", description="weight of the error; `none` needs no text")
+    candidates: tuple[str, ...] = Field(LLOYD_LADDER + ("nf8-g64-s8",), min_length=1, description="quantizers on offer")
+    overrides: tuple[tuple[str, str], ...] = Field((), description="(regular expression, quantizer) pairs")
+    share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
+    solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")
+    cost_rows: int = Field(48, ge=1, description="rows of a matrix that the cost table samples")
+    eval_dataset: str | None = Field(None, description="evaluation text; None for the bundled one")
+    eval_dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
+    eval_windows: int = Field(24, ge=0, description="windows to evaluate on; 0 to skip")
+    eval_seq_len: int = Field(512, ge=2, description="tokens of an evaluation window")
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_well_formed(cls, text: str) -> str:
+        Budget.parse(text)
+        return text
+
+    @staticmethod
+    def of(preset: str = "default", **settings: Any) -> "Recipe":
+        """A preset with the settings that are not None on top.
+
+        Raises:
+            RecipeError: names every setting that is unknown or out of range.
+            BudgetError: the budget is malformed.
+        """
+        if preset not in PRESETS:
+            raise RecipeError(f"There is no preset {preset!r}; choose one of {', '.join(sorted(PRESETS))}.")
+        given = PRESETS[preset] | {key: value for key, value in settings.items() if value is not None}
+        if isinstance(given.get("budget"), str):
+            Budget.parse(given["budget"])
+        try:
+            return Recipe(**given)
+        except ValidationError as error:
+            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault.get('input')!r})" for fault in error.errors()]
+            raise RecipeError(
+                f"The recipe has {len(faults)} wrong setting{'s' * (len(faults) > 1)}: {'; '.join(faults)}. "
+                "`bitsmith compress --help` lists the settings."
+            ) from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return self.model_dump(mode="json")
+
+    @staticmethod
+    def from_json(stored: dict[str, Any]) -> "Recipe":
+        """Undo `to_json`."""
+        return Recipe.of(**stored)
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: str) -> None:
+    """Raise RecipeChangedError naming the fields in which two recipes differ, if any."""
+    changed = [
+        f"{field} was {before.get(field)!r} and is now {now.get(field)!r}"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    ]
+    if changed:
+        raise RecipeChangedError(
+            f"{where} was made with another recipe: {'; '.join(changed)}. Run the command with the earlier "
+            "settings to go on, choose another output folder, or start this one over with --no-resume."
+        )

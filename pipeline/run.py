@@ -1,0 +1,355 @@
+"""One run of a recipe: each stage's key and settings, what it reads, and what it leaves.
+
+`Registry.step` runs a stage only where nobody has done that work; the methods here say what decides each
+stage's result. They take and give artifacts, so that a flow can call them one by one.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.allocation import Plan, allocate_to_budget, offered_choices
+from pipeline.atomic import write_json
+from pipeline.audit import audit
+from pipeline.base_logits import base_log_probs, cache_key
+from pipeline.budget import Budget, human_bytes
+from pipeline.calibration import TokenWindows, check_vocabulary, token_windows
+from pipeline.checkpoint import Checkpoint
+from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
+from pipeline.decompose import decompose, matrix_file, read_error
+from pipeline.errors import DiskSpaceError
+from pipeline.eval_report import EvalReport
+from pipeline.evaluate import evaluate, sample_text
+from pipeline.home import home
+from pipeline.model import Model, open_model
+from pipeline.output import OutputFolder
+from pipeline.packed import load_packed, packed_model
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.report import ReportFacts, write_report
+from pipeline.stages import StageLog
+from pipeline.statistics import Statistics, collect_statistics
+from pipeline.version import VERSION
+from registry import Artifact, Registry
+
+SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
+SAMPLE_TOKENS = 48
+EVAL_CACHE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked recipe with its model open and its texts tokenized; nothing written yet."""
+
+    recipe: Recipe
+    model: Model
+    registry: Registry
+    device: str
+    resume: bool
+    calibration: TokenWindows | None
+    eval_windows: TokenWindows | None
+    offered: dict[str, list[str]]
+    log: StageLog
+    progress: Progress
+
+    @staticmethod
+    def prepare(
+        recipe: Recipe, registry: Registry, *, device: str, resume: bool, log: StageLog, progress: Progress
+    ) -> "Run":
+        """Open the model, tokenize the texts, and find out now whether anything cannot work later.
+
+        Raises:
+            ModelError, CalibrationError, RecipeError, BudgetError: see pipeline/errors.py.
+        """
+        model = open_model(recipe.model, revision=recipe.revision, progress=progress)
+        check_ranks(model.matrices, recipe.rank)
+        overrides = dict(recipe.overrides)
+        labels = choices_of(recipe.candidates, recipe.rank)
+        offered = offered_choices([matrix.name for matrix in model.matrices], labels, overrides)
+        tokenizer = model.tokenizer() if recipe.sensitivity == "fisher" or recipe.eval_windows else None
+        calibration = eval_windows = None
+        if recipe.sensitivity == "fisher":
+            calibration = token_windows(
+                recipe.dataset,
+                tokenizer,
+                num_windows=recipe.num_samples,
+                seq_len=recipe.seq_len,
+                seed=recipe.seed,
+                revision=recipe.dataset_revision,
+            )
+            check_vocabulary(calibration, model.config.get_text_config().vocab_size)
+            if len(calibration) < recipe.num_samples:
+                progress.say(
+                    f"The calibration text has {len(calibration)} windows of {recipe.seq_len} tokens, fewer than the "
+                    f"{recipe.num_samples} asked for; all of them are used."
+                )
+        if recipe.eval_windows:
+            eval_windows = token_windows(
+                recipe.eval_dataset,
+                tokenizer,
+                num_windows=recipe.eval_windows,
+                seq_len=recipe.eval_seq_len,
+                seed=None,
+                revision=recipe.eval_dataset_revision,
+                split="test",
+                default="evaluation",
+            )
+            check_vocabulary(eval_windows, model.config.get_text_config().vocab_size)
+        run = Run(recipe, model, registry, device, resume, calibration, eval_windows, offered, log, progress)
+        run.smallest_plan()
+        return run
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """recipe.json: the recipe, and what its words stood for on the day."""
+        return self.recipe.to_json() | {
+            "bitsmith": VERSION,
+            "calibration_sha256": self.calibration.sha256 if self.calibration else None,
+            "model_sha256": self.model.digest,
+            "model_commit": self.model.revision,
+        }
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """All choices of the cost table."""
+        return list(dict.fromkeys(label for offered in self.offered.values() for label in offered))
+
+    def smallest_plan(self) -> Plan:
+        """Any plan within the budget, by sizes alone; raises BudgetError if there is none."""
+        sizes = cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
+        return self._allocate(sizes)
+
+    def disk_bytes(self) -> int:
+        """What the run writes at most, in the registry and beside it."""
+        compressed = self.smallest_plan().size_bits // 8
+        around = self.model.size_bytes - sum(self.model.tensors[m.name].size_bytes for m in self.model.matrices)
+        total = 3 * (compressed + around)
+        if self.calibration is not None:
+            widths = {matrix.group: matrix.shape[1] for matrix in self.model.matrices}
+            total += 3 * 4 * (self.model.num_matrix_params + sum(width**2 for width in widths.values()))
+        if self.eval_windows is not None:
+            vocab = self.model.config.get_text_config().vocab_size
+            total += min(EVAL_CACHE_BYTES, 2 * vocab * self.eval_windows.tokens.numel())
+        return total
+
+    def check_disk(self, out: Path) -> None:
+        """Raise DiskSpaceError if the registry's disk or the output's cannot hold what will be written."""
+        needed = self.disk_bytes()
+        for place in (self.registry.root, _existing(out)):
+            free = shutil.disk_usage(place).free
+            if free < needed:
+                raise DiskSpaceError(
+                    f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} free. "
+                    "Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
+                )
+
+    def has_costs(self) -> bool:
+        """Are statistics and cost table in the registry?"""
+        statistics = None
+        if self.calibration is not None:
+            statistics = self.registry.has_step("statistics", (), self._keyed(self._statistics_settings()))
+            if statistics is None:
+                return False
+        costs = self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings()))
+        return costs is not None
+
+    def statistics(self) -> Artifact | None:
+        """Fisher diagonal and second moments; None for an unweighted error."""
+        windows = self.calibration
+        if windows is None:
+            return None
+
+        def build(work: Path) -> dict[str, Any]:
+            collect_statistics(self.model, windows, work, device=self.device, progress=self.progress)
+            return {"source": windows.source, "num_windows": len(windows), "seq_len": windows.tokens.shape[1]}
+
+        return self._step("statistics", (), self._statistics_settings(), build)
+
+    def costs(self, statistics: Artifact | None) -> Artifact:
+        """The cost table."""
+
+        def build(work: Path) -> None:
+            measure_costs(
+                self.model,
+                self._statistics(statistics),
+                self.offered,
+                num_rows=self.recipe.cost_rows,
+                seed=self.recipe.seed,
+                work=work,
+                progress=self.progress,
+            )
+
+        return self._step("costs", _digests(statistics), self._costs_settings(), build)
+
+    def plan(self, costs: Artifact) -> Artifact:
+        """The integer program's answer."""
+
+        def build(work: Path) -> None:
+            (work / "out").mkdir(exist_ok=True)
+            self.allocate(costs).write(work / "out" / "plan.json")
+
+        return self._step("plan", (costs.digest,), self.facts, build)
+
+    def allocate(self, costs: Artifact) -> Plan:
+        """The same, not recorded."""
+        return self._allocate(self._cost_table(costs))
+
+    def matrices(self, plan: Artifact, statistics: Artifact | None) -> Artifact:
+        """Every matrix quantized as planned."""
+        chosen = self.read_plan(plan)
+        labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
+        settings = {"model": self.model.digest, "labels": labels, "device": self.device}
+
+        def build(work: Path) -> None:
+            learnt = self._statistics(statistics)
+            decompose(self.model, chosen, learnt, work, device=self.device, progress=self.progress)
+
+        return self._step("matrices", _digests(statistics), settings, build)
+
+    def checkpoint(self, plan: Artifact, matrices: Artifact) -> Artifact:
+        """The finished folder's files."""
+        folder = Checkpoint(self.model, self.read_plan(plan), self.facts)
+
+        def build(work: Path) -> dict[str, Any]:
+            (work / "out").mkdir(exist_ok=True)
+            folder.write(work / "out", self._matrix_path(matrices), progress=self.progress)
+            return {"bits_per_param": folder.plan.bits_per_param, "model": self.recipe.model}
+
+        return self._step("checkpoint", (plan.digest, matrices.digest), self.facts, build)
+
+    def deliver(self, checkpoint: Artifact, plan: Artifact, matrices: Artifact, output: OutputFolder) -> None:
+        """Put the checkpoint into its place once it has passed its audit in a fresh process."""
+        if output.is_finished():
+            output.check_unchanged(checkpoint)
+            return
+        staged = output.stage(self.registry, checkpoint)
+        for _ in self.progress.track(["audit"], "Audit in a fresh process", total=1):
+            audit(staged, packed_model(self.model, self.read_plan(plan), self._matrix_path(matrices)))
+        output.finish()
+
+    def evaluation(self, checkpoint: Artifact, folder: Path) -> Artifact | None:
+        """Quality beside the original, with a sample of both; None if the recipe asks for none."""
+        windows = self.eval_windows
+        if windows is None:
+            return None
+        settings = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device}
+
+        def build(work: Path) -> None:
+            loader = lambda: self.model.load(device=self.device)  # noqa: E731
+            original = base_log_probs(
+                loader,
+                windows.tokens,
+                cache_dir=home() / "logits",
+                key=cache_key(self.model.digest, windows.tokens, torch.float32),
+                limit_bytes=EVAL_CACHE_BYTES,
+                progress=self.progress,
+            )
+            network = load_packed(folder, self.device)
+            report = evaluate(network, original, windows.tokens, progress=self.progress)
+            original.release()
+            tokenizer = self.model.tokenizer()
+            samples = {}
+            for label, sampled in (("compressed", network), ("original", None)):
+                for _ in self.progress.track([label], f"Sample text, {label}", total=1):
+                    samples[label] = sample_text(sampled or loader(), tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+            (work / "out").mkdir(exist_ok=True)
+            content = {"report": report.to_json(), "prompt": SAMPLE_PROMPT, "samples": samples, "text": windows.source}
+            write_json(work / "out" / "evaluation.json", content)
+
+        return self._step("evaluation", (checkpoint.digest,), settings, build)
+
+    def report(
+        self, costs: Artifact, plan: Artifact, matrices: Artifact, checkpoint: Artifact, evaluation: Artifact | None
+    ) -> Artifact:
+        """The HTML report, its pictures and the figures behind it."""
+
+        def build(work: Path) -> None:
+            (work / "out").mkdir(exist_ok=True)
+            chosen = self.read_plan(plan)
+            facts = ReportFacts(
+                model=self.model,
+                plan=chosen,
+                table=self._cost_table(costs),
+                errors={name: read_error(self._matrix_path(matrices)(name)) for name in chosen.matrices},
+                recipe=self.facts,
+                size_bytes=checkpoint.size_bytes,
+                checkpoint_digest=checkpoint.digest,
+                evaluation=self._evaluation(evaluation),
+            )
+            write_report(facts, work / "out", progress=self.progress)
+
+        return self._step("report", (checkpoint.digest, costs.digest, *_digests(evaluation)), {}, build)
+
+    def read_plan(self, plan: Artifact) -> Plan:
+        """The plan inside its artifact."""
+        return Plan.read(self.registry.path(plan, "plan.json"))
+
+    def read_evaluation(self, evaluation: Artifact | None) -> EvalReport | None:
+        """The figures inside the evaluation's artifact."""
+        content = self._evaluation(evaluation)
+        return EvalReport.from_json(content["report"]) if content else None
+
+    def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
+        settings = self._keyed(settings)
+        if self.resume and (done := self.registry.has_step(kind, parents, settings)):
+            self.log.reused()
+            return done
+        return self.registry.step(kind, parents, settings, build, resume=self.resume, progress=self.progress)
+
+    def _keyed(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """The settings, with the code that they are for."""
+        return settings | {"bitsmith": VERSION}
+
+    def _statistics_settings(self) -> dict[str, Any]:
+        tokens = self.calibration.sha256 if self.calibration else None
+        return {"model": self.model.digest, "tokens": tokens, "device": self.device}
+
+    def _costs_settings(self) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "model": self.model.digest,
+            "offered": self.offered,
+            "num_rows": recipe.cost_rows,
+            "seed": recipe.seed,
+        }
+
+    def _allocate(self, table: CostTable) -> Plan:
+        return allocate_to_budget(
+            table,
+            Budget.parse(self.recipe.budget),
+            self.model.size_bytes,
+            lambda plan: Checkpoint(self.model, plan, self.facts).size_bytes,
+            solver=self.recipe.solver,
+            share_groups=self.recipe.share_groups,
+        )
+
+    def _statistics(self, artifact: Artifact | None) -> Statistics | None:
+        return Statistics.open(lambda name: self.registry.path(artifact, name)) if artifact else None
+
+    def _cost_table(self, costs: Artifact) -> CostTable:
+        return CostTable.read(self.registry.path(costs, "costs.json"))
+
+    def _matrix_path(self, matrices: Artifact) -> Callable[[str], Path]:
+        return lambda module: self.registry.path(matrices, matrix_file(module))
+
+    def _evaluation(self, evaluation: Artifact | None) -> dict[str, Any] | None:
+        if evaluation is None:
+            return None
+        return json.loads(self.registry.path(evaluation, "evaluation.json").read_text())
+
+
+def _digests(*artifacts: Artifact | None) -> tuple[str, ...]:
+    return tuple(artifact.digest for artifact in artifacts if artifact)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+
+

@@ -1,0 +1,191 @@
+"""Calibration: token windows -> LayerStatistics of every matrix.
+
+One forward and one backward pass a window. The weights themselves take no gradient: a hook on each
+layer's output combines the layer's input x [tokens, in] with the output's gradient g [tokens, out] into this
+window's weight gradient G = g^T x, adds its square to the Fisher diagonal, and lets it go; so the memory
+is the model, the statistics, and one G.
+
+    fisher_diag          sum over windows of G * G          (true labels, summed loss)
+    input_second_moment  sum over tokens of x x^T           one a group of matrices with the same input
+
+Kept on disk: layer-NN.safetensors with "<matrix>.fisher_diag" and "<group>.input_second_moment", and
+statistics.json. While collecting, the running sums are saved often enough that a kill loses little and
+seldom enough that saving takes under a twentieth of the time.
+"""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipeline.atomic import replace_file, write_json
+from pipeline.calibration import TokenWindows
+from pipeline.errors import NonFiniteError
+from pipeline.model import Matrix, Model
+from pipeline.progress import SILENT, Progress
+from quantizers import LayerStatistics
+
+SAVE_SHARE = 0.05  # of the time may go into saving the running sums
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Statistics of a whole model, read from disk a matrix at a time."""
+
+    file: Callable[[str], Path]
+    num_sequences: int
+    num_tokens: int
+
+    @staticmethod
+    def open(file: Callable[[str], Path]) -> "Statistics":
+        """The statistics that `collect_statistics` left; `file` tells where each of its files is now."""
+        facts = json.loads(file("statistics.json").read_text())
+        return Statistics(file, facts["num_sequences"], facts["num_tokens"])
+
+    def of(self, matrix: Matrix) -> LayerStatistics:
+        """Statistics of one matrix, oriented as `matrix.shape`."""
+        with safe_open(self.file(_layer_file(matrix.layer)), framework="pt") as stored:
+            return LayerStatistics(
+                fisher_diag=stored.get_tensor(f"{matrix.name}.fisher_diag"),
+                input_second_moment=stored.get_tensor(f"{matrix.group}.input_second_moment"),
+                num_sequences=self.num_sequences,
+                num_tokens=self.num_tokens,
+            )
+
+
+def collect_statistics(
+    model: Model, windows: TokenWindows, work: Path, *, device: str, progress: Progress = SILENT
+) -> None:
+    """Collect over all `windows` and leave the result in `work`/out; goes on from what an earlier call saved.
+
+    Args:
+        work: folder for the running sums and the result, kept by the caller over kills.
+        device: where the model runs; the sums are kept there too.
+    Raises:
+        NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and window.
+    """
+    running = _RunningSums.restore(work, model, device)
+    if running.num_done < len(windows.tokens):
+        network = model.load(device=device, dtype=torch.float32)
+        network.requires_grad_(False)
+        todo = windows.tokens[running.num_done :]
+        with _collecting(network, model, running):
+            for tokens in progress.track(
+                todo, "Fisher information", total=len(windows.tokens), done=running.num_done
+            ):
+                _one_window(network, tokens.to(device), running)
+                running.num_done += 1
+                running.save_if_due()
+        running.save()
+        del network
+    facts = {"num_sequences": len(windows.tokens), "num_tokens": windows.tokens.numel(), "tokens_sha256": windows.sha256}
+    _write(model, running, work / "out", facts)
+
+
+class _RunningSums:
+    def __init__(self, work: Path, sums: dict[str, Tensor], num_done: int) -> None:
+        self.work, self.sums, self.num_done = work, sums, num_done
+        self._save_seconds = 0.0
+        self._saved_at = time.monotonic()
+
+    @staticmethod
+    def restore(work: Path, model: Model, device: str) -> "_RunningSums":
+        """From the newest complete save, else zeros."""
+        saves = sorted(work.glob("sums-*.safetensors"))
+        if saves:
+            sums = {name: tensor.to(device) for name, tensor in load_file(saves[-1]).items()}
+            return _RunningSums(work, sums, int(saves[-1].stem.removeprefix("sums-")))
+        sums = {f"{m.name}.fisher_diag": torch.zeros(m.shape, device=device) for m in model.matrices}
+        for matrix in model.matrices:
+            width = matrix.shape[1]
+            sums.setdefault(f"{matrix.group}.input_second_moment", torch.zeros(width, width, device=device))
+        return _RunningSums(work, sums, 0)
+
+    def save_if_due(self) -> None:
+        if time.monotonic() - self._saved_at > self._save_seconds / SAVE_SHARE:
+            self.save()
+
+    def save(self) -> None:
+        started = time.monotonic()
+        target = self.work / f"sums-{self.num_done:08d}.safetensors"
+        if not target.exists():
+            replace_file(target, lambda path: save_file(self.sums, path))
+            for older in self.work.glob("sums-*.safetensors"):
+                if older != target:
+                    older.unlink()
+        self._saved_at = time.monotonic()
+        self._save_seconds = self._saved_at - started
+
+
+def _one_window(network: nn.Module, tokens: Tensor, running: _RunningSums) -> None:
+    embedded = network.get_input_embeddings()(tokens[None]).requires_grad_(True)
+    logits = network(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
+    loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
+    if not math.isfinite(loss.item()):
+        raise NonFiniteError(
+            f"The loss of calibration window {running.num_done} is {loss.item()}. The model overflows or its weights "
+            "are damaged; check the model with its own text first."
+        )
+    loss.backward()
+
+
+@contextmanager
+def _collecting(network: nn.Module, model: Model, running: _RunningSums) -> Iterator[None]:
+    """Hooks on every matrix's layer while the block runs."""
+    seen_groups: set[str] = set()
+    with ExitStack() as stack:
+        for matrix in model.matrices:
+            moment = None if matrix.group in seen_groups else running.sums[f"{matrix.group}.input_second_moment"]
+            seen_groups.add(matrix.group)
+            hook = _layer_hook(matrix, running.sums[f"{matrix.name}.fisher_diag"], moment, running)
+            handle = network.get_submodule(matrix.module).register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+def _layer_hook(matrix: Matrix, fisher: Tensor, moment: Tensor | None, running: _RunningSums):
+    def check(tensor: Tensor, what: str) -> None:
+        if not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"The {what} of {matrix.module} has a NaN or an infinity in calibration window {running.num_done}. "
+                "Check the model with its own text, or try other calibration text."
+            )
+
+    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach().float().reshape(-1, matrix.shape[1])
+        check(x, "input")
+        if moment is not None:
+            moment.addmm_(x.T, x)
+
+        def on_backward(gradient: Tensor) -> None:
+            g = gradient.float().reshape(-1, matrix.shape[0])
+            check(g, "gradient")
+            G = g.T @ x
+            fisher.addcmul_(G, G)
+
+        output.register_hook(on_backward)
+
+    return on_forward
+
+
+def _write(model: Model, running: _RunningSums, out: Path, facts: dict[str, int | str]) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    for layer in sorted({matrix.layer for matrix in model.matrices}):
+        names = [f"{m.name}.fisher_diag" for m in model.matrices if m.layer == layer]
+        names += sorted({f"{m.group}.input_second_moment" for m in model.matrices if m.layer == layer})
+        save_file({name: running.sums[name].cpu() for name in names}, out / _layer_file(layer))
+    write_json(out / "statistics.json", facts)
+
+
+def _layer_file(layer: int) -> str:
+    return f"layer-{layer:03d}.safetensors"

@@ -1,0 +1,53 @@
+"""Which stored tensor becomes which parameter.
+
+Most checkpoints store a parameter under its own name; some leave out a prefix (GPT-2 without `transformer.`),
+and some are renamed or merged on loading (experts). transformers' own loading rules decide here as well, so
+that what we read is what `from_pretrained` would put there.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class StoredNames:
+    """`parameters`: stored name -> parameter name, where one tensor becomes one parameter unchanged.
+    `merged`: stored name -> the parameter that it is converted into together with others.
+    `produced`: name patterns of the parameters that those conversions yield."""
+
+    parameters: dict[str, str]
+    merged: dict[str, str]
+    produced: tuple[str, ...]
+
+    def produces(self, parameter: str) -> bool:
+        """Whether a conversion that applies to this checkpoint may yield `parameter`."""
+        return any(pattern in parameter for pattern in self.produced)
+
+
+def match_names(model: "PreTrainedModel", stored: Iterable[str]) -> StoredNames:
+    """Match the names in a checkpoint with those of `model` (on any device, meta included)."""
+    known = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    parameters: dict[str, str] = {}
+    merged: dict[str, str] = {}
+    produced: set[str] = set()
+    for name in stored:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = name, None
+        if pattern is not None:
+            merged[name] = renamed
+            converter = next(converter for converter in converters if pattern in converter.source_patterns)
+            produced.update(target.strip("^$.") for target in converter.target_patterns)
+        elif renamed in known:
+            parameters[name] = renamed
+    return StoredNames(parameters, merged, tuple(sorted(produced)))

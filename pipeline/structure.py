@@ -1,0 +1,217 @@
+"""What an architecture is made of, found without a single weight.
+
+The model is built from its config on torch's meta device: shapes, no memory. Every linear layer inside the
+repeated blocks is a site that can be compressed; every other parameter gets the reason why it is not. One
+forward pass on meta tells which layers read the very same tensor, and so form a group (q/k/v, gate/up).
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.errors import ModelError
+from pipeline.quiet import first_line, quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# Siblings that read one tensor in every architecture we know: used only where the forward pass on meta fails.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+NUM_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer inside the blocks; `shape` is (out, in), `transposed` says that [in, out] is stored."""
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    transposed: bool
+    layer: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What `read_structure` finds.
+
+    Attributes:
+        sites: by layer, then in module order.
+        shapes: every parameter and saved buffer that the architecture knows -> its shape as stored.
+        required: the parameters that a checkpoint must bring.
+        reasons: every name in `shapes` that is no site -> why.
+        ties: name -> the name whose tensor it shares.
+    """
+
+    sites: tuple[Site, ...]
+    shapes: dict[str, tuple[int, ...]]
+    required: frozenset[str]
+    reasons: dict[str, str]
+    ties: dict[str, str]
+
+
+def build_skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
+    """The model of `config` on the meta device, in eval mode.
+
+    Raises:
+        ModelError: transformers knows no causal language model for this config.
+    """
+    try:
+        # bfloat16, because some fused kernels have a meta implementation for it alone
+        with quiet_transformers(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation="eager"
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers cannot build a causal language model for model_type "
+            f"{getattr(config, 'model_type', '?')!r}: {first_line(error)} Check config.json, or update "
+            "transformers; code that comes with a model is never run."
+        ) from error
+    return model.eval()
+
+
+def read_structure(model: "PreTrainedModel") -> Structure:
+    """Sites, groups, ties and reasons of a model on the meta device."""
+    ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    layers = _layers_of_blocks(model)
+    linears: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
+    groups = _groups_by_forward(model, linears) or _groups_by_name(linears)
+    group_of = {module: _group_name(members) for members in groups for module in members}
+    shared = set(ties) | set(ties.values())
+    sites = [
+        _site(module, linears[module], layers[module], group_of[module])
+        for module in linears
+        if module in layers and module in group_of and f"{module}.weight" not in shared
+    ]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    site_names = {site.name for site in sites}
+    return Structure(
+        sites=tuple(sorted(sites, key=lambda site: site.layer)),
+        shapes=shapes,
+        required=frozenset(name for name, _ in model.named_parameters() if name not in ties),
+        reasons={
+            name: _reason(model, name, len(shape), ties, layers)
+            for name, shape in shapes.items()
+            if name not in site_names
+        },
+        ties=ties,
+    )
+
+
+def _layers_of_blocks(model: nn.Module) -> dict[str, int]:
+    """Module name -> index of the block it is in, for every module inside an outermost stack of blocks."""
+    stacks: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{stack}.") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and not inside and _is_stack(model, module):
+            stacks.append(name)
+    layers = {}
+    for stack in stacks:
+        for index, block in enumerate(model.get_submodule(stack).children()):
+            layers.update({f"{stack}.{index}.{name}": index for name, _ in block.named_modules() if name})
+    return layers
+
+
+def _is_stack(model: nn.Module, modules: nn.ModuleList) -> bool:
+    num_layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    # hybrid architectures alternate two block classes in one list as long as the model is deep
+    return len(modules) > 0 and (len({type(block) for block in modules}) == 1 or len(modules) == num_layers)
+
+
+def _groups_by_forward(model: nn.Module, linears: dict[str, nn.Module]) -> list[list[str]]:
+    """The called linear layers, together where they read the same tensors; empty if meta cannot run."""
+    inputs: dict[str, list[Any]] = defaultdict(list)  # holds the tensors, so that no id is used twice
+
+    def remember(name: str) -> Any:
+        return lambda module, args, kwargs: inputs[name].append(
+            args[0] if args else next(iter(kwargs.values()))
+        )
+
+    handles = [
+        module.register_forward_pre_hook(remember(name), with_kwargs=True) for name, module in linears.items()
+    ]
+    try:
+        tokens = torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.long, device="meta")
+        with quiet_transformers(), torch.no_grad():
+            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    except Exception:  # whatever an architecture does that meta tensors cannot: the fallback knows less
+        return []
+    finally:
+        for handle in handles:
+            handle.remove()
+    by_input: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name in linears:
+        if name in inputs:
+            by_input[tuple(id(tensor) for tensor in inputs[name])].append(name)
+    return list(by_input.values())
+
+
+def _groups_by_name(linears: dict[str, nn.Module]) -> list[list[str]]:
+    by_key: dict[tuple[str, object], list[str]] = defaultdict(list)
+    for name in linears:
+        parent, _, kind = name.rpartition(".")
+        siblings = next((siblings for siblings in SIBLINGS if kind in siblings), kind)
+        by_key[parent, siblings].append(name)
+    return list(by_key.values())
+
+
+def _group_name(members: list[str]) -> str:
+    """`model.layers.0.self_attn.q_proj+k_proj+v_proj`: the shared path, then what differs."""
+    if len(members) == 1:
+        return members[0]
+    parts = [name.split(".") for name in members]
+    num_shared = 0
+    while all(len(path) > num_shared + 1 and path[num_shared] == parts[0][num_shared] for path in parts):
+        num_shared += 1
+    prefix = ".".join(parts[0][:num_shared])
+    return ".".join(filter(None, [prefix, "+".join(".".join(path[num_shared:]) for path in parts)]))
+
+
+def _site(name: str, module: nn.Module, layer: int, group: str) -> Site:
+    transposed = isinstance(module, Conv1D)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    num_rows, num_columns = weight.shape
+    shape = (num_columns, num_rows) if transposed else (num_rows, num_columns)
+    return Site(f"{name}.weight", name, shape, transposed, layer, group)
+
+
+def _reason(
+    model: "PreTrainedModel", name: str, num_dimensions: int, ties: dict[str, str], layers: dict[str, int]
+) -> str:
+    owner_name, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    is_head = owner is model.get_output_embeddings()
+    if name in ties:
+        return f"{'output head, ' if is_head else ''}tied to {ties[name]}"
+    if is_head:
+        return "output head"
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    if leaf.endswith("bias"):
+        return "bias"
+    if "norm" in type(owner).__name__.lower():
+        return "norm"
+    if name in ties.values():
+        return "shared with another layer"
+    if owner_name not in layers:
+        return "outside the blocks"
+    if isinstance(owner, nn.Linear | Conv1D):
+        return "its layer is never called on text, or its weight is read without calling the layer"
+    if num_dimensions == 3:
+        return "one 3-D tensor for several matrices (experts, convolution): not supported yet"
+    return "not a linear layer"

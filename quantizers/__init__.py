@@ -1,0 +1,31 @@
+"""Tensors in, tensors out: quantizers, the low-rank correction around them, and the packed linear layer.
+
+Importing this package also teaches transformers to load bitsmith checkpoints.
+"""
+
+from quantizers.base import AbstractQuantizer
+from quantizers.format import StorageFormat
+from quantizers.linear import QuantizedLinear
+from quantizers.lloyd_max import LloydMax
+from quantizers.lq import LowRankPlus
+from quantizers.normal_float import NormalFloat
+from quantizers.quantized import LowRank, QuantizedTensor
+from quantizers.registered import QUANTIZERS, quantizer_from_label
+from quantizers.statistics import LayerStatistics, weighted_error
+from quantizers.transformers_plugin import quantization_config
+
+__all__ = [
+    "QUANTIZERS",
+    "AbstractQuantizer",
+    "LayerStatistics",
+    "LloydMax",
+    "LowRank",
+    "LowRankPlus",
+    "NormalFloat",
+    "QuantizedLinear",
+    "QuantizedTensor",
+    "StorageFormat",
+    "quantization_config",
+    "quantizer_from_label",
+    "weighted_error",
+]

@@ -1,0 +1,41 @@
+"""The contract of a quantizer.
+
+A quantizer is a frozen dataclass: its fields are its settings, checked once at construction. It turns a
+weight into a `QuantizedTensor` and says beforehand exactly how many bits will be stored. Law, tested for
+every one of them: `q.size_bits(w.shape) == q.quantize(w).size_bits ==` bytes on disk x 8.
+"""
+
+from abc import ABC, abstractmethod
+
+from jaxtyping import Float
+from torch import Tensor
+
+from quantizers.format import StorageFormat
+from quantizers.quantized import QuantizedTensor
+from quantizers.statistics import LayerStatistics
+
+
+class AbstractQuantizer(ABC):
+    """Tensors in, tensors out; final subclasses are frozen dataclasses."""
+
+    @property
+    @abstractmethod
+    def format(self) -> StorageFormat:
+        """How the result is stored."""
+
+    @abstractmethod
+    def quantize(
+        self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None
+    ) -> QuantizedTensor:
+        """Quantize `weight`, on its device, leaving it as it is.
+
+        Args:
+            weight: finite, any float dtype.
+            statistics: the error is weighted with its Fisher diagonal; unweighted if None.
+        Raises:
+            ValueError: `weight` has a NaN or an infinity.
+        """
+
+    def size_bits(self, shape: tuple[int, int]) -> int:
+        """Every bit that a quantized weight of this shape stores."""
+        return self.format.size_bits(shape)

@@ -1,0 +1,76 @@
+"""A linear layer whose weight stays packed: y = x Q^T + (x L2^T) L1^T + bias.
+
+Q is dequantized for the length of one product, forward and again backward, and never kept (ModuLoRA,
+arXiv:2309.16119); so a model costs its packed size plus one dense matrix, also while training.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from quantizers.format import StorageFormat
+from quantizers.quantized import QuantizedTensor
+
+
+class _PackedMatmul(torch.autograd.Function):
+    """x Q^T, saving the packed weight only; the codes get no gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: "QuantizedLinear") -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.quantized().quantized_part().to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.layer.quantized().quantized_part().to(gradient.dtype), None
+
+
+class QuantizedLinear(nn.Module):
+    """Stands in for `nn.Linear(in_features, out_features)`; its state is what format.py lists, and `bias`.
+
+    Built empty, on whatever device is current, for a loader to fill; `levels` is set by `set_levels`, as
+    the levels are stored once a checkpoint.
+    """
+
+    def __init__(self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.format = form
+        for name, (size, tensor_dtype) in form.tensor_specs(shape).items():
+            self.register_buffer(name, torch.empty(size, dtype=tensor_dtype))
+        self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
+        self.register_buffer("levels", None, persistent=False)
+
+    @staticmethod
+    def from_quantized(quantized: QuantizedTensor, bias: Float[Tensor, " out"] | None) -> "QuantizedLinear":
+        """A filled layer."""
+        dtype = torch.float32 if bias is None else bias.dtype
+        layer = QuantizedLinear(quantized.shape, quantized.format, bias=bias is not None, dtype=dtype)
+        for name, tensor in quantized.tensors().items():
+            setattr(layer, name, tensor)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.set_levels(quantized.levels)
+        return layer
+
+    def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
+        """Give the layer its codebook, on the device of its codes."""
+        self.levels = levels.to(self.weight_packed.device)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a `QuantizedTensor` that shares this layer's memory."""
+        stored = {name: getattr(self, name) for name in self.format.tensor_specs((1, 1))}
+        return QuantizedTensor.from_tensors(self.format, (self.out_features, self.in_features), self.levels, stored)
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """The product in the dtype of `x`."""
+        y = _PackedMatmul.apply(x, self)
+        if self.format.rank:
+            low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
+            y = y + nn.functional.linear(low, self.low_rank_out.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown in the module's repr."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.format.label}"

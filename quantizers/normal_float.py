@@ -1,0 +1,49 @@
+"""NormalFloat: levels at the quantiles of the normal distribution (QLoRA, arXiv:2305.14314).
+
+The published method with absmax scales is `NormalFloat(bits=4, scale="absmax")`; by default the scales
+minimise the weighted squared error, in the same storage.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from quantizers.base import AbstractQuantizer
+from quantizers.block_codebook import ScaleRule, quantize_blocks
+from quantizers.format import StorageFormat
+from quantizers.quantized import QuantizedTensor
+from quantizers.statistics import LayerStatistics
+
+
+@dataclass(frozen=True)
+class NormalFloat(AbstractQuantizer):
+    """Quantiles of the normal distribution, one scale a block.
+
+    Attributes:
+        bits: width of a code.
+        block_size: weights of a row that share a scale.
+        scale_bits: width of a stored scale.
+        super_block: scales that share a second-level step.
+        scale: "search" minimises the weighted squared error; "absmax" fits the largest weight, as published.
+    """
+
+    bits: int
+    block_size: int = 64
+    scale_bits: int = 8
+    super_block: int = 256
+    scale: ScaleRule = "search"
+
+    def __post_init__(self) -> None:
+        _ = self.format  # raises where a setting is out of range
+
+    @property
+    def format(self) -> StorageFormat:
+        """See AbstractQuantizer."""
+        return StorageFormat("nf", self.bits, self.block_size, self.scale_bits, self.super_block)
+
+    def quantize(
+        self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None
+    ) -> QuantizedTensor:
+        """See AbstractQuantizer."""
+        return quantize_blocks(weight, statistics, self.format, self.scale)

@@ -1,0 +1,80 @@
+"""The scale of each block that minimises the weighted squared error, not the one that fits the largest weight.
+
+For a block w with weights f and levels q the error sum f (w - s q[c])^2 is searched over a few multiples
+of the block's largest magnitude; each trial is polished by one least-squares step, s = sum f w q / sum f q^2,
+the exact optimum for its codes. At 2 bits this is worth half of the squared error against absmax scaling.
+"""
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+BINS = 1024  # of the look-up table from a scaled weight to its level
+CHUNK = 2**16  # weights at a time: they stay in the processor's cache
+# Multiples of the largest magnitude that are tried; the optimum for normal weights lies at 0.5 ... 0.7
+# for 2 bits and near 1 for 8.
+MULTIPLES = {2: (0.35, 0.45, 0.55, 0.65, 0.8, 1.0), 3: (0.55, 0.65, 0.75, 0.85, 1.0), 4: (0.7, 0.8, 0.9, 1.0)}
+FINE_MULTIPLES = (0.9, 0.96, 1.0)
+TYPICAL_MULTIPLES = {2: 0.6, 3: 0.8, 4: 0.9, 5: 0.95}
+
+
+def search_scales(
+    blocks: Float32[Tensor, "blocks block_size"],
+    weights: Float32[Tensor, "blocks block_size"] | None,
+    levels: Float32[Tensor, " levels"],
+) -> Float32[Tensor, " blocks"]:
+    """The best non-negative scale of each block; 0 for a block of zeros.
+
+    Args:
+        blocks: padded with zeros where a block is short.
+        weights: non-negative, same shape; all ones if None.
+        levels: ascending in [-1, 1].
+    """
+    table = _table(levels)
+    multiples = MULTIPLES.get(len(levels).bit_length() - 1, FINE_MULTIPLES)
+    rows = max(1, CHUNK // blocks.shape[1])
+    chunks = zip(blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False)
+    return torch.cat([_search(block, weight, table, multiples) for block, weight in chunks])
+
+
+def nearest(values: Tensor, levels: Float32[Tensor, " levels"]) -> Tensor:
+    """Index of the level nearest to each value, as uint8."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
+
+
+def level_of(
+    blocks: Float32[Tensor, "blocks block_size"], scales: Float32[Tensor, " blocks"], levels: Float32[Tensor, " levels"]
+) -> Float32[Tensor, "blocks block_size"]:
+    """The level nearest to each weight over its block's scale, up to half a bin of the look-up table."""
+    return _level(blocks, scales, _table(levels))
+
+
+def _table(levels: Tensor) -> Tensor:
+    return levels[nearest(torch.linspace(-1, 1, BINS, device=levels.device), levels).long()]
+
+
+def _search(block: Tensor, weight: Tensor | None, table: Tensor, multiples: tuple[float, ...]) -> Tensor:
+    largest = block.abs().amax(dim=1)
+    weighted = block if weight is None else block * weight
+    best_gain = torch.full_like(largest, -torch.inf)
+    best_scale = largest.clone()
+    for multiple in multiples:
+        scale = largest * multiple
+        for _ in range(2):  # the trial, then its polished scale
+            level = _level(block, scale, table)
+            dot = (weighted * level).sum(dim=1)
+            norm = (level.square() if weight is None else level.square() * weight).sum(dim=1)
+            # sum f w^2 - error = 2 s dot - s^2 norm
+            gain = scale * (2 * dot - scale * norm)
+            better = gain > best_gain
+            best_gain = torch.where(better, gain, best_gain)
+            best_scale = torch.where(better, scale, best_scale)
+            scale = torch.where(norm > 0, dot / norm.clamp_min(1e-38), scale).clamp_min(0)
+    return best_scale
+
+
+def _level(block: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    half = (BINS - 1) / 2
+    inverse = torch.where(scale > 0, half / scale, 0)[:, None]
+    index = (block * inverse).add_(half + 0.5).clamp_(0, BINS - 1).int()
+    return table.index_select(0, index.view(-1)).view_as(block)

@@ -1,0 +1,58 @@
+"""Files and facts: a content-addressed store, immutable versions, and the Hugging Face Hub as their mirror.
+
+Knows nothing of tensors. Importing it is cheap; the database and the Hub's client load when first used.
+"""
+
+from registry.artifact import Artifact, FileEntry, canonical_json, sha256_of
+from registry.errors import (
+    AmbiguousDigestError,
+    HubAuthError,
+    HubConflictError,
+    HubError,
+    HubNotFoundError,
+    HubUnavailableError,
+    IntegrityError,
+    InvalidDescriptionError,
+    InvalidNameError,
+    NotFoundError,
+    NotPublishedError,
+    RegistryError,
+    SchemaError,
+    TargetExistsError,
+    UnsafePathError,
+)
+from registry.hub import PushResult, pull, push
+from registry.registry import Lineage, Registry, Verification
+from registry.store import Store
+from registry.version import Version, VersionReference
+
+__all__ = [
+    "AmbiguousDigestError",
+    "Artifact",
+    "FileEntry",
+    "HubAuthError",
+    "HubConflictError",
+    "HubError",
+    "HubNotFoundError",
+    "HubUnavailableError",
+    "IntegrityError",
+    "InvalidDescriptionError",
+    "InvalidNameError",
+    "Lineage",
+    "NotFoundError",
+    "NotPublishedError",
+    "PushResult",
+    "Registry",
+    "RegistryError",
+    "SchemaError",
+    "Store",
+    "TargetExistsError",
+    "UnsafePathError",
+    "Verification",
+    "Version",
+    "VersionReference",
+    "canonical_json",
+    "pull",
+    "push",
+    "sha256_of",
+]

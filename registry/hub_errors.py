@@ -1,0 +1,118 @@
+"""What the Hub's client raises, turned into the few errors that a user can act on.
+
+The original is not chained: it carries the request, and the request carries the token.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from registry.errors import (
+    HubAuthError,
+    HubConflictError,
+    HubError,
+    HubNotFoundError,
+    HubUnavailableError,
+    RegistryError,
+)
+from registry.store import disk_error
+
+_TRY_AGAIN = "Nothing is half-done there: check the network, wait a little, run the same command again."
+
+
+@contextmanager
+def hub_errors(repo_id: str, right: str, token: str | None, folder: Path) -> Iterator[None]:
+    """Raise a RegistryError, mostly a HubError, for whatever the client raises inside.
+
+    Args:
+        right: "read" or "write", what the token must allow.
+        token: blotted out should a server send it back in a message.
+        folder: where the client reads and writes, for errors of the disk.
+    """
+    from huggingface_hub import errors as hf
+
+    try:
+        yield
+    except RegistryError:
+        raise
+    except (hf.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _translated(error, repo_id, right, token, folder) from None
+
+
+def _translated(error: Exception, repo_id: str, right: str, token: str | None, folder: Path) -> RegistryError:
+    from huggingface_hub import errors as hf
+
+    for cause in _causes(error):
+        if isinstance(cause, hf.HfHubHTTPError):
+            said = _blotted(cause.server_message or str(cause), token)
+            return _refused(cause, cause.response.status_code, said, repo_id, right)
+    text = _blotted(str(error), token)
+    if isinstance(error, hf.LocalTokenNotFoundError):
+        return HubAuthError(f"No token was found to {right} {repo_id}. {_log_in(repo_id, right)}")
+    if isinstance(error, hf.HFValidationError):
+        return HubError(f"{repo_id!r} is not a repository on the Hub ({text}). Write it as user/name.")
+    if "xet-write-token" in text:
+        return HubUnavailableError(
+            f"The server of {repo_id} does not speak Xet ({text}). Set HF_HUB_DISABLE_XET=1 and run it again."
+        )
+    if isinstance(error, hf.OfflineModeIsEnabled):
+        return HubUnavailableError(
+            f"{repo_id} was not asked: HF_HUB_OFFLINE is set. Unset it to reach the Hub."
+        )
+    if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
+        return disk_error(error, folder)
+    if isinstance(error, hf.HTTPError | OSError):
+        return HubUnavailableError(f"The server of {repo_id} cannot be reached ({text}). {_TRY_AGAIN}")
+    return HubError(
+        f"The Hub's client refused to {right} {repo_id}: {text}. Mend what it names and try again."
+    )
+
+
+def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str) -> HubError:
+    """The error for an answer with an HTTP status that is no success."""
+    from huggingface_hub import errors as hf
+
+    if isinstance(cause, hf.GatedRepoError):
+        return HubAuthError(
+            f"{repo_id} is gated ({said}). Accept its terms on its page. {_log_in(repo_id, right)}"
+        )
+    if isinstance(cause, hf.RepositoryNotFoundError):
+        return HubNotFoundError(
+            f"{repo_id} does not exist, or your token may not see it ({said}). Check the spelling. "
+            f"{_log_in(repo_id, right)}"
+        )
+    if isinstance(cause, hf.RevisionNotFoundError):
+        return HubNotFoundError(f"{repo_id} has no such revision ({said}). Its page lists branches and tags.")
+    if status == 401:
+        return HubAuthError(f"The Hub does not know the token (401: {said}). {_log_in(repo_id, right)}")
+    if status == 403:
+        return HubAuthError(f"The token may not {right} {repo_id} (403: {said}). {_log_in(repo_id, right)}")
+    if status == 404:
+        return HubNotFoundError(f"{repo_id} lacks what was asked for (404: {said}).")
+    if status in (409, 412):
+        return HubConflictError(
+            f"Someone else changed {repo_id} at the same moment ({status}: {said}). Nothing of theirs was "
+            "overwritten. Look at what they did, then run the same command again."
+        )
+    if status in (408, 429) or status >= 500:
+        return HubUnavailableError(f"The Hub did not do it for now ({status}: {said}). {_TRY_AGAIN}")
+    return HubError(
+        f"The Hub refused to {right} {repo_id} ({status}: {said}). Mend what it names and try again."
+    )
+
+
+def _log_in(repo_id: str, right: str) -> str:
+    return f"Log in with `hf auth login`, or set HF_TOKEN to a token with the right to {right} {repo_id}."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _blotted(text: str, token: str | None) -> str:
+    """One line of `text`, without the token."""
+    if token:
+        text = text.replace(token, "***")
+    return " ".join(text.split())[:400]

@@ -1,0 +1,252 @@
+"""Files kept once, by the sha256 of their content, in a local folder.
+
+    <root>/
+        blobs/sha256/ab/abcdef...    one file, read-only (0444), named by its own hash; written once
+        blobs/incoming/<random>      a copy under way; what a killed process leaves here is never read
+
+A file reaches its name only by a rename, after its bytes were hashed and are on the disk (fsync).
+"""
+
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from registry.artifact import Artifact, FileEntry, checked_digest, checked_path
+from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
+
+CHUNK_BYTES = 1 << 20
+_FICLONE = 0x40049409  # ioctl of Linux: let two files share their blocks until one is written (btrfs, xfs)
+
+
+class Store:
+    """The blobs of one registry. Any number of processes may add and read at once.
+
+    Every method raises RegistryError, with the path, where the disk is full or refuses access.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._blobs = Path(root) / "blobs" / "sha256"
+        self._incoming = Path(root) / "blobs" / "incoming"
+        with disk_errors(self._blobs):
+            self._blobs.mkdir(parents=True, exist_ok=True)
+            self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def path(self, sha256: str) -> Path:
+        """Where the blob is. Raises NotFoundError if it is not there."""
+        path = self._place(sha256)
+        if not path.is_file():
+            raise NotFoundError(
+                f"The blob {sha256[:12]}… is missing from {self._blobs}. It was deleted by hand, or the "
+                "registry was restored in part: run the step that made it again, or pull the version again."
+            )
+        return path
+
+    def open(self, sha256: str) -> BinaryIO:
+        """The blob's bytes, for reading."""
+        with disk_errors(path := self.path(sha256)):
+            return path.open("rb")
+
+    def has(self, entry: FileEntry) -> bool:
+        """Is a blob of that name and size there? Its bytes are not read; see `verify`."""
+        with suppress(OSError):
+            return self._place(entry.sha256).stat().st_size == entry.size_bytes
+        return False
+
+    def add(self, path: Path, *, move: bool = False) -> FileEntry:
+        """Take in the file at `path` and return its hash and size.
+
+        A blob that is already there is replaced by the same bytes, which also heals a damaged one.
+
+        Args:
+            move: the file belongs to the registry and nobody else holds it open: it is renamed, not copied.
+        """
+        if move:
+            entry = hash_file(path)
+            self.adopt(path, entry)
+            return entry
+        with disk_errors(path), self._incoming_path() as copy:
+            entry = copy_hashed(path, copy)
+            self._install(copy, entry)
+        return entry
+
+    def adopt(self, path: Path, entry: FileEntry) -> None:
+        """Rename `path`, which was just hashed to `entry`, into the store."""
+        with disk_errors(path):
+            if path.stat().st_nlink > 1 or path.stat().st_dev != self._blobs.stat().st_dev:
+                self._adopt_copy(path, entry)
+            else:
+                fsync(path)
+                self._install(path, entry)
+
+    def verify(self, entry: FileEntry, what: str) -> None:
+        """Read the whole blob and compare it with `entry`.
+
+        Args:
+            what: the file's name for the reader of an error.
+        Raises:
+            NotFoundError: the blob is missing.
+            IntegrityError: its size or its bytes differ.
+        """
+        path = self.path(entry.sha256)
+        with disk_errors(path):
+            num_bytes = path.stat().st_size
+        if num_bytes != entry.size_bytes:
+            raise IntegrityError(what, f"{entry.size_bytes} bytes", f"{num_bytes} bytes", _HOW_TO_HEAL)
+        found = hash_file(path)
+        if found != entry:
+            raise IntegrityError(what, f"sha256 {entry.sha256}", f"sha256 {found.sha256}", _HOW_TO_HEAL)
+
+    def materialize(self, artifact: Artifact, folder: Path) -> None:
+        """Write all files of `artifact` below `folder`, as files of their own that may be edited.
+
+        Blocks are shared with the store where the file system can (reflink), otherwise copied; every byte is
+        checked on its way.
+
+        Raises:
+            TargetExistsError: one of the files exists already. Nothing was written.
+            UnsafePathError: a path leaves `folder`.
+            NotFoundError, IntegrityError: a blob is missing or damaged.
+        """
+        targets = {folder / checked_path(path): (path, entry) for path, entry in artifact.files.items()}
+        for target in targets:
+            if os.path.lexists(target):
+                raise TargetExistsError(
+                    f"{target} exists already, and {artifact.kind} {artifact.digest[:12]} would overwrite "
+                    "it. Name an empty folder, or move the file away."
+                )
+        for target, (path, entry) in targets.items():
+            self._write_out(entry, path, target, folder)
+
+    def _write_out(self, entry: FileEntry, path: str, target: Path, folder: Path) -> None:
+        blob = self.path(entry.sha256)
+        with disk_errors(target), temporary_beside(target, root=folder) as partial:
+            found = copy_hashed(blob, partial)
+            if found != entry:
+                raise IntegrityError(path, f"sha256 {entry.sha256}", f"sha256 {found.sha256}", _HOW_TO_HEAL)
+            os.replace(partial, target)
+
+    def _place(self, sha256: str) -> Path:
+        return self._blobs / checked_digest(sha256)[:2] / sha256
+
+    @contextmanager
+    def _incoming_path(self) -> Iterator[Path]:
+        path = self._incoming / secrets.token_hex(16)
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _adopt_copy(self, path: Path, entry: FileEntry) -> None:
+        with self._incoming_path() as copy:
+            if (found := copy_hashed(path, copy)) != entry:
+                raise IntegrityError(str(path), entry.sha256, found.sha256, "It changed while it was added.")
+            self._install(copy, entry)
+        path.unlink()
+
+    def _install(self, path: Path, entry: FileEntry) -> None:
+        place = self._place(entry.sha256)
+        place.parent.mkdir(exist_ok=True)
+        path.chmod(0o444)
+        os.replace(path, place)
+        fsync(place.parent)
+
+
+_HOW_TO_HEAL = "Run the step that made it again, or pull the version again: the same bytes will replace it."
+
+
+def hash_file(path: Path) -> FileEntry:
+    """sha256 and size of a file."""
+    with disk_errors(path), path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileEntry(digest.hexdigest(), file.tell())
+
+
+def copy_hashed(source: Path, target: Path) -> FileEntry:
+    """Copy `source` to the new file `target`, on the disk when this returns, and hash what was written."""
+    with source.open("rb") as reader, target.open("xb+") as writer:
+        if _reflink(reader, writer):
+            digest = hashlib.file_digest(writer, "sha256")
+        else:
+            digest = hashlib.sha256()
+            while chunk := reader.read(CHUNK_BYTES):
+                digest.update(chunk)
+                writer.write(chunk)
+        writer.flush()
+        os.fsync(writer.fileno())
+        return FileEntry(digest.hexdigest(), writer.tell())
+
+
+def _reflink(reader: BinaryIO, writer: BinaryIO) -> bool:
+    """Try to make `writer` share the blocks of `reader`; False where the system cannot."""
+    try:
+        import fcntl
+
+        fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+    except (ImportError, OSError):
+        return False
+    return True
+
+
+@contextmanager
+def temporary_beside(target: Path, root: Path) -> Iterator[Path]:
+    """A name in `target`'s folder to write to before the rename; folders below `root` are made.
+
+    A folder on the way that is a link is refused, because it may lead out of `root`.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    if not target.parent.resolve().is_relative_to(root.resolve()):
+        raise RegistryError(f"{target.parent} leads out of {root} through a link. Name an empty folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.parent / f".{secrets.token_hex(8)}.partial"
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all, also after a power cut."""
+    with disk_errors(path), temporary_beside(path, root=path.parent) as partial:
+        partial.write_text(text, encoding="utf-8")
+        fsync(partial)
+        os.replace(partial, path)
+        fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until the file, or the names in the folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about `path` into a RegistryError that says what to do."""
+    try:
+        yield
+    except RegistryError:
+        raise
+    except OSError as error:
+        raise disk_error(error, path) from error
+
+
+def disk_error(error: OSError, path: Path) -> RegistryError:
+    """The RegistryError for what the operating system said about `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        advice = (
+            "Access is refused: mend the permissions of the folder, or choose another with BITSMITH_HOME."
+        )
+    else:
+        advice = "Check the disk and the path, then run the command again."
+    place = error.filename or path
+    return RegistryError(f"{place} cannot be read or written ({error.strerror or error}). {advice}")

@@ -1,0 +1,264 @@
+"""Laws of steps: made once, resumed after a kill, never made by two at once, rebuilt if damaged."""
+
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from registry import Artifact, Registry, RegistryError
+from registry.store import Store
+
+PARENTS = ["ab" * 32]
+SETTINGS = {"bits": 3, "rank": 8}
+
+
+class Builder:
+    """Writes three parts into the work folder and counts what it had to do."""
+
+    def __init__(self, fail_after: int = 99) -> None:
+        self.num_calls = 0
+        self.made: list[int] = []
+        self.fail_after = fail_after
+
+    def __call__(self, workdir: Path) -> dict[str, int]:
+        self.num_calls += 1
+        out = workdir / "out"
+        out.mkdir(exist_ok=True)
+        for part in range(3):
+            if (out / f"part{part}").exists():
+                continue
+            if part == self.fail_after:
+                raise ZeroDivisionError("in the middle")
+            (out / f"part{part}").write_bytes(bytes([part]) * 100)
+            self.made.append(part)
+        (workdir / "scratch").write_bytes(b"not part of the result")
+        return {"num_parts": 3}
+
+
+def step(registry: Registry, build, **changes) -> Artifact:
+    return registry.step("matrices", PARENTS, SETTINGS, build, **changes)
+
+
+def test_a_step_is_built_once(registry: Registry):
+    build = Builder()
+    assert registry.has_step("matrices", PARENTS, SETTINGS) is None
+    first = step(registry, build)
+    assert step(registry, build) == first
+    assert Registry(registry.root).has_step("matrices", PARENTS, SETTINGS) == first
+    assert build.num_calls == 1
+    assert sorted(first.files) == ["part0", "part1", "part2"]
+    assert first.parents == tuple(PARENTS)
+    assert dict(first.metadata) == {"settings": SETTINGS, "num_parts": 3}
+    assert list((registry.root / "steps").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "parents", "settings"),
+    [("costs", PARENTS, SETTINGS), ("matrices", [], SETTINGS), ("matrices", PARENTS, SETTINGS | {"rank": 9})],
+)
+def test_another_kind_parent_or_setting_is_another_step(registry: Registry, kind, parents, settings):
+    step(registry, Builder())
+    build = Builder()
+    registry.step(kind, parents, settings, build)
+    assert build.num_calls == 1
+
+
+def test_an_exception_keeps_the_parts_that_are_done(registry: Registry):
+    broken = Builder(fail_after=2)
+    with pytest.raises(ZeroDivisionError):
+        step(registry, broken)
+    assert registry.has_step("matrices", PARENTS, SETTINGS) is None
+    build = Builder()
+    resumed = step(registry, build)
+    assert (broken.made, build.made) == ([0, 1], [2])
+    assert resumed == step(Registry(registry.root.parent / "fresh"), Builder())
+
+
+def test_no_resume_starts_from_nothing(registry: Registry):
+    with pytest.raises(ZeroDivisionError):
+        step(registry, Builder(fail_after=2))
+    build = Builder()
+    step(registry, build, resume=False)
+    assert build.made == [0, 1, 2]
+    again = Builder()
+    step(registry, again, resume=False)
+    assert again.made == [0, 1, 2]
+
+
+@pytest.mark.parametrize("damage", ["delete", "flip"])
+def test_a_damaged_result_is_built_again(registry: Registry, damage: str):
+    first = step(registry, Builder())
+    blob = registry.path(first, "part1")
+    blob.chmod(0o644)
+    if damage == "delete":
+        blob.unlink()
+    else:
+        blob.write_bytes(b"x" * 100)
+    build = Builder()
+    assert step(registry, build) == first
+    assert build.num_calls == 1
+    registry.store.verify(first.files["part1"], "part1")
+
+
+def test_a_step_that_leaves_nothing_is_an_error(registry: Registry):
+    with pytest.raises(RegistryError, match="out"):
+        step(registry, lambda workdir: None)
+
+
+def test_a_kill_while_the_result_is_taken_in_does_not_build_again(registry: Registry, monkeypatch):
+    """Some files are in the store and some still in the work folder: the next run finishes the move."""
+    real = Store.adopt
+    taken: list[Path] = []
+
+    def die_at_the_second(self, path, entry):
+        if taken:
+            raise KeyboardInterrupt
+        taken.append(path)
+        real(self, path, entry)
+
+    monkeypatch.setattr(Store, "adopt", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        step(registry, Builder())
+    monkeypatch.undo()
+    build = Builder()
+    artifact = step(registry, build)
+    assert build.num_calls == 0
+    for path, entry in artifact.files.items():
+        registry.store.verify(entry, path)
+
+
+def test_a_sealed_result_that_was_changed_meanwhile_is_built_again(registry: Registry, monkeypatch):
+    def die(self, path, entry):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "adopt", die)
+    with pytest.raises(KeyboardInterrupt):
+        step(registry, Builder())
+    monkeypatch.undo()
+    (workdir,) = (registry.root / "steps").iterdir()
+    (workdir / "out" / "part0").write_bytes(b"changed")
+    build = Builder()
+    artifact = step(registry, build)
+    assert build.made == [0, 1, 2]
+    assert registry.path(artifact, "part0").read_bytes() == bytes(100)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from registry import Registry
+
+def build(workdir):
+    out = workdir / "out"
+    out.mkdir(exist_ok=True)
+    for part in range(3):
+        if (out / f"part{part}").exists():
+            continue
+        if part == 2 and sys.argv[2] == "hang":
+            print("hanging", flush=True)
+            time.sleep(60)
+        (out / f"part{part}").write_bytes(bytes([part]) * 100)
+        print("made", part, flush=True)
+
+print(Registry(Path(sys.argv[1])).step("matrices", [], {"bits": 3}, build).digest, flush=True)
+"""
+
+
+def test_a_killed_build_is_resumed_by_the_next_process(registry: Registry):
+    command = [sys.executable, "-c", KILLED, str(registry.root)]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen([*command, "hang"], stdout=subprocess.PIPE, text=True, cwd=root) as process:
+        assert process.stdout is not None
+        said = [process.stdout.readline().strip() for _ in range(3)]
+        process.send_signal(signal.SIGKILL)
+    assert said == ["made 0", "made 1", "hanging"]
+    done = subprocess.run([*command, "go"], capture_output=True, text=True, cwd=root, check=True)
+    assert done.stdout.split("\n")[0] == "made 2"
+    assert "made 0" not in done.stdout
+    uninterrupted = subprocess.run(
+        [sys.executable, "-c", KILLED, str(registry.root.parent / "fresh"), "go"],
+        capture_output=True, text=True, cwd=root, check=True,
+    )  # fmt: skip
+    assert done.stdout.split()[-1] == uninterrupted.stdout.split()[-1]
+
+
+class Listener:
+    """A progress display that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.heard = threading.Event()
+
+    def track(self, items, description, total=None):
+        yield from items
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+        self.heard.set()
+
+
+def test_the_second_caller_waits_and_finds_the_result(registry: Registry):
+    started, finish = threading.Event(), threading.Event()
+    results: dict[str, Artifact] = {}
+    listener = Listener()
+    second_build = Builder()
+
+    def slow(workdir: Path) -> dict[str, int]:
+        started.set()
+        assert finish.wait(30)
+        return Builder()(workdir)
+
+    def first_caller() -> None:
+        results["first"] = step(registry, slow)
+
+    def second_caller() -> None:
+        results["second"] = step(Registry(registry.root), second_build, progress=listener)
+
+    first = threading.Thread(target=first_caller)
+    first.start()
+    assert started.wait(30)
+    second = threading.Thread(target=second_caller)
+    second.start()
+    assert listener.heard.wait(30)
+    assert "second" not in results
+    finish.set()
+    first.join(30)
+    second.join(30)
+    assert results["first"] == results["second"]
+    assert second_build.num_calls == 0
+    assert len(listener.said) == 1
+    assert "waiting" in listener.said[0]
+
+
+def test_a_failed_first_caller_lets_the_second_build(registry: Registry):
+    started, finish = threading.Event(), threading.Event()
+    listener = Listener()
+    second_build = Builder()
+
+    def failing(workdir: Path) -> None:
+        started.set()
+        assert finish.wait(30)
+        raise ZeroDivisionError
+
+    def first_caller() -> None:
+        with pytest.raises(ZeroDivisionError):
+            step(registry, failing)
+
+    first = threading.Thread(target=first_caller)
+    first.start()
+    assert started.wait(30)
+    second = threading.Thread(target=lambda: step(registry, second_build, progress=listener))
+    second.start()
+    assert listener.heard.wait(30)
+    finish.set()
+    first.join(30)
+    second.join(30)
+    assert second_build.num_calls == 1
+
+
+def test_settings_must_be_plain(registry: Registry):
+    with pytest.raises(TypeError, match="rank"):
+        registry.step("matrices", [], {"rank": {1, 2}}, Builder())
