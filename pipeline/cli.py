@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,9 @@ from pipeline.errors import PipelineError, RecipeError
 from pipeline.home import home
 from pipeline.progress import SILENT, Progress
 from registry import Registry, RegistryError, Version
+
+if TYPE_CHECKING:
+    from pipeline.compress import Compressed
 
 app = typer.Typer(
     name="bitsmith",
@@ -155,38 +158,52 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress a model to the budget, audit and evaluate the result, and publish it in the registry."""
-    recipe = _recipe(preset, _settings(locals()))
-    output = output.expanduser()
+    compress_and_show(locals(), _compress_here)
+
+
+def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compressed]") -> None:
+    """Check the arguments of `compress`, let `engine` do the work, and show its result.
+
+    Args:
+        arguments: the command's parameters by name.
+        engine: called as engine(recipe, registry, output, name=, device=, resume=, quiet=).
+    Raises:
+        PipelineError, RegistryError: see `run_app`.
+    """
+    recipe = _recipe(arguments["preset"], _settings(arguments))
+    output, quiet = arguments["output"].expanduser(), arguments["quiet"]
     _check_output(output)
-    _check_model(model, revision, quiet)
-    from pipeline.compress import compress as run_compress
-    from pipeline.display import show_result, show_start
+    _check_model(arguments["model"], arguments["revision"], quiet)
+    from pipeline.display import show_result
 
-    started: list[Any] = []
-
-    def on_start(run: Any) -> None:
-        started.append(run)
-        if not quiet:
-            show_start(run, str(output))
-
-    done = run_compress(
+    done = engine(
         recipe,
         _registry(),
         output,
-        name=name,
-        device=_device(device),
-        resume=resume,
-        progress=_progress(quiet),
-        on_start=on_start,
+        name=arguments["name"],
+        device=_device(arguments["device"]),
+        resume=arguments["resume"],
+        quiet=quiet,
     )
-    if as_json:
+    if arguments["as_json"]:
         _print_json(done.to_json())
-    elif not quiet:
+    elif quiet:
+        RESULTS.print(str(done.folder), soft_wrap=True)
+    else:
         if done.was_finished:
             RESULTS.print(f"{output} was finished before; nothing was done anew.", soft_wrap=True)
-        show_result(done, started[0].model.size_bytes)
-    else:
-        RESULTS.print(str(done.folder), soft_wrap=True)
+        show_result(done)
+
+
+def _compress_here(recipe: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any) -> "Compressed":
+    from pipeline.compress import compress
+    from pipeline.display import show_start
+
+    def on_start(run: Any) -> None:
+        if not quiet:
+            show_start(run, str(output))
+
+    return compress(recipe, registry, output, progress=_progress(quiet), on_start=on_start, **options)
 
 
 @app.command()
@@ -328,14 +345,15 @@ def registry_verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = 
 
 def main() -> None:
     """Entry point: known errors end as one paragraph and exit code 1, Ctrl-C as 130."""
-    _run(lambda: app(standalone_mode=False))
+    run_app(app)
 
 
-def _run(command: Callable[[], Any]) -> None:
+def run_app(app: typer.Typer) -> None:
+    """Run a command line with the exit codes above."""
     import click
 
     try:
-        code = command()
+        code = app(standalone_mode=False)
     except click.exceptions.Abort:
         _stop("Interrupted. What is finished is kept: run the same command again to go on.", 130)
     except KeyboardInterrupt:

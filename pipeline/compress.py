@@ -30,6 +30,8 @@ class Compressed:
         evaluation: None if the recipe asks for none.
         stages: seconds and peak memory.
         size_bytes: of the checkpoint's files.
+        original_bytes: of the original's weights.
+        was_finished: the folder was there, and nothing was left to do.
     """
 
     folder: Path
@@ -38,6 +40,7 @@ class Compressed:
     evaluation: EvalReport | None
     stages: tuple[Stage, ...]
     size_bytes: int
+    original_bytes: int
     was_finished: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class Compressed:
             "digest": self.version.digest,
             "bits_per_param": self.plan.bits_per_param,
             "size_bytes": self.size_bytes,
+            "original_bytes": self.original_bytes,
             "predicted_cost": self.plan.predicted_cost,
             "gap": self.plan.gap,
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
@@ -109,5 +113,6 @@ def compress(
         evaluation=run.read_evaluation(evaluation),
         stages=tuple(log.stages),
         size_bytes=checkpoint.size_bytes,
+        original_bytes=run.model.size_bytes,
         was_finished=was_finished,
     )

@@ -125,7 +125,7 @@ def _smallest(run: "Run", any_plan: Any) -> str:
     return f"{bits / any_plan.num_params:.3f} bits per parameter"
 
 
-def show_result(done: "Compressed", original_bytes: int) -> None:
+def show_result(done: "Compressed") -> None:
     """The table after a run."""
     if done.evaluation is not None:
         show_evaluation(done.evaluation)
@@ -136,7 +136,7 @@ def show_result(done: "Compressed", original_bytes: int) -> None:
     RESULTS.print(stages)
     table = _table("", "", title="Result")
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
-    table.add_row("size", f"{human_bytes(original_bytes)} -> {human_bytes(done.size_bytes)}")
+    table.add_row("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}")
     table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
     table.add_row("folder", str(done.folder))
     table.add_row("report", str(done.folder / "report" / "index.html"))

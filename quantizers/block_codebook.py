@@ -3,7 +3,7 @@
 The part that NormalFloat and LloydMax share: they differ in their levels alone.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,12 @@ from quantizers.statistics import LayerStatistics
 ScaleRule = Literal["search", "absmax"]
 
 
+def check_scale_rule(scale: str) -> None:
+    """Raise ValueError unless `scale` is one of ScaleRule."""
+    if scale not in get_args(ScaleRule):
+        raise ValueError(f"scale is {scale!r}; it must be one of {', '.join(get_args(ScaleRule))}")
+
+
 def quantize_blocks(
     weight: Float[Tensor, "out in"], statistics: LayerStatistics | None, form: StorageFormat, scale: ScaleRule
 ) -> QuantizedTensor:
@@ -28,7 +34,7 @@ def quantize_blocks(
     Raises:
         ValueError: `weight` has a NaN or an infinity.
     """
-    weight = weight.float()
+    weight = weight.detach().float()
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has a NaN or an infinity; a quantizer needs finite numbers")
     rows, columns = weight.shape

@@ -4,6 +4,8 @@ Q is dequantized for the length of one product, forward and again backward, and 
 arXiv:2309.16119); so a model costs its packed size plus one dense matrix, also while training.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -70,6 +72,16 @@ class QuantizedLinear(nn.Module):
             low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
             y = y + nn.functional.linear(low, self.low_rank_out.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Move like any module, but keep the stored dtypes under `.to(dtype)`: scales in 16 bits are other scales."""
+        before = {name: tensor for name, tensor in self.named_buffers() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
 
     def extra_repr(self) -> str:
         """Shown in the module's repr."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantizers.base import AbstractQuantizer
-from quantizers.block_codebook import ScaleRule, quantize_blocks
+from quantizers.block_codebook import ScaleRule, check_scale_rule, quantize_blocks
 from quantizers.format import StorageFormat
 from quantizers.quantized import QuantizedTensor
 from quantizers.statistics import LayerStatistics
@@ -35,6 +35,7 @@ class LloydMax(AbstractQuantizer):
 
     def __post_init__(self) -> None:
         _ = self.format  # raises where a setting is out of range
+        check_scale_rule(self.scale)
 
     @property
     def format(self) -> StorageFormat:

@@ -38,6 +38,8 @@ class LowRankPlus(AbstractQuantizer):
             raise ValueError(f"rank is {self.rank}; it must be at least 1 (use the quantizer alone for rank 0)")
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1")
+        if self.quantizer.format.rank:
+            raise ValueError(f"{self.quantizer} has a low-rank part already; give LowRankPlus one without, and the sum of the ranks")
 
     @property
     def format(self) -> StorageFormat:
@@ -52,7 +54,11 @@ class LowRankPlus(AbstractQuantizer):
         Raises:
             ValueError: the rank is above min(out, in), or `weight` is not finite.
         """
-        weight = weight.float()
+        if self.rank > min(weight.shape):
+            raise ValueError(
+                f"rank {self.rank} for a weight of shape {tuple(weight.shape)}; it must be 1 to {min(weight.shape)}"
+            )
+        weight = weight.detach().float()
         quantized = self.quantizer.quantize(weight, statistics)
         nothing = LowRank(
             weight.new_zeros(weight.shape[0], self.rank, dtype=LOW_RANK_DTYPE),
@@ -87,4 +93,4 @@ def fit_low_rank(
         factors = truncated_svd(residual, rank)
     else:
         factors = two_sided_svd(residual, statistics.row_scale, statistics.column_scale, rank)
-    return LowRank(factors.out.to(LOW_RANK_DTYPE), factors.into.to(LOW_RANK_DTYPE))
+    return LowRank(factors.out.to(LOW_RANK_DTYPE).contiguous(), factors.into.to(LOW_RANK_DTYPE).contiguous())

@@ -15,6 +15,7 @@ CHUNK = 2**16  # weights at a time: they stay in the processor's cache
 # for 2 bits and near 1 for 8.
 MULTIPLES = {2: (0.35, 0.45, 0.55, 0.65, 0.8, 1.0), 3: (0.55, 0.65, 0.75, 0.85, 1.0), 4: (0.7, 0.8, 0.9, 1.0)}
 FINE_MULTIPLES = (0.9, 0.96, 1.0)
+SMALLEST_SCALE = 1e-30  # below it a block counts as zeros while searching: 1 / scale would overflow
 TYPICAL_MULTIPLES = {2: 0.6, 3: 0.8, 4: 0.9, 5: 0.95}
 
 
@@ -27,10 +28,12 @@ def search_scales(
 
     Args:
         blocks: padded with zeros where a block is short.
-        weights: non-negative, same shape; all ones if None.
+        weights: non-negative, same shape; all ones if None, and for a block where all are zero.
         levels: ascending in [-1, 1].
     """
     table = _table(levels)
+    if weights is not None:
+        weights = torch.where(weights.amax(dim=1, keepdim=True) > 0, weights, 1.0)
     multiples = MULTIPLES.get(len(levels).bit_length() - 1, FINE_MULTIPLES)
     rows = max(1, CHUNK // blocks.shape[1])
     chunks = zip(blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False)
@@ -75,6 +78,6 @@ def _search(block: Tensor, weight: Tensor | None, table: Tensor, multiples: tupl
 
 def _level(block: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     half = (BINS - 1) / 2
-    inverse = torch.where(scale > 0, half / scale, 0)[:, None]
+    inverse = torch.where(scale > SMALLEST_SCALE, half / scale, 0)[:, None]
     index = (block * inverse).add_(half + 0.5).clamp_(0, BINS - 1).int()
     return table.index_select(0, index.view(-1)).view_as(block)

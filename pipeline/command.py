@@ -1,0 +1,55 @@
+"""The command line that repeats a recipe: the preset nearest to it, and a flag for every other difference."""
+
+import shlex
+from pathlib import PurePath
+from typing import Any
+
+from pipeline.recipe import PRESETS, Recipe
+
+# settings whose flag is not their name
+_REPEATED_FLAGS = {"candidates": "--candidate", "overrides": "--override"}
+_PATHS = ("model", "dataset", "eval_dataset")
+
+
+def compress_command(recipe: dict[str, Any], output: str = "OUT") -> str:
+    """`bitsmith compress ...` for a recipe.json; facts in it that are no settings are left out."""
+    settings = {key: value for key, value in recipe.items() if key in Recipe.model_fields}
+    preset = min(PRESETS, key=lambda name: (len(_changes(settings, name)), name != "default"))
+    words = ["bitsmith", "compress", settings["model"], "--budget", settings["budget"], "-o", output]
+    words += ["--preset", preset] * (preset != "default")
+    for key, value in _changes(settings, preset).items():
+        words += _flag(key, value)
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+def without_local_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with absolute paths cut to their last part: nobody else needs the author's folders."""
+    hidden = {key: _last_part(recipe[key]) for key in _PATHS if recipe.get(key)}
+    return recipe | hidden
+
+
+def _last_part(path: str) -> str:
+    return PurePath(path).name if path.startswith(("/", "~")) else path
+
+
+def _changes(settings: dict[str, Any], preset: str) -> dict[str, Any]:
+    """Settings that differ from the preset's, in the recipe's order; model and budget are always given."""
+    defaults = {key: field.default for key, field in Recipe.model_fields.items()} | PRESETS[preset]
+    return {
+        key: settings[key]
+        for key, default in defaults.items()
+        if key in settings and key not in ("model", "budget") and _plain(settings[key]) != _plain(default)
+    }
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _flag(key: str, value: Any) -> list[str]:
+    flag = _REPEATED_FLAGS.get(key, f"--{key.replace('_', '-')}")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, list | tuple):
+        return [word for entry in value for word in (flag, entry if isinstance(entry, str) else "=".join(entry))]
+    return [flag, str(value)]

@@ -1,0 +1,111 @@
+"""The report: one HTML file that needs nothing else, its pictures for a README, and the figures behind them.
+
+    index.html                                          pictures inside, no script, no request, light and dark
+    heatmap.png  cost_per_layer.png  budget_curve.png   for a light page
+    report.json                                         figures.py
+"""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from pipeline.atomic import replace_file, write_json
+from pipeline.budget import human_bytes
+from pipeline.charts import DARK, LIGHT, PICTURES, error_name, png
+from pipeline.eval_report import EvalReport
+from pipeline.figures import ReportFacts, figures
+from pipeline.progress import SILENT, Progress
+from pipeline.recipe import Recipe
+
+__all__ = ["ReportFacts", "render_page", "write_report"]
+
+
+def write_report(facts: ReportFacts, folder: Path, *, progress: Progress = SILENT) -> None:
+    """Write the files above into `folder`, the same bytes for the same facts.
+
+    Raises:
+        OSError: `folder` cannot be written.
+    """
+    content = figures(facts)
+    pictures: dict[str, dict[str, str]] = {}
+    for name, draw in progress.track(PICTURES.items(), "Report", total=len(PICTURES)):
+        light, dark = png(draw, content, LIGHT), png(draw, content, DARK)
+        replace_file(folder / f"{name}.png", lambda path, data=light: path.write_bytes(data))
+        pictures[name] = {"light": _data_url(light), "dark": _data_url(dark)}
+    page = render_page(content, pictures)
+    replace_file(folder / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_json(folder / "report.json", content)
+
+
+def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) -> str:
+    """index.html for the figures in `content`; every text in them is escaped.
+
+    Args:
+        pictures: name -> {"light": data URL, "dark": data URL}.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("pipeline"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {"bytes": human_bytes, "number": lambda value: f"{value:,}", "digits": _digits}
+    return environment.get_template("report.html.j2").render(
+        f=content,
+        pictures=pictures,
+        error_name=error_name(content),
+        rows=before_after(content),
+        recipe=_recipe_rows(content["recipe"]),
+    )
+
+
+def before_after(content: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, original, compressed), with their errors; what the table on top and the card show."""
+    folder, matrices = content["sizes"]["folder"], content["sizes"]["matrices"]
+    share = folder["compressed"] / folder["original"]
+    before = 8 * matrices["original"] / content["num_matrix_params"]
+    rows = [
+        ("size of the folder", human_bytes(folder["original"]), f"{human_bytes(folder['compressed'])} ({share:.1%})"),
+        ("bits per parameter of the compressed matrices", f"{before:g}", f"{content['bits_per_param']:.4f}"),
+    ]
+    if content["evaluation"]:
+        rows += EvalReport.from_json(content["evaluation"]["report"]).rows()
+    return rows
+
+
+def _digits(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}"
+
+
+def _data_url(data: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _recipe_rows(recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(setting, value, what it means), the recipe's own fields first."""
+    order = [key for key in Recipe.model_fields if key in recipe]
+    order += sorted(recipe.keys() - set(order))
+    facts = {
+        "bitsmith": "version that did the work",
+        "calibration_sha256": "of the calibration tokens",
+        "model_commit": "of the original on the Hub",
+        "model_sha256": "of the original's files",
+    }
+    fields = Recipe.model_fields
+    return [(key, _in_words(recipe[key]), facts.get(key) or _meaning(fields.get(key))) for key in order]
+
+
+def _meaning(field: Any) -> str:
+    return (field.description or "") if field else ""
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(entry if isinstance(entry, str) else "=".join(map(str, entry)) for entry in value) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    return str(value)
