@@ -80,8 +80,8 @@ def draw_heat_map(figures: dict[str, Any], theme: Theme) -> "Figure":
     bits = np.array([[np.nan if cell is None else cell for cell in row] for row in heat_map["bits"]])
     num_types, num_layers = bits.shape
     figure, axes = _figure(1.25 + 0.34 * num_types)
-    colours = LinearSegmentedColormap.from_list("bits", [theme.few_bits, theme.many_bits])
-    colours.set_bad(theme.surface)
+    ramp = LinearSegmentedColormap.from_list("bits", [theme.few_bits, theme.many_bits])
+    colours = ramp.with_extremes(bad=theme.surface)
     low, high = float(np.nanmin(bits)), float(np.nanmax(bits))
     image = axes.imshow(bits, cmap=colours, aspect="auto", vmin=low, vmax=max(high, low + 0.1))
     axes.set_title("Bits per parameter of every matrix, by layer and type")
@@ -112,7 +112,8 @@ def draw_cost_per_layer(figures: dict[str, Any], theme: Theme) -> "Figure":
     figure, axes = _figure(3.3)
     predicted, achieved = [row["predicted"] for row in rows], [row["achieved"] for row in rows]
     bars = axes.bar(layers, predicted, color=theme.accent, width=0.72, label="predicted by the cost table")
-    (dots,) = axes.plot(layers, achieved, "o", color=theme.contrast, markersize=5, label="achieved by the decomposition")
+    (dots,) = axes.plot(layers, achieved, "o", color=theme.contrast, markersize=5)
+    dots.set_label("achieved by the decomposition")
     axes.set_title(f"{error_name(figures)} per layer")
     axes.set_xlabel("layer")
     axes.set_xlim(min(layers) - 0.75, max(layers) + 0.75)
@@ -122,7 +123,7 @@ def draw_cost_per_layer(figures: dict[str, Any], theme: Theme) -> "Figure":
     axes.grid(axis="y")
     axes.spines["left"].set_visible(False)
     axes.margins(y=0.2)
-    axes.legend(handles=[bars, dots], loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.3)
+    axes.legend(handles=[bars, dots], ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.3)
     return figure
 
 
@@ -131,11 +132,10 @@ def draw_budget_curve(figures: dict[str, Any], theme: Theme) -> "Figure":
     curve = figures["curve"]
     figure, axes = _figure(4.2)
     best = [point for point in curve["uniform"] if point["best"]]
-    line = {"markersize": 4, "linewidth": 1.8}
-    x, y = _coordinates(best)  # no size between two uniform choices can be had: steps, not slopes
-    axes.step(x, y, "s-", where="post", color=theme.muted, label="best single choice for all matrices", **line)
+    x, y = _coordinates(best)  # nothing lies between two uniform choices: steps, not slopes
+    axes.step(x, y, "s-", where="post", color=theme.muted, markersize=4, label="best single choice for all")
     x, y = _coordinates(curve["mixed"])
-    axes.plot(x, y, "-", color=theme.accent, label="chosen by the integer program", **line)
+    axes.plot(x, y, "-", color=theme.accent, linewidth=2, label="chosen by the integer program")
     x, y = _coordinates([curve["plan"]])
     axes.plot(x, y, "*", color=theme.contrast, markersize=15, linestyle="none", label="this plan", zorder=3)
     axes.set_title(f"{error_name(figures)} at every budget")

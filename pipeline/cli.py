@@ -5,8 +5,8 @@ after the arguments and the model folder have been checked, so that help and err
 """
 
 import json
+import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,8 +57,10 @@ Override = Annotated[
 ShareGroups = Annotated[
     bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")
 ]
+CostRows = Annotated[int | None, typer.Option(help="rows of a matrix that the cost table samples")]
 Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
 EvalDataset = Annotated[str | None, typer.Option(help="evaluation text, like --dataset")]
+EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
 EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]
 EvalSeqLen = Annotated[int | None, typer.Option(help="tokens of an evaluation window")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
@@ -108,6 +110,7 @@ def plan(
     candidate: Candidate = None,
     override: Override = None,
     share_groups: ShareGroups = None,
+    cost_rows: CostRows = None,
     solver: Solver = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -148,8 +151,10 @@ def compress(
     candidate: Candidate = None,
     override: Override = None,
     share_groups: ShareGroups = None,
+    cost_rows: CostRows = None,
     solver: Solver = None,
     eval_dataset: EvalDataset = None,
+    eval_dataset_revision: EvalDatasetRevision = None,
     eval_windows: EvalWindows = None,
     eval_seq_len: EvalSeqLen = None,
     resume: Annotated[bool, typer.Option(help="go on from an unfinished run; --no-resume starts over")] = True,
@@ -343,34 +348,31 @@ def registry_verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = 
         RESULTS.print(f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound", soft_wrap=True)
 
 
+class Stopped(BaseException):
+    """A signal asked the program to stop; not a KeyboardInterrupt, which typer would answer in its own way."""
+
+
 def main() -> None:
-    """Entry point: known errors end as one paragraph and exit code 1, Ctrl-C as 130."""
-    run_app(app)
-
-
-def run_app(app: typer.Typer) -> None:
-    """Run a command line with the exit codes above."""
-    import click
-
+    """Entry point: a known error ends as one paragraph and exit code 1, Ctrl-C as 130, SIGTERM as 143."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop_on_signal)
     try:
-        code = app(standalone_mode=False)
-    except click.exceptions.Abort:
-        _stop("Interrupted. What is finished is kept: run the same command again to go on.", 130)
-    except KeyboardInterrupt:
-        _stop("Interrupted. What is finished is kept: run the same command again to go on.", 130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()
+    except Stopped as stopped:
+        _end("Stopped. What is finished is kept: run the same command again to go on.", 128 + stopped.args[0])
     except (PipelineError, RegistryError) as error:
-        _stop(f"Error: {error}", 1)
+        _end(f"Error: {error}", 1)
     except OSError as error:
-        _stop(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
+        _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
     except MemoryError:
-        _stop("Error: out of memory. Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine.", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+        _end("Error: out of memory. Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine.", 1)
 
 
-def _stop(message: str, code: int) -> None:
+def _stop_on_signal(number: int, frame: object) -> None:
+    raise Stopped(number)
+
+
+def _end(message: str, code: int) -> None:
     ERRORS.print(message, soft_wrap=True, highlight=False, markup=False, style="red" if code == 1 else None)
     sys.exit(code)
 
@@ -379,7 +381,8 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The recipe's fields among a command's arguments."""
     fields = {
         *("model", "budget", "revision", "rank", "dataset", "dataset_revision", "num_samples", "seq_len", "seed"),
-        *("sensitivity", "share_groups", "solver", "eval_dataset", "eval_windows", "eval_seq_len"),
+        *("sensitivity", "share_groups", "cost_rows", "solver"),
+        *("eval_dataset", "eval_dataset_revision", "eval_windows", "eval_seq_len"),
     }
     settings = {key: value for key, value in arguments.items() if key in fields}
     settings["candidates"] = tuple(arguments["candidate"]) if arguments["candidate"] else None

@@ -22,6 +22,21 @@ def compress_command(recipe: dict[str, Any], output: str = "OUT") -> str:
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
+def evaluate_command(recipe: dict[str, Any], folder: str = "OUT") -> str:
+    """`bitsmith evaluate ...` that measures what the run of a recipe.json measured."""
+    words = ["bitsmith", "evaluate", folder, "--base", recipe["model"]]
+    commit = recipe.get("model_commit") or recipe.get("revision")
+    flags = {
+        "--base-revision": commit,
+        "--dataset": recipe.get("eval_dataset"),
+        "--dataset-revision": recipe.get("eval_dataset_revision"),
+        "--num-windows": recipe["eval_windows"],
+        "--seq-len": recipe["eval_seq_len"],
+    }
+    words += [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
 def without_local_folders(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe with absolute paths cut to their last part: nobody else needs the author's folders."""
     hidden = {key: _last_part(recipe[key]) for key in _PATHS if recipe.get(key)}
@@ -51,5 +66,6 @@ def _flag(key: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, list | tuple):
-        return [word for entry in value for word in (flag, entry if isinstance(entry, str) else "=".join(entry))]
+        entries = (entry if isinstance(entry, str) else "=".join(entry) for entry in value)
+        return [word for entry in entries for word in (flag, entry)]
     return [flag, str(value)]

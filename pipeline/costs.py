@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline.atomic import write_json
 from pipeline.errors import NonFiniteError, RecipeError
 from pipeline.model import Matrix, Model
+from pipeline.parallel import map_in_order
 from pipeline.progress import SILENT, Progress
 from pipeline.statistics import Statistics
 from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, quantizer_from_label
@@ -124,14 +125,18 @@ def measure_costs(
         NonFiniteError: a weight is not finite, or a cost came out so.
     """
     (work / "matrices").mkdir(exist_ok=True)
-    costs: dict[str, dict[str, float]] = {}
-    for matrix in progress.track(model.matrices, "Cost table", total=len(model.matrices)):
+
+    def measure(matrix: Matrix) -> dict[str, float]:
         part = work / "matrices" / f"{matrix.name}.json"
         if not part.exists():
             learnt = statistics.of(matrix) if statistics else None
-            row = measure_matrix(model.weight(matrix), learnt, choices[matrix.name], num_rows=num_rows, seed=seed)
+            offered = {label: quantizer_from_label(label) for label in choices[matrix.name]}
+            row = measure_matrix(model.weight(matrix), learnt, offered, num_rows=num_rows, seed=seed)
             write_json(part, row)
-        costs[matrix.name] = json.loads(part.read_text())
+        return json.loads(part.read_text())
+
+    measured = progress.track(map_in_order(measure, model.matrices), "Cost table", total=len(model.matrices))
+    costs = dict(zip((matrix.name for matrix in model.matrices), measured, strict=True))
     table = cost_table(model.matrices, choices, lambda name, label: costs[name][label])
     if np.isnan(table.cost).any():
         bad = table.matrices[int(np.argwhere(np.isnan(table.cost))[0][0])]
@@ -150,17 +155,21 @@ def cost_table(
 
 
 def measure_matrix(
-    weight: Tensor, statistics: LayerStatistics | None, labels: list[str], *, num_rows: int, seed: int
+    weight: Tensor,
+    statistics: LayerStatistics | None,
+    choices: dict[str, AbstractQuantizer],
+    *,
+    num_rows: int,
+    seed: int,
 ) -> dict[str, float]:
-    """Label -> estimated weighted error of one matrix [out, in]."""
+    """Estimated weighted error of one matrix [out, in] under each choice, by its key."""
     fisher = statistics.fisher_diag if statistics else torch.ones_like(weight)
     rows, times = _sample_rows((fisher.sum(dim=1) * weight.square().mean(dim=1)), num_rows, seed)
     weight_rows, fisher_rows = weight[rows], fisher[rows]
     row_statistics = LayerStatistics(fisher_rows, None, 0, 0)
     remainders: dict[tuple[str, int], Tensor] = {}
     costs = {}
-    for label in labels:
-        quantizer = quantizer_from_label(label)
+    for label, quantizer in choices.items():
         remainder = weight_rows
         if quantizer.format.rank:
             key = (quantizer.format.codebook_name, quantizer.format.rank)

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
 from pipeline.errors import NonFiniteError
-from pipeline.model import Model
+from pipeline.model import Matrix, Model
+from pipeline.parallel import map_in_order
 from pipeline.progress import SILENT, Progress
 from pipeline.statistics import Statistics
 from quantizers import QuantizedTensor, quantizer_from_label, weighted_error
@@ -26,10 +27,11 @@ def decompose(
     """
     out = work / "out"
     out.mkdir(exist_ok=True)
-    for matrix in progress.track(model.matrices, "Decompose", total=len(model.matrices)):
+
+    def quantize(matrix: Matrix) -> None:
         target = out / matrix_file(matrix.module)
         if target.exists():
-            continue
+            return
         weight = model.weight(matrix).to(device)
         learnt = statistics.of(matrix).to(device) if statistics else None
         quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
@@ -37,7 +39,10 @@ def decompose(
         if not error < float("inf"):
             raise NonFiniteError(f"The error of {matrix.name} after quantization is {error}. Its weights are damaged.")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
-        replace_file(target, lambda path, t=tensors, e=error: save_file(t, path, metadata={"error": repr(e)}))
+        replace_file(target, lambda path: save_file(tensors, path, metadata={"error": repr(error)}))
+
+    for _ in progress.track(map_in_order(quantize, model.matrices), "Decompose", total=len(model.matrices)):
+        pass
 
 
 def matrix_file(module: str) -> str:

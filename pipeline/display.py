@@ -3,6 +3,7 @@
 Everything goes to standard error but results, so that `--json` can be piped.
 """
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -31,13 +32,36 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ERRORS = Console(stderr=True)
 RESULTS = Console()
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Bars:
-    """Progress bars on standard error; one at a time, kept when done."""
+    """Progress on standard error: bars in a terminal, kept when done; elsewhere a line every few seconds."""
 
     def track(self, items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
         """See pipeline/progress.py."""
+        return (self._bar if ERRORS.is_terminal else self._lines)(items, description, total, done)
+
+    def say(self, message: str) -> None:
+        """See pipeline/progress.py."""
+        ERRORS.print(message, style="dim", soft_wrap=True)
+
+    def _lines(self, items: Iterable[T], description: str, total: int | None, done: int) -> Iterator[T]:
+        started = shown = time.monotonic()
+        before = done
+        for item in items:
+            yield item
+            done += 1
+            now = time.monotonic()
+            if now - shown >= SECONDS_BETWEEN_LINES and done != total:
+                rate = (now - started) / (done - before)
+                left = f", about {rate * (total - done):.0f} s left" if total else ""
+                ERRORS.print(f"{description}: {done} of {total or '?'}{left}", soft_wrap=True, highlight=False)
+                shown = now
+        seconds = time.monotonic() - started
+        ERRORS.print(f"{description}: done, {done} in {seconds:.1f} s", soft_wrap=True, highlight=False)
+
+    def _bar(self, items: Iterable[T], description: str, total: int | None, done: int) -> Iterator[T]:
         columns = (
             TextColumn("{task.description:<28}"),
             BarColumn(),
@@ -52,15 +76,12 @@ class Bars:
                 yield item
                 bars.advance(task)
 
-    def say(self, message: str) -> None:
-        """See pipeline/progress.py."""
-        ERRORS.print(message, style="dim")
-
 
 def _table(*headers: str, title: str) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    """With headers: names at the left, figures at the right. Without: a list of facts."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_header=bool(headers))
     for position, header in enumerate(headers):
-        table.add_column(header, justify="left" if position == 0 else "right")
+        table.add_column(header, justify="left" if position == 0 else "right", overflow="fold")
     return table
 
 
@@ -96,7 +117,7 @@ def show_start(run: "Run", out: str) -> None:
     """What a run is about to do, before it does it."""
     recipe, model = run.recipe, run.model
     smallest = run.smallest_plan()
-    table = _table("", "", title="Plan of the run")
+    table = _table(title="Plan of the run")
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
     table.add_row("original", human_bytes(model.size_bytes))
     table.add_row("budget", f"{recipe.budget} (smallest plan: {_smallest(run, smallest)})")
@@ -134,7 +155,7 @@ def show_result(done: "Compressed") -> None:
         note = "already done" if stage.reused else ""
         stages.add_row(stage.name, f"{stage.seconds:.1f}", human_bytes(stage.peak_memory_bytes), note)
     RESULTS.print(stages)
-    table = _table("", "", title="Result")
+    table = _table(title="Result")
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
     table.add_row("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}")
     table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
@@ -195,7 +216,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
 def show_version(store: "Registry", version: "Version") -> None:
     """The answer of `registry show`."""
     artifact = store.get(version.digest)
-    facts = _table("", "", title=str(version))
+    facts = _table(title=str(version))
     facts.add_row("digest", version.digest)
     facts.add_row("made", version.created_at)
     for key, value in sorted(artifact.metadata.get("settings", {}).items()):

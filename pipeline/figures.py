@@ -20,8 +20,9 @@ from solvers import AllocationProblem, pareto
 
 FORMAT_VERSION = 1
 NUM_CURVE_BUDGETS = 15
-CURVE_GAP = 1e-3  # nobody sees less in a picture
+CURVE_GAP = 1e-4  # relative; nobody sees less in a picture
 SIGNIFICANT_DIGITS = 9
+CODEBOOK_NAMES = {"nf": "NormalFloat", "lloyd": "Lloyd-Max"}
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
     """report.json: everything that the page, the pictures and the card show."""
     model, plan, recipe = facts.model, facts.plan, facts.recipe
     origin = read_origin(model.spec, model.revision, model.path)
+    architectures = getattr(model.config, "architectures", None) or [type(model.config).__name__]
     return _rounded(
         {
             "format_version": FORMAT_VERSION,
             "name": model_name(model.spec, origin.base_model),
             "origin": asdict(origin),
-            "architecture": (getattr(model.config, "architectures", None) or [type(model.config).__name__])[0],
+            "architecture": architectures[0],
             "num_params": model.num_params,
             "num_matrix_params": plan.num_params,
             "num_matrices": len(plan.matrices),
@@ -122,7 +124,7 @@ def matrix_types(matrices: tuple[Matrix, ...]) -> dict[str, str]:
 
 
 def heat_map(matrices: tuple[Matrix, ...], plan: Plan) -> HeatMap:
-    """Bits per parameter by layer and type; several matrices of one type in a layer (experts) are averaged."""
+    """Bits per parameter by layer and type; experts of a layer are averaged."""
     types = matrix_types(matrices)
     sums: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
     for matrix in matrices:
@@ -165,7 +167,7 @@ def meaning(label: str) -> str:
     from quantizers import quantizer_from_label
 
     form = quantizer_from_label(label).format
-    levels = {"nf": "NormalFloat levels", "lloyd": "Lloyd-Max levels"}.get(form.codebook, f"{form.codebook} levels")
+    levels = f"{CODEBOOK_NAMES.get(form.codebook, form.codebook)} levels"
     words = [f"{form.bits} bits", levels, f"groups of {form.block_size}", f"{form.scale_bits}-bit scales"]
     return ", ".join(words + [f"low-rank part of rank {form.rank}"] * bool(form.rank))
 
@@ -206,7 +208,7 @@ def budget_curve(table: CostTable, plan: Plan, recipe: dict[str, Any]) -> dict[s
 
 
 def skipped(model: Model) -> list[dict[str, Any]]:
-    """What stays as it is, by reason, the largest first; names that differ in numbers only are one pattern."""
+    """What stays as it is, by reason, the largest first; numbers in names become `*`."""
     by_reason = defaultdict(list)
     for entry in model.skipped:
         by_reason[entry.reason].append(entry)
@@ -240,16 +242,17 @@ def _merged(table: CostTable, share_groups: bool) -> tuple[np.ndarray, np.ndarra
 
 
 def _spread(smallest: int, largest: int, also: list[int]) -> list[int]:
-    """Budgets from the smallest to the largest, denser below, where a bit matters more, and those in `also`."""
+    """Budgets from the smallest to the largest, denser below where a bit matters more, and `also`."""
     budgets = np.geomspace(smallest, largest, NUM_CURVE_BUDGETS).round().astype(np.int64)
     budgets[0], budgets[-1] = smallest, largest
-    return sorted({int(budget) for budget in budgets} | {size for size in also if smallest <= size <= largest})
+    within = {size for size in also if smallest <= size <= largest}
+    return sorted({int(budget) for budget in budgets} | within)
 
 
 def _uniform(labels: tuple[str, ...], cost: np.ndarray, size_bits: np.ndarray) -> list[dict[str, Any]]:
     offered = np.isfinite(cost)
     fixed = offered.sum(axis=1) == 1
-    points = []
+    points: list[dict[str, Any]] = []
     for column, label in enumerate(labels):
         if fixed.all() or not offered[~fixed, column].all():
             continue

@@ -12,19 +12,21 @@ from typing import Any
 
 from pipeline.sources import DEMO, DEMO_HUB_ID
 
-# identifiers that a card may use (huggingface.co/docs/hub/repositories-licenses); any other licence is "other"
-HUB_LICENSES = frozenset(
-    """
-    afl-3.0 agpl-3.0 apache-2.0 artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0 bigscience-openrail-m
-    bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
-    cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
-    cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
-    cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1
-    gemma gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3
-    lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql
-    unknown unlicense wtfpl zlib
-    """.split()
-)
+# what a card may call a licence (huggingface.co/docs/hub/repositories-licenses); all others are "other"
+# fmt: off
+HUB_LICENSES = frozenset((
+    "afl-3.0", "agpl-3.0", "apache-2.0", "artistic-2.0", "bigcode-openrail-m", "bigscience-bloom-rail-1.0",
+    "bigscience-openrail-m", "bsd", "bsd-2-clause", "bsd-3-clause", "bsd-3-clause-clear", "bsl-1.0",
+    "c-uda", "cc", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0",
+    "cc-by-nc-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0",
+    "cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc0-1.0", "cdla-permissive-1.0",
+    "cdla-permissive-2.0", "cdla-sharing-1.0", "creativeml-openrail-m", "deepfloyd-if-license", "ecl-2.0",
+    "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1", "gemma", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "isc",
+    "lgpl", "lgpl-2.1", "lgpl-3.0", "lgpl-lr", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
+    "lppl-1.3c", "mit", "mpl-2.0", "ms-pl", "ncsa", "odbl", "odc-by", "ofl-1.1", "openrail", "openrail++",
+    "osl-3.0", "other", "pddl", "postgresql", "unknown", "unlicense", "wtfpl", "zlib",
+))
+# fmt: on
 _LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 _LICENSE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|multilingual")
@@ -90,11 +92,11 @@ def _license(stated: Any, license_file: Path | None) -> tuple[str | None, str | 
         return (identifier, None) if identifier in HUB_LICENSES else ("other", _slug(identifier))
     if license_file is None:
         return None, None
-    start = license_file.read_text(encoding="utf-8", errors="replace")[:500].lower()
-    for title, identifier in _LICENSE_TITLES.items():
-        if title in start:
-            return identifier, None
-    return "other", "see-license-file"
+    text = license_file.read_text(encoding="utf-8", errors="replace").strip()
+    title = text.partition("\n")[0].strip().lower().removeprefix("the ")
+    known = (identifier for start, identifier in _LICENSE_TITLES.items() if title.startswith(start))
+    identifier = next(known, "other")
+    return identifier, "see-license-file" if identifier == "other" else None
 
 
 def _link(stated: Any, license_file: Path | None) -> str | None:

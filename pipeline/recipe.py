@@ -11,7 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.budget import Budget
 from pipeline.errors import RecipeChangedError, RecipeError
 
-LLOYD_LADDER = tuple(f"lloyd{bits}-g{group}-s{scale}" for bits in (2, 3, 4, 5) for group in (32, 64, 128) for scale in (4, 6))
+# What the program chooses from. Blocks of 128 and 8-bit scales are hardly ever taken (LOG.md), so they are not there.
+CANDIDATES = (
+    *(f"lloyd{bits}-g{group}-s{scale}" for bits in (2, 3, 4, 5) for group in (16, 32, 64) for scale in (4, 6)),
+    *("lloyd6-g64-s6", "nf8-g64-s8"),
+)
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Minutes on two cores, for a first look.
@@ -35,7 +39,7 @@ class Recipe(BaseModel):
     seq_len: int = Field(512, ge=2, description="tokens of a window")
     seed: int = Field(0, ge=0, description="of every random draw")
     sensitivity: Literal["fisher", "none"] = Field("fisher", description="weight of the error; `none` needs no text")
-    candidates: tuple[str, ...] = Field(LLOYD_LADDER + ("nf8-g64-s8",), min_length=1, description="quantizers on offer")
+    candidates: tuple[str, ...] = Field(CANDIDATES, min_length=1, description="quantizers on offer")
     overrides: tuple[tuple[str, str], ...] = Field((), description="(regular expression, quantizer) pairs")
     share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")

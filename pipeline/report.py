@@ -1,8 +1,8 @@
 """The report: one HTML file that needs nothing else, its pictures for a README, and the figures behind them.
 
-    index.html                                          pictures inside, no script, no request, light and dark
-    heatmap.png  cost_per_layer.png  budget_curve.png   for a light page
-    report.json                                         figures.py
+index.html                                          pictures inside, no script, no request, light and dark
+heatmap.png  cost_per_layer.png  budget_curve.png   for a light page
+report.json                                         figures.py
 """
 
 import base64
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.atomic import replace_file, write_json
+from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.charts import DARK, LIGHT, PICTURES, error_name, png
-from pipeline.eval_report import EvalReport
 from pipeline.figures import ReportFacts, figures
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
@@ -30,10 +30,10 @@ def write_report(facts: ReportFacts, folder: Path, *, progress: Progress = SILEN
     pictures: dict[str, dict[str, str]] = {}
     for name, draw in progress.track(PICTURES.items(), "Report", total=len(PICTURES)):
         light, dark = png(draw, content, LIGHT), png(draw, content, DARK)
-        replace_file(folder / f"{name}.png", lambda path, data=light: path.write_bytes(data))
+        _write(folder / f"{name}.png", light)
         pictures[name] = {"light": _data_url(light), "dark": _data_url(dark)}
     page = render_page(content, pictures)
-    replace_file(folder / "index.html", lambda path: path.write_text(page, encoding="utf-8"))
+    _write(folder / "index.html", page.encode())
     write_json(folder / "report.json", content)
 
 
@@ -53,7 +53,7 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"bytes": human_bytes, "number": lambda value: f"{value:,}", "digits": _digits}
+    environment.filters |= {"bytes": human_bytes, "number": "{:,}".format, "digits": _digits}
     return environment.get_template("report.html.j2").render(
         f=content,
         pictures=pictures,
@@ -63,22 +63,12 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
     )
 
 
-def before_after(content: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(label, original, compressed), with their errors; what the table on top and the card show."""
-    folder, matrices = content["sizes"]["folder"], content["sizes"]["matrices"]
-    share = folder["compressed"] / folder["original"]
-    before = 8 * matrices["original"] / content["num_matrix_params"]
-    rows = [
-        ("size of the folder", human_bytes(folder["original"]), f"{human_bytes(folder['compressed'])} ({share:.1%})"),
-        ("bits per parameter of the compressed matrices", f"{before:g}", f"{content['bits_per_param']:.4f}"),
-    ]
-    if content["evaluation"]:
-        rows += EvalReport.from_json(content["evaluation"]["report"]).rows()
-    return rows
-
-
 def _digits(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}g}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    replace_file(path, lambda temporary: temporary.write_bytes(data))
 
 
 def _data_url(data: bytes) -> str:
@@ -105,7 +95,8 @@ def _meaning(field: Any) -> str:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return ", ".join(entry if isinstance(entry, str) else "=".join(map(str, entry)) for entry in value) or "none"
+        words = (entry if isinstance(entry, str) else "=".join(map(str, entry)) for entry in value)
+        return ", ".join(words) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     return str(value)

@@ -110,6 +110,7 @@ class Run:
         """recipe.json: the recipe, and what its words stood for on the day."""
         return self.recipe.to_json() | {
             "bitsmith": VERSION,
+            "calibration_commit": self.calibration.revision if self.calibration else None,
             "calibration_sha256": self.calibration.sha256 if self.calibration else None,
             "model_sha256": self.model.digest,
             "model_commit": self.model.revision,

@@ -127,7 +127,7 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Source:
         return _from_hub_cache(repo_id, revision, error)
     _refuse_unsafe_repo(repo_id, [file.rfilename for file in info.siblings or ()])
     progress.say(f"Downloading {repo_id} at {info.sha} unless it is in the cache")
-    patterns = ["config.json", *WEIGHT_FILES, *EXTRA_FILES]
+    patterns = ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES]
     try:
         path = snapshot_download(
             repo_id, revision=info.sha, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_SECONDS
@@ -143,7 +143,7 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Source:
 def _from_hub_cache(repo_id: str, revision: str | None, cause: Exception) -> Source:
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", *WEIGHT_FILES, *EXTRA_FILES]
+    patterns = ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES]
     try:
         path = Path(
             snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns)

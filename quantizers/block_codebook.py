@@ -34,7 +34,7 @@ def quantize_blocks(
     Raises:
         ValueError: `weight` has a NaN or an infinity.
     """
-    weight = weight.detach().float()
+    weight = weight.detach().float().contiguous()
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has a NaN or an infinity; a quantizer needs finite numbers")
     rows, columns = weight.shape
@@ -43,9 +43,11 @@ def quantize_blocks(
     if scale == "absmax":
         scales = blocks.abs().amax(dim=1)
     else:
-        fisher = None
-        if statistics is not None:
-            fisher = to_blocks(statistics.fisher_diag, form.block_size).reshape(-1, form.block_size)
+        fisher = None if statistics is None else statistics.fisher_diag
+        if fisher is None and columns % form.block_size:
+            fisher = torch.ones_like(weight)  # and 0 for the padding, which must not count
+        if fisher is not None:
+            fisher = to_blocks(fisher, form.block_size).reshape(-1, form.block_size)
         scales = search_scales(blocks, fisher, levels)
     stored = double_quantize(scales, form.scale_bits, form.super_block)
     scales = stored.dequantize(form.scale_bits, form.super_block, len(scales)).view(rows, -1)

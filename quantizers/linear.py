@@ -35,6 +35,10 @@ class QuantizedLinear(nn.Module):
     the levels are stored once a checkpoint.
     """
 
+    weight_packed: Tensor
+    low_rank_out: Tensor
+    low_rank_in: Tensor
+
     def __init__(self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
@@ -42,6 +46,7 @@ class QuantizedLinear(nn.Module):
         for name, (size, tensor_dtype) in form.tensor_specs(shape).items():
             self.register_buffer(name, torch.empty(size, dtype=tensor_dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
+        self.levels: Tensor
         self.register_buffer("levels", None, persistent=False)
 
     @staticmethod
@@ -59,6 +64,16 @@ class QuantizedLinear(nn.Module):
     def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
         """Give the layer its codebook, on the device of its codes."""
         self.levels = levels.to(self.weight_packed.device)
+
+    @property
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The dequantized weight, made anew at each access, for code that looks at a layer's `weight`.
+
+        Empty on the meta device until the layer is filled: transformers "initializes" layers while loading.
+        """
+        if self.levels is None:
+            return torch.empty(self.out_features, self.in_features, device="meta")
+        return self.quantized().dequantize()
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory."""

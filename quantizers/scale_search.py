@@ -58,11 +58,12 @@ def _table(levels: Tensor) -> Tensor:
 
 def _search(block: Tensor, weight: Tensor | None, table: Tensor, multiples: tuple[float, ...]) -> Tensor:
     largest = block.abs().amax(dim=1)
+    block = block / torch.where(largest > 0, largest, 1.0)[:, None]  # so that no square over- or underflows
     weighted = block if weight is None else block * weight
     best_gain = torch.full_like(largest, -torch.inf)
-    best_scale = largest.clone()
+    best_scale = torch.ones_like(largest)
     for multiple in multiples:
-        scale = largest * multiple
+        scale = torch.full_like(largest, multiple)
         for _ in range(2):  # the trial, then its polished scale
             level = _level(block, scale, table)
             dot = (weighted * level).sum(dim=1)
@@ -73,7 +74,7 @@ def _search(block: Tensor, weight: Tensor | None, table: Tensor, multiples: tupl
             best_gain = torch.where(better, gain, best_gain)
             best_scale = torch.where(better, scale, best_scale)
             scale = torch.where(norm > 0, dot / norm.clamp_min(1e-38), scale).clamp_min(0)
-    return best_scale
+    return best_scale * largest
 
 
 def _level(block: Tensor, scale: Tensor, table: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class BitsmithConfig(QuantizationConfigMixin):
             )
         if not isinstance(codebooks, dict) or not isinstance(matrices, dict):
             raise ValueError("quantization_config needs `codebooks` and `matrices`; the config.json is damaged")
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.format_version = format_version
         self.codebooks = codebooks
         self.matrices = matrices
@@ -85,6 +85,7 @@ class BitsmithHfQuantizer(HfQuantizer):
     packed tensors it saw, with their shapes in the file, and refuses a model that is not complete.
     """
 
+    quantization_config: BitsmithConfig
     requires_calibration = True  # from_pretrained cannot make such a checkpoint, `bitsmith compress` does
 
     def __init__(self, quantization_config: BitsmithConfig, **kwargs: Any) -> None:

@@ -7,7 +7,7 @@ import torch
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs, measure_matrix
 from pipeline.errors import RecipeError
 from pipeline.model import open_model
-from quantizers import LayerStatistics, quantizer_from_label, weighted_error
+from quantizers import AbstractQuantizer, LayerStatistics, quantizer_from_label, weighted_error
 
 
 def example(rows: int = 96, columns: int = 80) -> tuple[torch.Tensor, LayerStatistics]:
@@ -17,9 +17,13 @@ def example(rows: int = 96, columns: int = 80) -> tuple[torch.Tensor, LayerStati
     return weight, LayerStatistics(fisher, None, 1, 1)
 
 
+def named(*labels: str) -> dict[str, AbstractQuantizer]:
+    return {label: quantizer_from_label(label) for label in labels}
+
+
 def test_without_sampling_the_cost_is_the_exact_error() -> None:
     weight, learnt = example()
-    found = measure_matrix(weight, learnt, ["lloyd3-g32-s4", "nf4-g64-s8"], num_rows=96, seed=0)
+    found = measure_matrix(weight, learnt, named("lloyd3-g32-s4", "nf4-g64-s8"), num_rows=96, seed=0)
     for label, cost in found.items():
         quantized = quantizer_from_label(label).quantize(weight, learnt)
         assert cost == pytest.approx(weighted_error(weight - quantized.dequantize(), learnt), rel=1e-3)
@@ -27,7 +31,7 @@ def test_without_sampling_the_cost_is_the_exact_error() -> None:
 
 def test_a_sample_of_rows_comes_close() -> None:
     weight, learnt = example(rows=512)
-    labels = ["lloyd2-g32-s4", "lloyd3-g32-s4", "lloyd4-g32-s4"]
+    labels = named("lloyd2-g32-s4", "lloyd3-g32-s4", "lloyd4-g32-s4")
     exact = measure_matrix(weight, learnt, labels, num_rows=512, seed=0)
     sampled = measure_matrix(weight, learnt, labels, num_rows=48, seed=0)
     for label in labels:
@@ -37,7 +41,7 @@ def test_a_sample_of_rows_comes_close() -> None:
 def test_a_low_rank_part_never_costs_more_than_none_and_pays_where_the_residual_is_low_rank() -> None:
     weight, learnt = example()
     outlier = weight + 20 * torch.outer(torch.linspace(-1, 1, 96), torch.linspace(1, -1, 80))
-    labels = ["lloyd2-g32-s4", "lloyd2-g32-s4-r4"]
+    labels = named("lloyd2-g32-s4", "lloyd2-g32-s4-r4")
     for matrix in (weight, outlier):
         cost = measure_matrix(matrix, learnt, labels, num_rows=96, seed=0)
         assert cost["lloyd2-g32-s4-r4"] <= cost["lloyd2-g32-s4"]

@@ -1,0 +1,53 @@
+"""What a failed step means to Prefect: whether trying again can help, and what the log shows of it.
+
+An error that the user can mend is one paragraph, which the run's state holds; a traceback would only hide it.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from pipeline.errors import PipelineError
+from registry import RegistryError
+
+KNOWN = (PipelineError, RegistryError)
+_STATUS_OF_A_BAD_DAY = (408, 429, 500, 502, 503, 504)
+
+
+def is_network_failure(error: BaseException) -> bool:
+    """Did a connection or a server fail, now and perhaps not in a minute?
+
+    What the Hub refuses for good (no such model, gated, offline by choice) is none. A ModelError or
+    CalibrationError is one if a network failure caused it.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    causes = list(_causes(error))
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return False
+    for cause in causes:
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code in _STATUS_OF_A_BAD_DAY
+    return any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in causes)
+
+
+def only_network_failures(_task: Any, _task_run: Any, state: Any) -> bool:
+    """Prefect's `retry_condition_fn`: a wrong recipe stays wrong however often it is tried."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, BaseException) and is_network_failure(error)
+
+
+def keep_known_errors_short() -> None:
+    """Leave out the log records that print a known error's traceback; the state's record has the message."""
+    for name in ("prefect.task_runs", "prefect.flow_runs"):
+        logging.getLogger(name).addFilter(_is_no_known_error)
+
+
+def _is_no_known_error(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], KNOWN))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,172 @@
+"""What crosses the border between tasks: plain JSON, from which any process opens the same run again.
+
+A `Job` names the run, a `Done` one finished stage of it, an `Outcome` the whole. Tensors stay in the
+registry, named by digests.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from flows.progress import RunProgress
+from pipeline.errors import RecipeChangedError
+from pipeline.output import OutputFolder
+from pipeline.recipe import Recipe
+from pipeline.stages import Stage, StageLog
+from registry import Artifact, Registry
+
+if TYPE_CHECKING:
+    from pipeline.compress import Compressed
+    from pipeline.run import Run
+
+_opened: dict[str, "Run"] = {}  # the latest of this process: opening reads and hashes the whole model
+
+
+class Done(TypedDict):
+    """A finished stage (pipeline.stages.Stage); without a digest where the recipe asks for no such thing."""
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+    reused: bool
+    digest: str | None
+
+
+class Job(TypedDict):
+    """A prepared run. `facts` pins what the recipe's words stood for when it was prepared."""
+
+    recipe: dict[str, Any]
+    facts: dict[str, Any]
+    registry: str
+    out: str
+    name: str
+    device: str
+    resume: bool
+    was_finished: bool
+    opened: Done
+
+
+class Outcome(TypedDict):
+    """A finished run: its version ("name:1") and its stages in order."""
+
+    job: Job
+    version: str
+    stages: list[Done]
+
+
+def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, device: str, resume: bool) -> Job:
+    """Check everything that can be checked before long work, and take possession of the output folder.
+
+    Raises:
+        PipelineError: see pipeline/errors.py.
+    """
+    log = StageLog()
+    with log.stage("open"):
+        run = _prepare(Recipe.from_json(recipe), registry, device, resume)
+        output = OutputFolder(Path(out), run.facts)
+        run.check_disk(output.path)
+        output.claim(resume=resume)
+        was_finished = output.is_finished() and (output.path / "report").is_dir()
+    job = Job(
+        recipe=run.recipe.to_json(),
+        facts=run.facts,
+        registry=registry,
+        out=out,
+        name=name,
+        device=device,
+        resume=resume,
+        was_finished=was_finished,
+        opened=_done(log, None),
+    )
+    _remember(job, run)
+    return job
+
+
+def open_run(job: Job) -> "Run":
+    """The run of `job`, opened once a process.
+
+    Raises:
+        RecipeChangedError: the model or a text is no longer what it was when the job was prepared.
+    """
+    run = _opened.get(_key(job))
+    if run is None:
+        run = _prepare(Recipe.from_json(job["recipe"]), job["registry"], job["device"], job["resume"])
+        changed = [field for field in sorted(run.facts) if run.facts[field] != job["facts"].get(field)]
+        if changed:
+            raise RecipeChangedError(
+                f"The run into {job['out']} was prepared with another model or text: {', '.join(changed)} "
+                "changed since, or differ on this machine. Start the run again, and leave the files alone "
+                "while it lasts."
+            )
+        _remember(job, run)
+    return run
+
+
+def do(job: Job, stage: str, work: Callable[["Run"], Artifact | None]) -> Done:
+    """Do one stage of the job, measured."""
+    log = StageLog()
+    run = replace(open_run(job), log=log)
+    with log.stage(stage):
+        artifact = work(run)
+    return _done(log, artifact)
+
+
+def artifact(run: "Run", done: Done) -> Artifact:
+    """What a stage made. Raises NotFoundError if it is not in the registry."""
+    return run.registry.get(str(done["digest"]))
+
+
+def artifact_if_any(run: "Run", done: Done) -> Artifact | None:
+    """The same; None if the recipe asks for none."""
+    return artifact(run, done) if done["digest"] else None
+
+
+def output_folder(run: "Run", job: Job) -> OutputFolder:
+    """Where the checkpoint goes."""
+    return OutputFolder(Path(job["out"]), run.facts)
+
+
+def read_outcome(outcome: Outcome) -> "Compressed":
+    """The run's result as the command line's own `compress` returns it."""
+    from pipeline.compress import Compressed
+
+    run = open_run(outcome["job"])
+    made = {done["name"]: done for done in outcome["stages"]}
+    return Compressed(
+        folder=Path(outcome["job"]["out"]),
+        version=run.registry.version(outcome["version"]),
+        plan=run.read_plan(artifact(run, made["plan"])),
+        evaluation=run.read_evaluation(artifact_if_any(run, made["evaluate"])),
+        stages=tuple(_stage(done) for done in outcome["stages"]),
+        size_bytes=artifact(run, made["checkpoint"]).size_bytes,
+        original_bytes=run.model.size_bytes,
+        was_finished=outcome["job"]["was_finished"],
+    )
+
+
+def _prepare(recipe: Recipe, registry: str, device: str, resume: bool) -> "Run":
+    from pipeline.run import Run
+
+    return Run.prepare(
+        recipe, Registry(Path(registry)), device=device, resume=resume, log=StageLog(), progress=RunProgress()
+    )
+
+
+def _key(job: Job) -> str:
+    return json.dumps([job["facts"], job["registry"], job["device"], job["resume"]], sort_keys=True)
+
+
+def _remember(job: Job, run: "Run") -> None:
+    _opened.clear()
+    _opened[_key(job)] = run
+
+
+def _done(log: StageLog, made: Artifact | None) -> Done:
+    stage = asdict(log.stages[-1])
+    return Done(**stage, digest=made.digest if made else None)  # type: ignore[typeddict-item]
+
+
+def _stage(done: Done) -> Stage:
+    return Stage(done["name"], done["seconds"], done["peak_memory_bytes"], done["reused"])

@@ -1,0 +1,130 @@
+"""The steps of a compression as Prefect tasks: plain JSON in, plain JSON out.
+
+The registry's steps decide what is done again, so Prefect caches and stores nothing. Only opening the model
+and the texts may meet a network, so only that is tried again.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from flows.failures import keep_known_errors_short, only_network_failures
+from flows.job import (
+    Done,
+    Job,
+    Outcome,
+    artifact,
+    artifact_if_any,
+    do,
+    output_folder,
+    prepare_job,
+    read_outcome,
+)
+from flows.summary import artifact_key, summary
+from registry import Artifact, Registry
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+keep_known_errors_short()
+
+PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
+
+
+@task(
+    retries=3,
+    retry_delay_seconds=exponential_backoff(10),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=only_network_failures,
+    **PLAIN,
+)
+def prepare(recipe: dict[str, Any], registry: str, out: str, name: str, device: str, resume: bool) -> Job:
+    """Open the model, tokenize the texts, claim the output folder; find out now what cannot work later."""
+    return prepare_job(recipe, registry, out, name, device, resume)
+
+
+@task(**PLAIN)
+def collect_statistics(job: Job) -> Done:
+    """Fisher diagonal and second moments."""
+    return do(job, "statistics", lambda run: run.statistics())
+
+
+@task(**PLAIN)
+def measure_costs(job: Job, statistics: Done) -> Done:
+    """The cost table: matrices x choices."""
+    return do(job, "costs", lambda run: run.costs(artifact_if_any(run, statistics)))
+
+
+@task(**PLAIN)
+def allocate(job: Job, costs: Done) -> Done:
+    """The integer program's plan."""
+    return do(job, "plan", lambda run: run.plan(artifact(run, costs)))
+
+
+@task(**PLAIN)
+def decompose(job: Job, plan: Done, statistics: Done) -> Done:
+    """Every matrix quantized as planned."""
+    return do(
+        job, "decompose", lambda run: run.matrices(artifact(run, plan), artifact_if_any(run, statistics))
+    )
+
+
+@task(**PLAIN)
+def write_checkpoint(job: Job, plan: Done, matrices: Done) -> Done:
+    """The finished folder, in its place once a fresh process has audited it."""
+
+    def work(run: "Run") -> Artifact:
+        planned, quantized = artifact(run, plan), artifact(run, matrices)
+        checkpoint = run.checkpoint(planned, quantized)
+        run.deliver(checkpoint, planned, quantized, output_folder(run, job))
+        return checkpoint
+
+    return do(job, "checkpoint", work)
+
+
+@task(**PLAIN)
+def evaluate(job: Job, checkpoint: Done) -> Done:
+    """Quality beside the original."""
+    return do(job, "evaluate", lambda run: run.evaluation(artifact(run, checkpoint), Path(job["out"])))
+
+
+@task(**PLAIN)
+def write_report(
+    job: Job, costs: Done, plan: Done, matrices: Done, checkpoint: Done, evaluation: Done
+) -> Done:
+    """The HTML report, in the registry and in the folder."""
+
+    def work(run: "Run") -> Artifact:
+        report = run.report(
+            artifact(run, costs),
+            artifact(run, plan),
+            artifact(run, matrices),
+            artifact(run, checkpoint),
+            artifact_if_any(run, evaluation),
+        )
+        output_folder(run, job).add_report(run.registry, report)
+        return report
+
+    return do(job, "report", work)
+
+
+@task(**PLAIN)
+def publish(job: Job, checkpoint: Done, report: Done) -> str:
+    """The next version of the job's name in the registry: "name:1"."""
+    registry = Registry(Path(job["registry"]))
+    made, described = (registry.get(str(done["digest"])) for done in (checkpoint, report))
+    return str(registry.publish(job["name"], made, described))
+
+
+@task(**PLAIN)
+def summarize(job: Job, version: str, stages: list[Done]) -> Outcome:
+    """The run's figures, for the caller and as a page beside the run."""
+    outcome = Outcome(job=job, version=version, stages=[job["opened"], *stages])
+    create_markdown_artifact(
+        summary(read_outcome(outcome)), key=artifact_key(job["name"]), description=version
+    )
+    return outcome

@@ -1,0 +1,53 @@
+"""The page that Prefect shows beside a finished run: what was planned, what came out, how long it took."""
+
+import re
+from typing import TYPE_CHECKING
+
+from pipeline.budget import human_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from pipeline.compress import Compressed
+
+
+def summary(done: "Compressed") -> str:
+    """Markdown."""
+    plan, evaluation = done.plan, done.evaluation
+    result = [
+        ("bits per parameter", f"{plan.bits_per_param:.4f} (budget {plan.budget})"),
+        ("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}"),
+        ("allocation", f"{plan.status}, gap {plan.gap:.1e}, {plan.solver}"),
+        ("folder", f"`{done.folder}`"),
+        ("digest", f"`{done.version.digest}`"),
+    ]
+    stages = [
+        (
+            stage.name,
+            f"{stage.seconds:.1f}",
+            human_bytes(stage.peak_memory_bytes),
+            "already done" * stage.reused,
+        )
+        for stage in done.stages
+    ]
+    parts = [f"# {done.version}", _table(("", ""), result)]
+    if evaluation is not None:
+        parts += ["## Quality", _table(("", "original", "compressed"), evaluation.rows())]
+    parts += ["## Stages", _table(("stage", "seconds", "peak memory", ""), stages)]
+    parts += ["## Plan", _table(("choice", "matrices"), _choices(done))]
+    return "\n\n".join(parts) + "\n"
+
+
+def artifact_key(name: str) -> str:
+    """A version's name in the characters that Prefect allows: one page a name, with its history."""
+    return "bitsmith-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _choices(done: "Compressed") -> list[tuple[str, str]]:
+    labels = [matrix.label for matrix in done.plan.matrices.values()]
+    return [(label, str(labels.count(label))) for label in sorted(set(labels))]
+
+
+def _table(headers: tuple[str, ...], rows: "Iterable[tuple[str, ...]]") -> str:
+    lines = [headers, ("---",) * len(headers), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

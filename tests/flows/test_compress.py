@@ -1,0 +1,154 @@
+"""The flow from end to end, under a real server: the plain function's bytes, and failures that read well."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.home import home
+
+
+@pytest.fixture(scope="module")
+def finished(server: None, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The state of one run of the flow, into the user's registry, which is the test session's own."""
+    from flows.compress import compress
+
+    out = tmp_path_factory.mktemp("flow") / "Tiny"
+    return compress(recipe, str(out), return_state=True)
+
+
+def test_flow_and_function_make_the_same_checkpoint(
+    finished: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    from flows.job import read_outcome
+    from pipeline.compress import compress
+    from pipeline.recipe import Recipe
+    from registry import Registry
+
+    by_flow = read_outcome(finished.result())
+    elsewhere = compress(Recipe.of(**recipe), Registry(tmp_path / "registry"), tmp_path / "plain")
+    assert elsewhere.version.digest == by_flow.version.digest
+    assert not any(stage.reused for stage in elsewhere.stages)
+    assert by_flow.evaluation == elsewhere.evaluation
+    assert by_flow.plan == elsewhere.plan
+    assert [stage.name for stage in by_flow.stages] == [stage.name for stage in elsewhere.stages]
+    assert (by_flow.size_bytes, by_flow.original_bytes) == (elsewhere.size_bytes, elsewhere.original_bytes)
+
+
+def test_function_finds_everything_done_by_the_flow(finished: Any, recipe: dict[str, Any]) -> None:
+    from pipeline.compress import compress
+    from pipeline.recipe import Recipe
+    from registry import Registry
+
+    outcome = finished.result()
+    again = compress(Recipe.of(**recipe), Registry(home() / "registry"), Path(outcome["job"]["out"]))
+    assert str(again.version) == outcome["version"] == "Tiny:1"
+    assert again.was_finished
+    assert all(stage.reused for stage in again.stages if stage.name != "open")
+
+
+def test_command_finds_everything_done_and_prints_the_table(
+    finished: Any, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = finished.result()["job"]["out"]
+    assert _command(monkeypatch, *_flags(recipe), "-o", out) == 0
+    printed = capsys.readouterr().out
+    assert "was finished before" in " ".join(printed.split())
+    assert printed.count("already done") == 7
+    assert "Tiny:1" in printed
+    assert "perplexity" in printed
+
+
+def test_run_is_named_by_model_and_budget(finished: Any, recipe: dict[str, Any]) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        run = client.read_flow_run(finished.state_details.flow_run_id)
+    assert run.name == f"{Path(recipe['model']).name} at 4.5bpw"
+
+
+def test_summary_stands_beside_the_run(finished: Any) -> None:
+    from prefect.artifacts import Artifact
+
+    page: Any = Artifact.get(key="bitsmith-tiny", _sync=True)  # type: ignore[call-overload]
+    outcome = finished.result()
+    assert page.description == outcome["version"]
+    for expected in ("budget 4.5bpw", "| perplexity |", "| decompose |", "nf4-g64-s8"):
+        assert expected in page.data
+
+
+def test_only_plain_json_and_no_stored_result_leaves_the_flow(finished: Any) -> None:
+    from prefect.results import ResultRecordMetadata
+
+    outcome = finished.result()
+    assert json.loads(json.dumps(outcome)) == outcome
+    assert not isinstance(finished.data, ResultRecordMetadata)
+
+
+def test_damaged_weight_ends_failed_with_the_message(
+    server: None, recipe: dict[str, Any], damaged_model_dir: Path, tmp_path: Path
+) -> None:
+    from flows.compress import compress
+    from pipeline.errors import NonFiniteError
+
+    damaged = recipe | {"model": str(damaged_model_dir), "sensitivity": "none", "eval_windows": 0}
+    state = compress(damaged, str(tmp_path / "out"), return_state=True)
+    assert state.is_failed()
+    assert "NonFiniteError: model.layers.1.mlp.down_proj.weight" in state.message
+    assert "Traceback" not in state.message
+    assert len(state.message.splitlines()) == 1
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        state.result()
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_prints_one_paragraph_and_exits_with_1(
+    server: None,
+    recipe: dict[str, Any],
+    damaged_model_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = _flags(recipe | {"model": str(damaged_model_dir), "sensitivity": "none", "eval_windows": 0})
+    assert _command(monkeypatch, *flags, "-o", str(tmp_path / "out")) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Error: model.layers.1.mlp.down_proj.weight" in " ".join(captured.err.split())
+    assert "Traceback" not in captured.err
+
+
+def test_wrong_setting_fails_before_any_work(server: None, recipe: dict[str, Any], tmp_path: Path) -> None:
+    from flows.compress import compress
+    from pipeline.errors import RecipeError
+
+    state = compress(recipe | {"budgets": "3bpw"}, str(tmp_path / "out"), return_state=True)
+    assert state.is_failed()
+    with pytest.raises(RecipeError, match="budgets"):
+        state.result()
+    assert not list(tmp_path.iterdir())
+
+
+def _flags(recipe: dict[str, Any]) -> list[str]:
+    """The command line of a recipe."""
+    flags = [recipe["model"]]
+    for key, value in recipe.items():
+        if key == "candidates":
+            flags += [word for label in value for word in ("--candidate", label)]
+        elif key != "model":
+            flags += [f"--{key.replace('_', '-')}", str(value)]
+    return flags
+
+
+def _command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `python -m flows.compress`, in this process and so on the tests' server."""
+    from flows.command import main
+
+    monkeypatch.setattr(sys, "argv", ["flows.compress", *arguments])
+    try:
+        main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+    return 0

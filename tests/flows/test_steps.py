@@ -1,0 +1,104 @@
+"""The tasks one by one, without a server: plain JSON between them, each fit for a process of its own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from pipeline.errors import RecipeChangedError
+
+STEPS = (
+    *(
+        "prepare",
+        "collect_statistics",
+        "measure_costs",
+        "allocate",
+        "decompose",
+        "write_checkpoint",
+        "evaluate",
+    ),
+    *("write_report", "publish", "summarize"),
+)
+
+
+def _another_process(content: Any) -> Any:
+    """What arrives on another machine, where nothing has been opened yet."""
+    from flows import job
+
+    job._opened.clear()
+    return json.loads(json.dumps(content))
+
+
+def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from flows import steps
+    from registry import Registry
+
+    unweighted = recipe | {"sensitivity": "none", "eval_windows": 0}
+    registry, out = str(tmp_path / "registry"), str(tmp_path / "out")
+    job = steps.prepare.fn(unweighted, registry, out, "tiny", "cpu", True)
+    statistics = steps.collect_statistics.fn(_another_process(job))
+    assert statistics["digest"] is None
+    costs = steps.measure_costs.fn(*_another_process([job, statistics]))
+    plan = steps.allocate.fn(*_another_process([job, costs]))
+    matrices = steps.decompose.fn(*_another_process([job, plan, statistics]))
+    checkpoint = steps.write_checkpoint.fn(*_another_process([job, plan, matrices]))
+    evaluation = steps.evaluate.fn(*_another_process([job, checkpoint]))
+    assert evaluation["digest"] is None
+    report = steps.write_report.fn(*_another_process([job, costs, plan, matrices, checkpoint, evaluation]))
+    assert steps.publish.fn(*_another_process([job, checkpoint, report])) == "tiny:1"
+    version = Registry(Path(registry)).version("tiny:1")
+    assert (version.digest, version.report_digest) == (checkpoint["digest"], report["digest"])
+    assert (Path(out) / "report" / "index.html").is_file()
+    lineage = {made.digest for made in Registry(Path(registry)).lineage(version.digest).artifacts}
+    assert {costs["digest"], plan["digest"], matrices["digest"]} <= lineage
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_only_plain_types_cross_the_border(name: str) -> None:
+    from flows import steps
+    from flows.job import Done, Job, Outcome
+
+    plain = (str, bool, dict[str, Any], list[Done], Done, Job, Outcome)
+    for place, hint in get_type_hints(getattr(steps, name).fn).items():
+        assert hint in plain, f"{place} of {name} is {hint}"
+
+
+def test_every_task_is_in_the_table_above() -> None:
+    from prefect import Task
+
+    from flows import steps
+
+    assert {name for name, value in vars(steps).items() if isinstance(value, Task)} == set(STEPS)
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_nothing_is_cached_or_stored_by_prefect(name: str) -> None:
+    from prefect.cache_policies import NO_CACHE
+
+    from flows import steps
+
+    task = getattr(steps, name)
+    assert task.cache_policy == NO_CACHE
+    assert task.persist_result is False
+    assert task.retries == (3 if name == "prepare" else 0)
+
+
+def test_model_that_changes_under_way_is_refused_by_name(
+    recipe: dict[str, Any], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from flows import steps
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    unweighted = recipe | {"model": str(folder), "sensitivity": "none", "eval_windows": 0}
+    job = steps.prepare.fn(unweighted, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    statistics = steps.collect_statistics.fn(job)  # this process has it open
+    with pytest.raises(RecipeChangedError, match="model_sha256"):
+        steps.measure_costs.fn(*_another_process([job, statistics]))

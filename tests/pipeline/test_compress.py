@@ -1,0 +1,271 @@
+"""The main job on tiny models: whole runs, kills at every stage, and what a second run does."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.compress import Compressed, compress
+from pipeline.errors import DiskSpaceError, NonFiniteError, OutputExistsError, RecipeChangedError, RecipeError
+from pipeline.recipe import Recipe
+from registry import Registry
+from tests.pipeline.small import SMALL
+
+
+def small_recipe(model: Path, **changes: Any) -> Recipe:
+    return Recipe.of(model=str(model), **(SMALL | changes))
+
+
+def run(model: Path, place: Path, **changes: Any) -> Compressed:
+    resume = changes.pop("resume", True)
+    return compress(small_recipe(model, **changes), Registry(place / "registry"), place / "out", resume=resume)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compressed]:
+    place = tmp_path_factory.mktemp("finished")
+    return place, run(tiny_model_dir, place)
+
+
+def test_the_budget_holds_and_the_folder_is_complete(finished, tiny_model_dir: Path) -> None:
+    place, done = finished
+    assert done.plan.bits_per_param <= 4.5
+    assert str(done.version) == "out:1"
+    assert done.evaluation is not None
+    assert done.evaluation.kl_divergence.mean >= 0
+    files = {path.name for path in (place / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "plan.json", "recipe.json", "tokenizer.json", "report"} <= files
+    assert done.size_bytes == sum(len(data) for name, data in contents(place / "out").items() if "report/" not in name)
+    assert not (place / "out.partial").exists()
+    assert [stage.name for stage in done.stages][0] == "open"
+
+
+def test_it_loads_packed_and_its_logits_are_those_of_the_plan(finished, tiny_model_dir: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from quantizers import QuantizedLinear
+
+    place, done = finished
+    network = AutoModelForCausalLM.from_pretrained(place / "out", dtype=torch.float32)
+    packed = {name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    assert packed == set(done.plan.matrices)
+    stored_bits = sum(network.get_submodule(name).quantized().size_bits for name in packed)
+    assert stored_bits == done.plan.size_bits
+    tokens = torch.arange(5, 25)[None]
+    packed_logits = network(tokens).logits
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    for name in packed:
+        dense.get_submodule(name).weight.data.copy_(network.get_submodule(name).quantized().dequantize())
+    torch.testing.assert_close(packed_logits, dense(tokens).logits, rtol=1e-4, atol=1e-5)
+    generated = network.generate(tokens, max_new_tokens=4, do_sample=False)
+    assert generated.shape[1] > 20
+
+
+@pytest.mark.parametrize("folder", ["odd_model_dir", "tiny_gpt2_dir"])
+def test_odd_shapes_and_conv1d(folder: str, request, tmp_path: Path) -> None:
+    done = run(request.getfixturevalue(folder), tmp_path, rank=0)
+    assert done.plan.bits_per_param <= 4.5
+    assert done.evaluation.top1_agreement.mean > 0.5
+
+
+def test_byte_budgets_hold_for_the_whole_folder(tiny_model_dir: Path, tmp_path: Path) -> None:
+    smallest = run(tiny_model_dir, tmp_path / "a", budget="2.6bpw", eval_windows=0).size_bytes
+    limit = smallest + 4000
+    done = run(tiny_model_dir, tmp_path / "b", budget=f"{limit}B", eval_windows=0)
+    assert limit - 2000 < done.size_bytes <= limit
+    assert done.evaluation is None
+
+
+def test_overrides_groups_and_no_calibration(tiny_model_dir: Path, tmp_path: Path) -> None:
+    done = run(
+        tiny_model_dir, tmp_path, overrides=(("down_proj", "nf4"),), share_groups=True, sensitivity="none", eval_windows=0
+    )
+    labels = {name: matrix.label for name, matrix in done.plan.matrices.items()}
+    assert {label for name, label in labels.items() if "down_proj" in name} == {"nf4-g64-s8"}
+    for layer in range(2):
+        attention = {labels[f"model.layers.{layer}.self_attn.{kind}_proj"] for kind in "qkv"}
+        assert len(attention) == 1
+
+
+def test_a_second_run_finds_everything_done(finished, tiny_model_dir: Path) -> None:
+    place, first = finished
+    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*") if path.is_file() and "report" not in path.parts}
+    again = run(tiny_model_dir, place)
+    assert again.was_finished
+    assert again.version == first.version
+    assert all(stage.reused for stage in again.stages if stage.name in ("statistics", "costs", "decompose", "evaluate"))
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
+
+
+def test_the_same_recipe_gives_the_same_bytes(finished, tiny_model_dir: Path, tmp_path: Path) -> None:
+    place, first = finished
+    again = run(tiny_model_dir, tmp_path)
+    assert again.version.digest == first.version.digest
+    assert contents(tmp_path / "out") == contents(place / "out")
+
+
+def test_a_forecast_is_exact_to_the_byte_and_a_dry_run_writes_nothing(finished, tiny_model_dir: Path, tmp_path: Path) -> None:
+    from pipeline.planning import make_plan
+
+    _, done = finished
+    planned = make_plan(small_recipe(tiny_model_dir), tmp_path / "registry", dry_run=True)
+    assert planned.size_bytes == done.size_bytes
+    assert planned.plan == done.plan
+    assert not (tmp_path / "registry").exists()
+
+
+def test_other_recipes_are_refused_by_the_name_of_the_field(finished, tiny_model_dir: Path) -> None:
+    place, _ = finished
+    with pytest.raises(RecipeChangedError, match=r"seed was 0 and is now 1"):
+        run(tiny_model_dir, place, seed=1)
+    with pytest.raises(OutputExistsError, match="--no-resume would make it again"):
+        run(tiny_model_dir, place, resume=False)
+
+
+def test_a_changed_file_in_a_finished_folder_is_noticed(tiny_model_dir: Path, tmp_path: Path) -> None:
+    run(tiny_model_dir, tmp_path, eval_windows=0)
+    (tmp_path / "out" / "plan.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=r"plan\.json is missing or was changed"):
+        run(tiny_model_dir, tmp_path, eval_windows=0)
+
+
+def test_a_foreign_folder_is_never_touched(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    for resume in (True, False):
+        with pytest.raises(OutputExistsError, match="not empty and was not made by bitsmith"):
+            run(tiny_model_dir, tmp_path, resume=resume)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert not (tmp_path / "registry" / "steps").exists()
+
+
+def test_a_full_disk_is_noticed_before_the_work(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(DiskSpaceError, match=r"writes up to .* has 1\.00 kB free"):
+        run(tiny_model_dir, tmp_path)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_rank_above_a_matrix_is_noticed_before_the_work(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="Rank 40 is above"):
+        run(tiny_model_dir, tmp_path, rank=40)
+
+
+def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:
+    from tests.models import build_llama, save_model
+
+    model = build_llama()
+    model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
+    (tmp_path / "model").mkdir()
+    folder = save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        run(folder, tmp_path, sensitivity="none", eval_windows=0)
+    assert not (tmp_path / "out").exists()
+
+
+# Kills. A child process counts calls of one function and kills itself at one of them.
+KILL_POINTS = {
+    "statistics": ("pipeline.statistics", "_one_window", 3),
+    "costs": ("pipeline.costs", "measure_matrix", 4),
+    "plan": ("pipeline.allocation.Plan", "write", 1),
+    "decompose": ("pipeline.decompose", "weighted_error", 4),
+    "checkpoint": ("pipeline.safetensors_file.SafetensorsFile", "write", 1),
+    "materialize": ("registry.registry.Registry", "materialize", 1),
+    "audit": ("pipeline.run", "audit", 1),
+    "finish": ("pipeline.output.OutputFolder", "finish", 1),
+    "logits": ("pipeline.base_logits", "write_window", 2),
+    "evaluate": ("pipeline.run", "evaluate", 1),
+    "report": ("pipeline.run", "write_report", 1),
+    "add report": ("pipeline.output.OutputFolder", "add_report", 1),
+    "publish": ("registry.registry.Registry", "publish", 1),
+}
+
+
+def _import(path: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError:
+        module, _, name = path.rpartition(".")
+        return getattr(importlib.import_module(module), name)
+
+
+def _child(model: str, place: str, home: str, kill_point: str | None, signal_number: int) -> None:
+    os.environ["BITSMITH_HOME"] = home
+    torch.set_num_threads(1)
+    if kill_point is not None:
+        owner_path, name, at = KILL_POINTS[kill_point]
+        owner, calls = _import(owner_path), []
+        real = getattr(owner, name)
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal_number)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, counting)
+    try:
+        run(Path(model), Path(place))
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+@pytest.fixture(scope="module")
+def children():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.compress", "tests.pipeline.test_compress"])
+    return context
+
+
+def _run_child(children, *args: Any) -> int | None:
+    process = children.Process(target=_child, args=args)
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+@pytest.mark.parametrize("kill_point", list(KILL_POINTS))
+def test_after_a_kill_the_next_run_ends_in_the_same_bytes(
+    kill_point: str, children, finished, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
+    assert _run_child(children, *args, kill_point, signal.SIGKILL) == -signal.SIGKILL
+    assert _run_child(children, *args, None, 0) == 0
+    assert contents(tmp_path / "out") == contents(finished[0] / "out")
+    assert not (tmp_path / "out.partial").exists()
+    assert [str(version) for version in Registry(tmp_path / "registry").versions()] == ["out:1"]
+    assert Registry(tmp_path / "registry").verify("out").ok
+
+
+@pytest.mark.parametrize("kill_point", ["statistics", "costs", "decompose", "evaluate"])
+def test_ctrl_c_leaves_work_to_go_on_from(
+    kill_point: str, children, finished, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
+    assert _run_child(children, *args, kill_point, signal.SIGINT) == 130
+    assert _run_child(children, *args, None, 0) == 0
+    assert contents(tmp_path / "out") == contents(finished[0] / "out")
+
+
+def test_an_unfinished_run_with_another_recipe_is_refused(
+    children, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
+    assert _run_child(children, *args, "decompose", signal.SIGKILL) == -signal.SIGKILL
+    with pytest.raises(RecipeChangedError, match=r"unfinished run.*budget was '4\.5bpw' and is now '3bpw'"):
+        run(tiny_model_dir, tmp_path, budget="3bpw")
+    done = run(tiny_model_dir, tmp_path, budget="3bpw", resume=False)
+    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["budget"] == "3bpw"
+    assert done.plan.bits_per_param <= 3

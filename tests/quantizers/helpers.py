@@ -1,0 +1,82 @@
+"""Every quantizer that the laws run over: a new one is a row here. And the weights and statistics they see."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quantizers import AbstractQuantizer, LayerStatistics, LloydMax, LowRankPlus, NormalFloat
+
+# bits, block_size, scale_bits, super_block: every code width, block size and scale width at least once.
+SETTINGS = [
+    (2, 16, 8, 256),
+    (2, 64, 4, 16),
+    (3, 32, 6, 256),
+    (3, 64, 8, 256),
+    (4, 64, 8, 256),
+    (4, 32, 3, 64),
+    (5, 128, 5, 16),
+    (6, 64, 2, 256),
+    (8, 64, 8, 1),
+    (8, 128, 7, 256),
+]
+PLAIN_QUANTIZERS: list[AbstractQuantizer] = [
+    quantizer(*settings, scale)
+    for quantizer in (NormalFloat, LloydMax)
+    for settings in SETTINGS
+    for scale in ("search", "absmax")
+]
+LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
+    LowRankPlus(NormalFloat(4, scale="absmax"), 1),
+    LowRankPlus(NormalFloat(3, 32, 4), 3),
+    LowRankPlus(LloydMax(2), 1),
+    LowRankPlus(LloydMax(2, 16, 6, 16), 3),
+    LowRankPlus(LloydMax(8, 128), 2),
+]
+ALL_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS
+
+SHAPES = [(1, 1), (3, 5), (7, 64), (16, 100), (5, 129), (64, 576)]
+
+
+def quantizer_id(quantizer: AbstractQuantizer) -> str:
+    """Its label, and what the label does not tell."""
+    plain = quantizer.quantizer if isinstance(quantizer, LowRankPlus) else quantizer
+    scale = f"-{plain.scale}" if isinstance(plain, NormalFloat | LloydMax) else ""
+    return f"{quantizer.format.label}-q{quantizer.format.super_block}{scale}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A quantizer and a shape that its rank fits."""
+
+    quantizer: AbstractQuantizer
+    shape: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"{quantizer_id(self.quantizer)}-{self.shape[0]}x{self.shape[1]}"
+
+
+CASES = [
+    Case(quantizer, shape)
+    for quantizer in ALL_QUANTIZERS
+    for shape in SHAPES
+    if quantizer.format.rank <= min(shape)
+]
+
+
+def normal_weight(shape: tuple[int, int], seed: int = 0) -> Tensor:
+    """Normal numbers, as the weights of a language model nearly are."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def uneven_statistics(shape: tuple[int, int], seed: int = 0) -> LayerStatistics:
+    """A Fisher diagonal over four decades: strong rows, strong columns, and noise on top."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    rows, columns = torch.randn(shape[0], 1, generator=generator), torch.randn(1, shape[1], generator=generator)
+    noise = torch.randn(shape, generator=generator)
+    return LayerStatistics(torch.exp(rows + columns + noise / 2), None, 8, 4096)
+
+
+def statistics_of(fisher: Tensor) -> LayerStatistics:
+    """Statistics with this Fisher diagonal."""
+    return LayerStatistics(fisher, None, 1, 1)

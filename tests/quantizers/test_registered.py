@@ -1,0 +1,85 @@
+"""Labels name quantizers, and outsiders can add theirs."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from quantizers import (
+    QUANTIZERS,
+    AbstractQuantizer,
+    LloydMax,
+    LowRankPlus,
+    NormalFloat,
+    quantizer_from_label,
+    registered,
+)
+from tests.quantizers.helpers import ALL_QUANTIZERS, quantizer_id
+
+
+@pytest.mark.parametrize("quantizer", ALL_QUANTIZERS, ids=quantizer_id)
+def test_a_label_leads_back_to_the_format(quantizer: AbstractQuantizer) -> None:
+    found = quantizer_from_label(quantizer.format.label)
+    assert found.format == replace(quantizer.format, super_block=256)  # a label names no super-block
+    assert found.format.label == quantizer.format.label
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ("nf4", NormalFloat(4)),
+        ("lloyd3", LloydMax(3)),
+        ("lloyd3-g32", LloydMax(3, 32)),
+        ("nf4-s4", NormalFloat(4, scale_bits=4)),
+        ("nf2-r16", LowRankPlus(NormalFloat(2), 16)),
+        ("lloyd2-g128-s6-r8", LowRankPlus(LloydMax(2, 128, 6), 8)),
+        ("  NF4-G32  ", NormalFloat(4, 32)),
+        ("nf4-r0", NormalFloat(4)),
+    ],
+)
+def test_labels(label: str, expected: AbstractQuantizer) -> None:
+    assert quantizer_from_label(label) == expected
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["", "nf", "4", "fp4", "gptq4", "nf4-", "nf4-x8", "nf4-r8-g64", "nf4-g64-g32", "nf-4", "nf4 g64", "nf4-g", "nf4-g-1"],
+)
+def test_a_malformed_label_is_explained(label: str) -> None:
+    with pytest.raises(ValueError, match=r"is not a quantizer; expected NAME and BITS.* one of lloyd, nf"):
+        quantizer_from_label(label)
+
+
+@pytest.mark.parametrize(
+    ("label", "setting"),
+    [("nf7", "bits is 7"), ("lloyd16", "bits is 16"), ("nf4-g48", "block_size is 48"), ("nf4-s9", "scale_bits is 9")],
+)
+def test_a_setting_out_of_range_is_named(label: str, setting: str) -> None:
+    with pytest.raises(ValueError, match=setting):
+        quantizer_from_label(label)
+
+
+def test_every_registered_quantizer_has_a_label_and_a_row_in_the_table() -> None:
+    assert {"nf", "lloyd"} <= set(QUANTIZERS)
+    for name, family in QUANTIZERS.items():
+        assert isinstance(quantizer_from_label(f"{name}4"), family)
+        assert any(isinstance(quantizer, family) for quantizer in ALL_QUANTIZERS)
+
+
+def test_an_entry_point_adds_a_quantizer_and_cannot_replace_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class EntryPoint:
+        name: str
+        target: type
+
+        def load(self) -> type:
+            return self.target
+
+    asked = []
+
+    def entry_points(*, group: str) -> list[EntryPoint]:
+        asked.append(group)
+        return [EntryPoint("theirs", LloydMax), EntryPoint("nf", LloydMax)]
+
+    monkeypatch.setattr(registered, "entry_points", entry_points)
+    assert registered._all.__wrapped__() == {"theirs": LloydMax, "nf": NormalFloat, "lloyd": LloydMax}
+    assert asked == ["bitsmith.quantizers"]
