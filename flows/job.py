@@ -65,7 +65,7 @@ def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, devi
     log = StageLog()
     with log.stage("open"):
         run = _prepare(Recipe.from_json(recipe), registry, device, resume)
-        output = OutputFolder(Path(out), run.facts)
+        output = OutputFolder(Path(out).expanduser(), run.facts)
         run.check_disk(output.path)
         output.claim(resume=resume)
         was_finished = output.is_finished() and (output.path / "report").is_dir()
@@ -73,7 +73,7 @@ def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, devi
         recipe=run.recipe.to_json(),
         facts=run.facts,
         registry=registry,
-        out=out,
+        out=str(output.path),
         name=name,
         device=device,
         resume=resume,

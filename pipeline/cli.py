@@ -353,7 +353,12 @@ class Stopped(BaseException):
 
 
 def main() -> None:
-    """Entry point: a known error ends as one paragraph and exit code 1, Ctrl-C as 130, SIGTERM as 143."""
+    """Entry point of `bitsmith`."""
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line: a known error ends as one paragraph and exit code 1, Ctrl-C as 130, SIGTERM as 143."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_on_signal)
     try:

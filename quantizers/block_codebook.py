@@ -29,7 +29,7 @@ def check_scale_rule(scale: str) -> None:
 def quantize_blocks(
     weight: Float[Tensor, "out in"], statistics: LayerStatistics | None, form: StorageFormat, scale: ScaleRule
 ) -> QuantizedTensor:
-    """Find the scales, round them to `scale_bits`, then give each weight the level nearest under its stored scale.
+    """Find the scales, round them to `scale_bits`, then give each weight the level nearest under them.
 
     Raises:
         ValueError: `weight` has a NaN or an infinity.
@@ -57,7 +57,7 @@ def quantize_blocks(
 
 
 def quantize_quickly(weight: Float[Tensor, "out in"], form: StorageFormat) -> Float[Tensor, "out in"]:
-    """Roughly what `quantize_blocks` dequantizes to, many times faster: one fixed multiple of each block's maximum.
+    """Roughly what `quantize_blocks` dequantizes to, many times faster: a fixed multiple of the maximum.
 
     Good for what depends on the residual's large features only, such as its leading singular vectors.
     """

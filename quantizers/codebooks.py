@@ -1,7 +1,7 @@
 """Levels that codes stand for, ascending in [-1, 1], float32.
 
 normal_float  quantiles of the normal distribution (QLoRA, arXiv:2305.14314; widths other than 4 as in
-              LQ-LoRA, arXiv:2311.12023); it has an exact 0 and exact ends, and one level more above 0 than below
+              LQ-LoRA, arXiv:2311.12023); it has an exact 0, exact ends, and one level more above 0
 lloyd_max     the levels of least squared error for the normal distribution (Lloyd 1982, Max 1960), divided
               by the largest: at 2 bits a third of NormalFloat's squared error, at 4 bits a fifth less
 """
@@ -38,7 +38,9 @@ def lloyd_max(bits: int) -> Float32[Tensor, " levels"]:
     method on the tridiagonal system (plain iteration needs tens of thousands of rounds at 8 bits).
     """
     n = 2**bits
-    levels = norm.ppf((np.arange(n) + 0.5) / n) * (np.sqrt(3) if bits > 3 else 1.2)  # the point density p^(1/3)
+    levels = norm.ppf((np.arange(n) + 0.5) / n) * (
+        np.sqrt(3) if bits > 3 else 1.2
+    )  # the point density p^(1/3)
     for _ in range(200):
         mean, jacobian = _cell_means(levels)
         step = np.linalg.solve(np.eye(n) - jacobian, mean - levels)

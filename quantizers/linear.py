@@ -39,7 +39,9 @@ class QuantizedLinear(nn.Module):
     low_rank_out: Tensor
     low_rank_in: Tensor
 
-    def __init__(self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.format = form
@@ -78,7 +80,9 @@ class QuantizedLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory."""
         stored = {name: getattr(self, name) for name in self.format.tensor_specs((1, 1))}
-        return QuantizedTensor.from_tensors(self.format, (self.out_features, self.in_features), self.levels, stored)
+        return QuantizedTensor.from_tensors(
+            self.format, (self.out_features, self.in_features), self.levels, stored
+        )
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
@@ -89,7 +93,7 @@ class QuantizedLinear(nn.Module):
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Move like any module, but keep the stored dtypes under `.to(dtype)`: scales in 16 bits are other scales."""
+        """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
         before = {name: tensor for name, tensor in self.named_buffers() if tensor is not None}
         super()._apply(fn, recurse)
         for name, tensor in before.items():

@@ -71,7 +71,10 @@ class QuantizedTensor:
 
     @staticmethod
     def from_tensors(
-        form: StorageFormat, shape: tuple[int, int], levels: Float32[Tensor, " levels"], stored: dict[str, Tensor]
+        form: StorageFormat,
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " levels"],
+        stored: dict[str, Tensor],
     ) -> "QuantizedTensor":
         """Undo `tensors`."""
         scales = DoubleQuantizedScales(

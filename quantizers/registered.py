@@ -17,7 +17,9 @@ from quantizers.lloyd_max import LloydMax
 from quantizers.lq import LowRankPlus
 from quantizers.normal_float import NormalFloat
 
-_LABEL = re.compile(r"(?P<name>[a-z]+)(?P<bits>\d+)(?:-g(?P<block>\d+))?(?:-s(?P<scale>\d+))?(?:-r(?P<rank>\d+))?")
+_LABEL = re.compile(
+    r"(?P<name>[a-z]+)(?P<bits>\d+)(?:-g(?P<block>\d+))?(?:-s(?P<scale>\d+))?(?:-r(?P<rank>\d+))?"
+)
 
 
 @cache
@@ -39,8 +41,8 @@ def quantizer_from_label(label: str) -> AbstractQuantizer:
     match = _LABEL.fullmatch(label.strip().lower())
     if match is None or match["name"] not in QUANTIZERS:
         raise ValueError(
-            f"{label!r} is not a quantizer; expected NAME and BITS, then optionally -gBLOCK, -sSCALEBITS and -rRANK, "
-            f"as in lloyd3-g64-s8-r8, with NAME one of {', '.join(sorted(QUANTIZERS))}"
+            f"{label!r} is not a quantizer; expected NAME and BITS, then optionally -gBLOCK, -sSCALEBITS and "
+            f"-rRANK, as in lloyd3-g64-s8-r8, with NAME one of {', '.join(sorted(QUANTIZERS))}"
         )
     settings = {"block_size": match["block"], "scale_bits": match["scale"]}
     quantizer = QUANTIZERS[match["name"]](

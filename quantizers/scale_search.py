@@ -1,4 +1,4 @@
-"""The scale of each block that minimises the weighted squared error, not the one that fits the largest weight.
+"""The scale of each block that minimises the weighted squared error, not the one of the largest weight.
 
 For a block w with weights f and levels q the error sum f (w - s q[c])^2 is searched over a few multiples
 of the block's largest magnitude; each trial is polished by one least-squares step, s = sum f w q / sum f q^2,
@@ -36,7 +36,9 @@ def search_scales(
         weights = torch.where(weights.amax(dim=1, keepdim=True) > 0, weights, 1.0)
     multiples = MULTIPLES.get(len(levels).bit_length() - 1, FINE_MULTIPLES)
     rows = max(1, CHUNK // blocks.shape[1])
-    chunks = zip(blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False)
+    chunks = zip(
+        blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False
+    )
     return torch.cat([_search(block, weight, table, multiples) for block, weight in chunks])
 
 
@@ -46,7 +48,9 @@ def nearest(values: Tensor, levels: Float32[Tensor, " levels"]) -> Tensor:
 
 
 def level_of(
-    blocks: Float32[Tensor, "blocks block_size"], scales: Float32[Tensor, " blocks"], levels: Float32[Tensor, " levels"]
+    blocks: Float32[Tensor, "blocks block_size"],
+    scales: Float32[Tensor, " blocks"],
+    levels: Float32[Tensor, " levels"],
 ) -> Float32[Tensor, "blocks block_size"]:
     """The level nearest to each weight over its block's scale, up to half a bin of the look-up table."""
     return _level(blocks, scales, _table(levels))

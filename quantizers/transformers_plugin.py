@@ -28,7 +28,9 @@ def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "codebooks": dict(sorted(codebooks.items())),
-        "matrices": {name: asdict(form) | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())},
+        "matrices": {
+            name: asdict(form) | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())
+        },
     }
 
 
@@ -49,11 +51,13 @@ class BitsmithConfig(QuantizationConfigMixin):
     ) -> None:
         if format_version != FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint has bitsmith format version {format_version}, and this program reads version "
-                f"{FORMAT_VERSION}; install the bitsmith release that the checkpoint's card names"
+                f"this checkpoint has bitsmith format version {format_version}, and this program reads "
+                f"version {FORMAT_VERSION}; install the bitsmith release that the checkpoint's card names"
             )
         if not isinstance(codebooks, dict) or not isinstance(matrices, dict):
-            raise ValueError("quantization_config needs `codebooks` and `matrices`; the config.json is damaged")
+            raise ValueError(
+                "quantization_config needs `codebooks` and `matrices`; the config.json is damaged"
+            )
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.format_version = format_version
         self.codebooks = codebooks
@@ -68,7 +72,9 @@ class BitsmithConfig(QuantizationConfigMixin):
             rows, columns = map(int, entry.pop("shape"))
             form = StorageFormat(**entry)
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged") from None
+            raise ValueError(
+                f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged"
+            ) from None
         if len(self.codebooks.get(form.codebook_name, ())) != 2**form.bits:
             raise ValueError(
                 f"quantization_config has no codebook {form.codebook_name!r} of {2**form.bits} levels, which "
@@ -102,7 +108,9 @@ class BitsmithHfQuantizer(HfQuantizer):
                 layer = QuantizedLinear(shape, form, bias=old.bias is not None, dtype=old.weight.dtype)
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, layer)
-            self._expected |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+            self._expected |= {
+                f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()
+            }
         return model
 
     def get_new_dtype(self, converter, param, dtype):
@@ -156,8 +164,8 @@ def _linear_layer(model: PreTrainedModel, name: str, shape: tuple[int, int]) -> 
 
 def _foreign(model: PreTrainedModel, name: str, what: str) -> ValueError:
     return ValueError(
-        f"the checkpoint has a quantized weight for {name}, and {type(model).__name__} {what}; the config.json does not "
-        "belong to these weights"
+        f"the checkpoint has a quantized weight for {name}, and {type(model).__name__} {what}; the config.json "
+        "does not belong to these weights"
     )
 
 

@@ -1,4 +1,4 @@
-"""Every quantizer that the laws run over: a new one is a row here. And the weights and statistics they see."""
+"""Every quantizer that the laws run over, a new one is a row here; the weights and statistics they see."""
 
 from dataclasses import dataclass
 
@@ -72,7 +72,10 @@ def normal_weight(shape: tuple[int, int], seed: int = 0) -> Tensor:
 def uneven_statistics(shape: tuple[int, int], seed: int = 0) -> LayerStatistics:
     """A Fisher diagonal over four decades: strong rows, strong columns, and noise on top."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    rows, columns = torch.randn(shape[0], 1, generator=generator), torch.randn(1, shape[1], generator=generator)
+    rows, columns = (
+        torch.randn(shape[0], 1, generator=generator),
+        torch.randn(1, shape[1], generator=generator),
+    )
     noise = torch.randn(shape, generator=generator)
     return LayerStatistics(torch.exp(rows + columns + noise / 2), None, 8, 4096)
 

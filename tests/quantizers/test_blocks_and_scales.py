@@ -1,5 +1,7 @@
 """Blocks, the search for their scales, and the scales' own quantization."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -158,7 +160,9 @@ def test_double_quantization_errs_by_half_a_step(bits: int, super_block: int, nu
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "super_block"), [(2, 1), (3, 16), (5, 16), (7, 256), (8, 256)])
-def test_double_quantization_stores_what_the_format_says(bits: int, super_block: int, shape: tuple[int, int]) -> None:
+def test_double_quantization_stores_what_the_format_says(
+    bits: int, super_block: int, shape: tuple[int, int]
+) -> None:
     form = StorageFormat("nf", 4, 32, bits, super_block)
     num_scales = shape[0] * -(-shape[1] // 32)
     assert form.num_scales(shape) == num_scales
@@ -180,10 +184,25 @@ def test_equal_scales_and_zeros_survive_exactly() -> None:
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("codebook", "fp4"), ("bits", 7), ("bits", 1), ("block_size", 48), ("scale_bits", 1), ("scale_bits", 9)]
-    + [("super_block", 0), ("rank", -1)],
+    [
+        ("codebook", "fp4"),
+        ("bits", 7),
+        ("bits", 1),
+        ("block_size", 48),
+        ("scale_bits", 1),
+        ("scale_bits", 9),
+        ("super_block", 0),
+        ("rank", -1),
+    ],
 )
 def test_a_setting_out_of_range_is_named(setting: str, value: object) -> None:
-    good = {"codebook": "nf", "bits": 4, "block_size": 64, "scale_bits": 8, "super_block": 256, "rank": 0}
+    good: dict[str, Any] = {
+        "codebook": "nf",
+        "bits": 4,
+        "block_size": 64,
+        "scale_bits": 8,
+        "super_block": 256,
+        "rank": 0,
+    }
     with pytest.raises(ValueError, match=f"{setting} is {value!r}"):
         StorageFormat(**good | {setting: value})

@@ -28,7 +28,9 @@ def error_of(quantizer: AbstractQuantizer, weight: torch.Tensor, statistics: Lay
 @weighting
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("quantizer", PLAIN_QUANTIZERS, ids=quantizer_id)
-def test_the_error_is_never_above_the_one_without(quantizer: AbstractQuantizer, rank: int, weighted: bool) -> None:
+def test_the_error_is_never_above_the_one_without(
+    quantizer: AbstractQuantizer, rank: int, weighted: bool
+) -> None:
     for seed in range(3):
         weight, statistics = normal_weight(SHAPE, seed), statistics_for(weighted, seed)
         alone = error_of(quantizer, weight, statistics)
@@ -36,7 +38,9 @@ def test_the_error_is_never_above_the_one_without(quantizer: AbstractQuantizer, 
 
 
 @weighting
-@pytest.mark.parametrize("quantizer", [NormalFloat(2), LloydMax(2), LloydMax(3), NormalFloat(2, scale="absmax")], ids=quantizer_id)
+@pytest.mark.parametrize(
+    "quantizer", [NormalFloat(2), LloydMax(2), LloydMax(3), NormalFloat(2, scale="absmax")], ids=quantizer_id
+)
 def test_a_planted_low_rank_part_is_found(quantizer: AbstractQuantizer, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     planted = torch.randn(24, 2, generator=generator) @ torch.randn(2, 72, generator=generator)

@@ -42,7 +42,21 @@ def test_labels(label: str, expected: AbstractQuantizer) -> None:
 
 @pytest.mark.parametrize(
     "label",
-    ["", "nf", "4", "fp4", "gptq4", "nf4-", "nf4-x8", "nf4-r8-g64", "nf4-g64-g32", "nf-4", "nf4 g64", "nf4-g", "nf4-g-1"],
+    [
+        "",
+        "nf",
+        "4",
+        "fp4",
+        "gptq4",
+        "nf4-",
+        "nf4-x8",
+        "nf4-r8-g64",
+        "nf4-g64-g32",
+        "nf-4",
+        "nf4 g64",
+        "nf4-g",
+        "nf4-g-1",
+    ],
 )
 def test_a_malformed_label_is_explained(label: str) -> None:
     with pytest.raises(ValueError, match=r"is not a quantizer; expected NAME and BITS.* one of lloyd, nf"):
@@ -51,7 +65,12 @@ def test_a_malformed_label_is_explained(label: str) -> None:
 
 @pytest.mark.parametrize(
     ("label", "setting"),
-    [("nf7", "bits is 7"), ("lloyd16", "bits is 16"), ("nf4-g48", "block_size is 48"), ("nf4-s9", "scale_bits is 9")],
+    [
+        ("nf7", "bits is 7"),
+        ("lloyd16", "bits is 16"),
+        ("nf4-g48", "block_size is 48"),
+        ("nf4-s9", "scale_bits is 9"),
+    ],
 )
 def test_a_setting_out_of_range_is_named(label: str, setting: str) -> None:
     with pytest.raises(ValueError, match=setting):

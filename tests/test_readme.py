@@ -1,0 +1,89 @@
+"""Every command in the README is run, on the tiny model in place of `demo` and a Hub on the loopback interface."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.registry.hub_server import WRITE_TOKEN, HubServer
+
+ROOT = Path(__file__).parent.parent
+SMALLER = "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --cost-rows 8"
+# What makes a command small enough for a test, by its first two words.
+EXTRA = {
+    "compress": SMALLER,
+    "plan": SMALLER.replace("--eval-windows 2 --eval-seq-len 32 ", ""),
+    "evaluate": "--num-windows 2 --seq-len 32",
+    "generate": "--max-new-tokens 2",
+}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_there_are_commands() -> None:
+    assert len(commands()) > 8
+    assert {command.split()[0] for command in commands()} <= {"make", "bitsmith", "python", "pip"}
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory):
+    home = tmp_path_factory.mktemp("readme")
+    with HubServer() as hub:
+        yield os.environ | {
+            "BITSMITH_HOME": str(home / "home"),
+            "HF_HOME": str(home / "hf"),
+            "HF_ENDPOINT": hub.endpoint,
+            "HF_TOKEN": WRITE_TOKEN,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "OMP_NUM_THREADS": "1",
+            "WORK": str(home),
+            "PYTHONPATH": str(ROOT),
+        }
+
+
+def _run(command: str, environment: dict[str, str], model: Path) -> subprocess.CompletedProcess[str]:
+    words = shlex.split(command)
+    program = {"bitsmith": [sys.executable, "-m", "pipeline"], "python": [sys.executable]}[words[0]]
+    words = [str(model) if word == "demo" else word for word in words[1:]]
+    words = ["alice/smollm2-135m-4bit" if re.fullmatch(r"user/\S+", word) else word for word in words]
+    verb = next(word for word in words if not word.startswith("-") and word not in ("pipeline",))
+    extra = EXTRA["compress" if verb == "flows.compress" else verb] if verb in (*EXTRA, "flows.compress") else ""
+    return subprocess.run(
+        [*program, *words, *extra.split()],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=environment["WORK"],
+        timeout=300,
+        check=False,
+    )
+
+
+def test_every_command_runs_in_order(environment: dict[str, str], tiny_model_dir: Path) -> None:
+    """One test, because each command works on what those before it made."""
+    for command in commands():
+        if command.startswith("make "):
+            dry = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, check=False)
+            assert dry.returncode == 0, command
+        elif not command.startswith("pip "):
+            done = _run(command, environment, tiny_model_dir)
+            assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_the_python_example_runs(environment: dict[str, str]) -> None:
+    """After the commands: it loads the folder that they made."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, env=environment, cwd=environment["WORK"], check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
