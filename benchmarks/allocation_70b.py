@@ -60,9 +60,7 @@ def build_problem(seed: int, bits_per_param: float) -> AllocationProblem:
     return AllocationProblem(sensitivity[:, None] * distortion * noise, size_bits, budget_bits)
 
 
-def _stored_bits(
-    num_params: np.ndarray, bits: int, block: int, scale_bits: int, super_block: int
-) -> np.ndarray:
+def _stored_bits(num_params: np.ndarray, bits: int, block: int, scale_bits: int, super_block: int) -> np.ndarray:
     """Codes, quantized scales, and a float32 scale for each super-block of scales."""
     num_blocks = num_params // block
     return num_params * bits + num_blocks * scale_bits + num_blocks // super_block * 32
@@ -112,9 +110,7 @@ def _solve_pulp(
     model += pulp.LpAffineExpression(zip(cells, bits, strict=True)) <= 1
     for row in rows:
         model += pulp.lpSum(row) == 1
-    model.solve(
-        pulp.HiGHS(msg=False, gapRel=relative_gap, timeLimit=time_limit_seconds, threads=1, **options)
-    )
+    model.solve(pulp.HiGHS(msg=False, gapRel=relative_gap, timeLimit=time_limit_seconds, threads=1, **options))
     taken = np.array([variable.value() or 0.0 for variable in cells])
     bound = model.solverModel.getInfo().mip_dual_bound * cost_unit
     return _result(method, problem, started, _choice(taken, problem), bound)

@@ -161,7 +161,10 @@ def main() -> None:
                 print(f"| {name} | nothing fits | | | |")
             else:
                 bench.row(name, chosen, None)
-        for name, key, weighted in (("ILP, no Fisher", "unweighted", None), ("ILP + Fisher", "fisher", statistics)):
+        for name, key, weighted in (
+            ("ILP, no Fisher", "unweighted", None),
+            ("ILP + Fisher", "fisher", statistics),
+        ):
             try:
                 bench.row(name, bench.allocated(tables[key], budget, lq.__getitem__), weighted)
             except ValueError as error:

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command(
-    help="Compress a model to the budget as a Prefect flow; flags and result as of `bitsmith compress`."
-)
+@app.command(help="Compress a model to the budget as a Prefect flow; flags and result as of `bitsmith compress`.")
 @wraps(cli.compress)  # typer reads the flags from there
 def compress(**arguments: Any) -> None:
     cli.compress_and_show(arguments, _compress_in_flow)
@@ -32,9 +30,7 @@ def main() -> None:
     cli.run_app(app)
 
 
-def _compress_in_flow(
-    recipe: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any
-) -> "Compressed":
+def _compress_in_flow(recipe: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any) -> "Compressed":
     from flows.compress import compress as flow
     from flows.job import read_outcome
 

@@ -42,9 +42,7 @@ def compress(
     Raises:
         PipelineError, RegistryError: the run is then Failed, with that message.
     """
-    job = steps.prepare(
-        recipe, registry or str(home() / "registry"), out, name or Path(out).name, device, resume
-    )
+    job = steps.prepare(recipe, registry or str(home() / "registry"), out, name or Path(out).name, device, resume)
     statistics = steps.collect_statistics(job)
     costs = steps.measure_costs(job, statistics)
     plan = steps.allocate(job, costs)

@@ -25,9 +25,7 @@ LEAST_SECONDS_BETWEEN_LINES = 1.0
 class RunProgress:
     """A pipeline.progress.Progress for whatever Prefect run is current when it is called."""
 
-    def track(
-        self, items: Iterable[T], description: str, total: int | None = None, done: int = 0
-    ) -> Iterator[T]:
+    def track(self, items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
         """See pipeline/progress.py."""
         pace, artifact = Pace(description, total, done), None
         for item in items:
@@ -85,9 +83,7 @@ class Pace:
 
     def last_line(self) -> str:
         """`Cost table: 210 of 210 in 0:02:10`"""
-        return (
-            f"{self.description}: {self.num_done} of {self.total or self.num_done} in {_clock(self._seconds)}"
-        )
+        return f"{self.description}: {self.num_done} of {self.total or self.num_done} in {_clock(self._seconds)}"
 
     @property
     def _seconds(self) -> float:
@@ -96,11 +92,7 @@ class Pace:
 
 def _show(artifact: UUID | None, pace: Pace) -> UUID | None:
     """Create or move the bar of the current run; a server that is away must not stop the work."""
-    if (
-        pace.percent is None
-        or not PREFECT_API_URL.value()
-        or not (TaskRunContext.get() or FlowRunContext.get())
-    ):
+    if pace.percent is None or not PREFECT_API_URL.value() or not (TaskRunContext.get() or FlowRunContext.get()):
         return None
     try:
         if artifact is None:

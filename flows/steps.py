@@ -68,9 +68,7 @@ def allocate(job: Job, costs: Done) -> Done:
 @task(**PLAIN)
 def decompose(job: Job, plan: Done, statistics: Done) -> Done:
     """Every matrix quantized as planned."""
-    return do(
-        job, "decompose", lambda run: run.matrices(artifact(run, plan), artifact_if_any(run, statistics))
-    )
+    return do(job, "decompose", lambda run: run.matrices(artifact(run, plan), artifact_if_any(run, statistics)))
 
 
 @task(**PLAIN)
@@ -93,9 +91,7 @@ def evaluate(job: Job, checkpoint: Done) -> Done:
 
 
 @task(**PLAIN)
-def write_report(
-    job: Job, costs: Done, plan: Done, matrices: Done, checkpoint: Done, evaluation: Done
-) -> Done:
+def write_report(job: Job, costs: Done, plan: Done, matrices: Done, checkpoint: Done, evaluation: Done) -> Done:
     """The HTML report, in the registry and in the folder."""
 
     def work(run: "Run") -> Artifact:
@@ -124,7 +120,5 @@ def publish(job: Job, checkpoint: Done, report: Done) -> str:
 def summarize(job: Job, version: str, stages: list[Done]) -> Outcome:
     """The run's figures, for the caller and as a page beside the run."""
     outcome = Outcome(job=job, version=version, stages=[job["opened"], *stages])
-    create_markdown_artifact(
-        summary(read_outcome(outcome)), key=artifact_key(job["name"]), description=version
-    )
+    create_markdown_artifact(summary(read_outcome(outcome)), key=artifact_key(job["name"]), description=version)
     return outcome

@@ -103,7 +103,7 @@ def offered_choices(names: list[str], labels: list[str], overrides: dict[str, st
     Raises:
         RecipeError: a pattern is malformed, or matches nothing.
     """
-    offered = {name: labels for name in names}
+    offered = dict.fromkeys(names, labels)
     for pattern, label in overrides.items():
         try:
             matched = [name for name in names if re.search(pattern, name)]
@@ -171,9 +171,16 @@ def allocate_to_budget(
     """
     limit = budget.limit_bytes(original_bytes)
     if limit is None:
+        assert budget.bits_per_param is not None
         bits = int(budget.bits_per_param * int(table.num_params.sum()))
         return allocate(table, bits, budget=budget.text, solver=solver, share_groups=share_groups)
-    smallest = allocate(table, _smallest_bits(table, share_groups), budget=budget.text, solver=solver, share_groups=share_groups)
+    smallest = allocate(
+        table,
+        _smallest_bits(table, share_groups),
+        budget=budget.text,
+        solver=solver,
+        share_groups=share_groups,
+    )
     around_bytes = folder_bytes(smallest) - -(-smallest.size_bits // 8)
     if folder_bytes(smallest) > limit:
         raise BudgetError(

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -56,7 +57,7 @@ def audit(folder: Path, in_memory: PreTrainedModel) -> None:
 @torch.inference_mode()
 def fixed_logits(model: PreTrainedModel) -> Tensor:
     """float32 [tokens, vocab] logits of a fixed sequence of token ids."""
-    vocab = model.get_input_embeddings().weight.shape[0]
+    vocab = model.config.get_text_config().vocab_size
     ids = torch.arange(1, NUM_TOKENS + 1) * 7919 % vocab
     return model(ids[None].to(model.device)).logits[0].float().cpu()
 
@@ -68,12 +69,15 @@ def load_checked(folder: Path) -> PreTrainedModel:
         CheckpointError: what is there is not what was planned.
     """
     with quiet_transformers():
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+    model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[what]:
-            raise CheckpointError(f"{folder} has {what.replace('_', ' ')}: {', '.join(map(str, sorted(info[what])[:5]))}")
+            raise CheckpointError(
+                f"{folder} has {what.replace('_', ' ')}: {', '.join(map(str, sorted(info[what])[:5]))}"
+            )
     plan = json.loads((folder / "plan.json").read_text())
     for name, planned in plan["matrices"].items():
         layer = model.get_submodule(name)
@@ -81,7 +85,7 @@ def load_checked(folder: Path) -> PreTrainedModel:
             raise CheckpointError(f"{name} was planned as {planned['label']}, and {folder} holds it uncompressed")
         if layer.quantized().size_bits != planned["size_bits"]:
             raise CheckpointError(
-                f"{name} was planned with {planned['size_bits']} bits, and {folder} stores {layer.quantized().size_bits}"
+                f"{name} was planned with {planned['size_bits']} bits, and {layer.quantized().size_bits} are stored"
             )
     return model.eval()
 

@@ -182,9 +182,7 @@ def write_window(path: Path, window: BaseWindow) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(hashlib.sha256(payload).digest() + payload))
 
 
-def _fill(
-    base: BaseLogits, missing: list[int], cache_dir: Path, limit_bytes: int, progress: Progress
-) -> None:
+def _fill(base: BaseLogits, missing: list[int], cache_dir: Path, limit_bytes: int, progress: Progress) -> None:
     """Compute and keep the windows `missing`, unless all windows together are too large to keep."""
     vocab_size = base.model().config.get_text_config().vocab_size
     num_windows, seq_len = base.tokens.shape
@@ -203,9 +201,7 @@ def _fill(
             return
     base.path(0).parent.mkdir(parents=True, exist_ok=True)
     _make_room(cache_dir, keep=base.path(0).parent, limit_bytes=limit_bytes - num_windows * window_bytes)
-    for index in progress.track(
-        missing, "the original's predictions", num_windows, num_windows - len(missing)
-    ):
+    for index in progress.track(missing, "the original's predictions", num_windows, num_windows - len(missing)):
         write_window(base.path(index), base.compute(index))
     base.release()
 

@@ -1,10 +1,10 @@
 """What may be spent, and what the words mean.
 
-    2.75bpw            bits per parameter: every stored bit of the compressed matrices (codes, scales,
-                       second-level scales, low-rank factors) over their number of parameters
-    180MB, 4.2GiB      bytes of the finished folder: weights with embeddings, norms and head, configuration,
-                       tokenizer, plan (the report is not part of the model and does not count)
-    40%                the same, as a share of the original model's weight files
+2.75bpw            bits per parameter: every stored bit of the compressed matrices (codes, scales,
+                   second-level scales, low-rank factors) over their number of parameters
+180MB, 4.2GiB      bytes of the finished folder: weights with embeddings, norms and head, configuration,
+                   tokenizer, plan (the report is not part of the model and does not count)
+40%                the same, as a share of the original model's weight files
 """
 
 import re

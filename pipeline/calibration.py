@@ -127,9 +127,7 @@ def _choose(num_there: int, num_windows: int, seed: int | None) -> Tensor:
     return torch.randperm(num_there, generator=torch.Generator().manual_seed(seed))[:num_windows]
 
 
-def _tokenize(
-    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", num_tokens_wanted: int
-) -> _Stream:
+def _tokenize(documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", num_tokens_wanted: int) -> _Stream:
     """Tokenize until there are `num_tokens_wanted`, and no document more.
 
     Plain texts get what the tokenizer adds (BOS, once a document); rendered chats have it already.

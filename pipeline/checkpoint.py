@@ -10,9 +10,10 @@ Planning and writing share one description, so the forecast is exact and not an 
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,12 +86,12 @@ class Checkpoint:
             matrix_path: module name -> file that `decompose` wrote for it.
         """
         for path in self.model.extra_files():
-            replace_file(folder / path.name, lambda target, source=path: target.write_bytes(source.read_bytes()))
+            replace_file(folder / path.name, partial(shutil.copyfile, path))
         for name, text in self.texts.items():
-            replace_file(folder / name, lambda target, text=text: target.write_text(text, encoding="utf-8"))
+            replace_file(folder / name, partial(_write_text, text))
         reader = _Reader(self.model, self.plan, matrix_path)
         for name, file in progress.track(self.shards.items(), "Write checkpoint", total=len(self.shards)):
-            replace_file(folder / name, lambda target, file=file: file.write(target, reader.tensor))
+            replace_file(folder / name, partial(file.write, read=reader.tensor))
 
     def _specs(self) -> list[TensorSpec]:
         specs = []
@@ -105,6 +106,10 @@ class Checkpoint:
                 for key, (shape, dtype) in planned.format.tensor_specs(planned.shape).items()
             ]
         return specs
+
+
+def _write_text(text: str, target: Path) -> None:
+    target.write_text(text, encoding="utf-8")
 
 
 class _Reader:

@@ -20,11 +20,13 @@ from pipeline.progress import SILENT, Progress
 from registry import Registry, RegistryError, Version
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pipeline.compress import Compressed
 
 app = typer.Typer(
     name="bitsmith",
-    help="Compress a Hugging Face language model to an exact memory budget: W ~ Q + L1 L2, chosen by an integer program.",
+    help="Compress a Hugging Face language model to an exact memory budget: W ~ Q + L1 L2, by an integer program.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -38,7 +40,8 @@ FolderArgument = Annotated[Path, typer.Argument(help="folder that `compress` wro
 NameArgument = Annotated[str, typer.Argument(help="NAME or NAME:VERSION; the latest version without a number")]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
 BudgetOption = Annotated[
-    str, typer.Option("--budget", "-b", help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%")
+    str,
+    typer.Option("--budget", "-b", help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%"),
 ]
 Preset = Annotated[str, typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe")]
 Rank = Annotated[int | None, typer.Option(help="rank of the low-rank part, where the program chooses one; 0: none")]
@@ -48,9 +51,7 @@ NumSamples = Annotated[int | None, typer.Option(help="calibration windows")]
 SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
 Seed = Annotated[int | None, typer.Option(help="of every random draw")]
 Sensitivity = Annotated[str | None, typer.Option(help="fisher: weighted errors; none: no calibration")]
-Candidate = Annotated[
-    list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")
-]
+Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")]
 Override = Annotated[
     list[str] | None, typer.Option(help="'REGEX=QUANTIZER': what matching matrices get, e.g. 'down_proj=nf4'")
 ]
@@ -345,7 +346,10 @@ def registry_verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = 
         _print_json(_version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
     found.raise_if_damaged()
     if not quiet and not as_json:
-        RESULTS.print(f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound", soft_wrap=True)
+        RESULTS.print(
+            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound",
+            soft_wrap=True,
+        )
 
 
 class Stopped(BaseException):
@@ -358,7 +362,7 @@ def main() -> None:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line: a known error ends as one paragraph and exit code 1, Ctrl-C as 130, SIGTERM as 143."""
+    """A command line's exit codes: 1 and one paragraph for a known error, 130 for Ctrl-C, 143 for SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop_on_signal)
     try:
@@ -370,7 +374,10 @@ def run_app(app: typer.Typer) -> None:
     except OSError as error:
         _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
     except MemoryError:
-        _end("Error: out of memory. Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine.", 1)
+        _end(
+            "Error: out of memory. Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine.",
+            1,
+        )
 
 
 def _stop_on_signal(number: int, frame: object) -> None:
@@ -385,7 +392,17 @@ def _end(message: str, code: int) -> None:
 def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     """The recipe's fields among a command's arguments."""
     fields = {
-        *("model", "budget", "revision", "rank", "dataset", "dataset_revision", "num_samples", "seq_len", "seed"),
+        *(
+            "model",
+            "budget",
+            "revision",
+            "rank",
+            "dataset",
+            "dataset_revision",
+            "num_samples",
+            "seq_len",
+            "seed",
+        ),
         *("sensitivity", "share_groups", "cost_rows", "solver"),
         *("eval_dataset", "eval_dataset_revision", "eval_windows", "eval_seq_len"),
     }

@@ -16,7 +16,13 @@ from quantizers import QuantizedTensor, quantizer_from_label, weighted_error
 
 
 def decompose(
-    model: Model, plan: Plan, statistics: Statistics | None, work: Path, *, device: str, progress: Progress = SILENT
+    model: Model,
+    plan: Plan,
+    statistics: Statistics | None,
+    work: Path,
+    *,
+    device: str,
+    progress: Progress = SILENT,
 ) -> None:
     """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
 
@@ -62,5 +68,3 @@ def read_error(path: Path) -> float:
     """The weighted error that `decompose` achieved."""
     with safe_open(path, framework="pt") as stored:
         return float(stored.metadata()["error"])
-
-

@@ -87,7 +87,15 @@ def _table(*headers: str, title: str) -> Table:
 
 def show_model(model: "Model") -> None:
     """The answer of `inspect`."""
-    table = _table("layer", "type", "shape", "parameters", "stored as", "reads the input of", title=f"Matrices of {model.spec}")
+    table = _table(
+        "layer",
+        "type",
+        "shape",
+        "parameters",
+        "stored as",
+        "reads the input of",
+        title=f"Matrices of {model.spec}",
+    )
     for matrix in model.matrices:
         shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
         first = next(other for other in model.matrices if other.group == matrix.group)
@@ -168,7 +176,9 @@ def show_result(done: "Compressed") -> None:
 def show_plan(made: "Planned") -> None:
     """The answer of `plan`."""
     plan = made.plan
-    table = _table("matrix", "shape", "choice", "bits per parameter", "size", "cost", title=f"Plan for {made.model.spec}")
+    table = _table(
+        "matrix", "shape", "choice", "bits per parameter", "size", "cost", title=f"Plan for {made.model.spec}"
+    )
     for name, matrix in plan.matrices.items():
         shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
         bits = f"{matrix.bits_per_param:.3f}"

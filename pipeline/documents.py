@@ -41,9 +41,7 @@ class Documents:
     revision: str | None
 
 
-def read_documents(
-    source: str | None, *, split: str, revision: str | None, default: DefaultText
-) -> Documents:
+def read_documents(source: str | None, *, split: str, revision: str | None, default: DefaultText) -> Documents:
     """All documents of a file, of a Hub dataset, or of the bundled text (`source` None).
 
     Raises:
@@ -149,9 +147,7 @@ def _hub_rows(source: str, split: str, revision: str | None) -> _HubRows:
             commit = revision
         else:
             commit = str(HfApi().dataset_info(dataset_id, revision=revision, timeout=10).sha)
-        rows = datasets.load_dataset(
-            dataset_id, config or None, split=split, revision=commit, streaming=not offline
-        )
+        rows = datasets.load_dataset(dataset_id, config or None, split=split, revision=commit, streaming=not offline)
     return _HubRows(_guarded(rows, source, split), commit)
 
 

@@ -216,9 +216,7 @@ def skipped(model: Model) -> list[dict[str, Any]]:
     for reason, entries in by_reason.items():
         patterns = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)", "*", entry.name) for entry in entries))
         size_bytes = sum(entry.size_bytes for entry in entries)
-        rows.append(
-            {"reason": reason, "num_tensors": len(entries), "size_bytes": size_bytes, "names": patterns}
-        )
+        rows.append({"reason": reason, "num_tensors": len(entries), "size_bytes": size_bytes, "names": patterns})
     return sorted(rows, key=lambda row: (-row["size_bytes"], row["reason"]))
 
 

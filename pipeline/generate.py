@@ -1,6 +1,7 @@
 """Continue a text with a compressed folder, writing tokens as they come."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, TextStreamer
@@ -19,16 +20,16 @@ def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, d
     """
     network = load_packed(folder, device)
     with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if chat:
-        messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+        turns = [{"role": "user", "content": prompt}]
+        prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(network.device)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    generate: Any = network.generate
     with torch.inference_mode(), quiet_transformers():
-        network.generate(
-            **inputs.to(network.device),
+        generate(
+            **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             temperature=None,

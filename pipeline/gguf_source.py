@@ -136,9 +136,7 @@ def _forget_gguf(model: Any) -> None:
     model.config.name_or_path = ""
 
 
-def _repair_tokenizer(
-    tokenizer: "PreTrainedTokenizerBase", reader: "GGUFReader", context_length: int | None
-) -> None:
+def _repair_tokenizer(tokenizer: "PreTrainedTokenizerBase", reader: "GGUFReader", context_length: int | None) -> None:
     from tokenizers import pre_tokenizers
 
     if tokenizer.chat_template is None:

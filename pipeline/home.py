@@ -1,8 +1,8 @@
 """Where bitsmith keeps what outlives a command: the registry, converted models, unfinished work.
 
-    $BITSMITH_HOME (default ~/.bitsmith)
-        registry/            versions and step results, content-addressed
-        converted/<sha256>/  GGUF files turned into safetensors folders once
+$BITSMITH_HOME (default ~/.bitsmith)
+    registry/            versions and step results, content-addressed
+    converted/<sha256>/  GGUF files turned into safetensors folders once
 """
 
 import os

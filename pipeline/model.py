@@ -167,9 +167,7 @@ class Model:
             )
         return weight.to(torch.float32).contiguous()
 
-    def load(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-    ) -> "PreTrainedModel":
+    def load(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
         """The whole model in memory, in eval mode."""
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -186,9 +184,7 @@ class Model:
         """
         try:
             with quiet_transformers():
-                return AutoTokenizer.from_pretrained(
-                    self.path, local_files_only=True, trust_remote_code=False
-                )
+                return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ModelError(
                 f"No usable tokenizer in {self.path}: {first_line(error)} Expected tokenizer.json or "
@@ -274,12 +270,8 @@ def _skipped(
         if name in matrices:
             continue
         merged = names.merged.get(info.name)
-        reason = (
-            f"merged into {merged} on loading: not supported yet" if merged else structure.reasons.get(name)
-        )
-        stored.append(
-            Skipped(name, info.shape, info.dtype, info.size_bytes, reason or "not used by the architecture")
-        )
+        reason = f"merged into {merged} on loading: not supported yet" if merged else structure.reasons.get(name)
+        stored.append(Skipped(name, info.shape, info.dtype, info.size_bytes, reason or "not used by the architecture"))
     tied = [
         Skipped(name, structure.shapes[name], tensors[source].dtype, 0, structure.reasons[name])
         for name, source in structure.ties.items()

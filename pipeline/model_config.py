@@ -52,12 +52,7 @@ def read_config(path: Path) -> "PretrainedConfig":
 def _refuse_quantized(config_path: Path, raw: dict[str, Any]) -> None:
     nested = [raw, *(value for value in raw.values() if isinstance(value, dict))]
     found = next(
-        (
-            part[key]
-            for part in nested
-            for key in ("quantization_config", "compression_config")
-            if part.get(key)
-        ),
+        (part[key] for part in nested for key in ("quantization_config", "compression_config") if part.get(key)),
         None,
     )
     if found is not None:

@@ -1,9 +1,9 @@
 """The output folder: never overwritten, never half there.
 
-    OUT.partial/recipe.json    the run that is on its way to OUT
-    OUT.partial/checkpoint/    the folder, until it has passed its audit
-    OUT/                       appears by one rename
-    OUT/report/                added after the evaluation
+OUT.partial/recipe.json    the run that is on its way to OUT
+OUT.partial/checkpoint/    the folder, until it has passed its audit
+OUT/                       appears by one rename
+OUT/report/                added after the evaluation
 """
 
 import json
@@ -70,8 +70,8 @@ class OutputFolder:
             path = self.path / name
             if not path.is_file() or hash_file(path) != entry:
                 raise OutputExistsError(
-                    f"{path} is missing or was changed after it was written; {self.path} is no longer the checkpoint of "
-                    "this recipe. Move the folder away, or choose another one with -o."
+                    f"{path} is missing or was changed after it was written; {self.path} is no longer the "
+                    "checkpoint of this recipe. Move the folder away, or choose another one with -o."
                 )
 
     def add_report(self, registry: Registry, report: Artifact) -> None:
@@ -88,8 +88,8 @@ class OutputFolder:
         refuse_changes(json.loads(note.read_text()), self.recipe, f"The finished checkpoint in {self.path}")
         if not resume:
             raise OutputExistsError(
-                f"{self.path} holds the finished checkpoint of this recipe, and --no-resume would make it again. Delete "
-                "it first, or choose another folder with -o."
+                f"{self.path} holds the finished checkpoint of this recipe, and --no-resume would make it again. "
+                "Delete it first, or choose another folder with -o."
             )
 
 
@@ -97,7 +97,8 @@ def check_free(path: Path) -> None:
     """Raise OutputExistsError if `path` holds something that is not a checkpoint of ours."""
     if not _is_empty(path) and not (path / "recipe.json").is_file():
         raise OutputExistsError(
-            f"The output folder {path} is not empty and was not made by bitsmith. Choose another one with -o, or empty it."
+            f"The output folder {path} is not empty and was not made by bitsmith. Choose another one with "
+            "-o, or empty it."
         )
 
 

@@ -20,7 +20,8 @@ def packed_model(model: Model, plan: Plan, matrix_path: Callable[[str], Path]) -
     for module in plan.matrices:
         parent, _, child = module.rpartition(".")
         old = network.get_submodule(module)
-        layer = QuantizedLinear.from_quantized(read_matrix(matrix_path(module), plan, module), old.bias)
+        quantized = read_matrix(matrix_path(module), plan, module)
+        layer = QuantizedLinear.from_quantized(quantized, getattr(old, "bias", None))
         setattr(network.get_submodule(parent), child, layer)
     return network
 
@@ -33,14 +34,18 @@ def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
     """
     if not (folder / "plan.json").is_file():
         raise CheckpointError(
-            f"{folder} is not a compressed checkpoint: it has no plan.json. Name a folder that `bitsmith compress` wrote "
-            "or `bitsmith pull` fetched."
+            f"{folder} is not a compressed checkpoint: it has no plan.json. Name a folder that `bitsmith compress` "
+            "wrote or `bitsmith pull` fetched."
         )
     try:
         with quiet_transformers():
             network = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32 if device == "cpu" else "auto", local_files_only=True, use_safetensors=True
+                folder,
+                dtype=torch.float32 if device == "cpu" else "auto",
+                local_files_only=True,
+                use_safetensors=True,
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder} does not load: {error}") from error
-    return network.to(device).eval()
+    network.to(torch.device(device))  # type: ignore[arg-type]
+    return network.eval()

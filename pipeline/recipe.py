@@ -71,7 +71,10 @@ class Recipe(BaseModel):
         try:
             return Recipe(**given)
         except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault.get('input')!r})" for fault in error.errors()]
+            faults = [
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault.get('input')!r})"
+                for fault in error.errors()
+            ]
             raise RecipeError(
                 f"The recipe has {len(faults)} wrong setting{'s' * (len(faults) > 1)}: {'; '.join(faults)}. "
                 "`bitsmith compress --help` lists the settings."

@@ -72,12 +72,11 @@ class Run:
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.rank)
         offered = offered_choices([matrix.name for matrix in model.matrices], labels, overrides)
-        tokenizer = model.tokenizer() if recipe.sensitivity == "fisher" or recipe.eval_windows else None
         calibration = eval_windows = None
         if recipe.sensitivity == "fisher":
             calibration = token_windows(
                 recipe.dataset,
-                tokenizer,
+                model.tokenizer(),
                 num_windows=recipe.num_samples,
                 seq_len=recipe.seq_len,
                 seed=recipe.seed,
@@ -92,7 +91,7 @@ class Run:
         if recipe.eval_windows:
             eval_windows = token_windows(
                 recipe.eval_dataset,
-                tokenizer,
+                model.tokenizer(),
                 num_windows=recipe.eval_windows,
                 seq_len=recipe.eval_seq_len,
                 seed=None,
@@ -146,8 +145,8 @@ class Run:
             free = shutil.disk_usage(place).free
             if free < needed:
                 raise DiskSpaceError(
-                    f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} free. "
-                    "Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
+                    f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} "
+                    "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
                 )
 
     def has_costs(self) -> bool:
@@ -260,13 +259,23 @@ class Run:
                 for _ in self.progress.track([label], f"Sample text, {label}", total=1):
                     samples[label] = sample_text(sampled or loader(), tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
             (work / "out").mkdir(exist_ok=True)
-            content = {"report": report.to_json(), "prompt": SAMPLE_PROMPT, "samples": samples, "text": windows.source}
+            content = {
+                "report": report.to_json(),
+                "prompt": SAMPLE_PROMPT,
+                "samples": samples,
+                "text": windows.source,
+            }
             write_json(work / "out" / "evaluation.json", content)
 
         return self._step("evaluation", (checkpoint.digest,), settings, build)
 
     def report(
-        self, costs: Artifact, plan: Artifact, matrices: Artifact, checkpoint: Artifact, evaluation: Artifact | None
+        self,
+        costs: Artifact,
+        plan: Artifact,
+        matrices: Artifact,
+        checkpoint: Artifact,
+        evaluation: Artifact | None,
     ) -> Artifact:
         """The HTML report, its pictures and the figures behind it."""
 
@@ -352,5 +361,3 @@ def _digests(*artifacts: Artifact | None) -> tuple[str, ...]:
 def _existing(path: Path) -> Path:
     """The nearest folder above `path` that exists."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
-
-

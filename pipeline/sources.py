@@ -120,18 +120,14 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Source:
             f"{repo_id} has no revision {revision!r} on the Hub. Expected a branch, a tag or a commit."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise _unknown(
-            repo_id, "the Hub knows no such public model (private ones need `hf auth login`)"
-        ) from error
+        raise _unknown(repo_id, "the Hub knows no such public model (private ones need `hf auth login`)") from error
     except hub_failures() as error:
         return _from_hub_cache(repo_id, revision, error)
     _refuse_unsafe_repo(repo_id, [file.rfilename for file in info.siblings or ()])
     progress.say(f"Downloading {repo_id} at {info.sha} unless it is in the cache")
     patterns = ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES]
     try:
-        path = snapshot_download(
-            repo_id, revision=info.sha, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_SECONDS
-        )
+        path = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_SECONDS)
     except hub_failures() as error:
         raise ModelError(
             f"The download of {repo_id} broke off ({type(error).__name__}: {error}). Finished files are "
@@ -145,9 +141,7 @@ def _from_hub_cache(repo_id: str, revision: str | None, cause: Exception) -> Sou
 
     patterns = ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES]
     try:
-        path = Path(
-            snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns)
-        )
+        path = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise _unknown(
             repo_id,
@@ -162,9 +156,7 @@ def _gguf_from_hub(repo_id: str, file_name: str, revision: str | None, progress:
     try:
         path = Path(hf_hub_download(repo_id, file_name, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS))
     except hub_failures(ValueError) as error:
-        raise _unknown(
-            f"{repo_id}/{file_name}", f"the Hub did not give it ({type(error).__name__})"
-        ) from error
+        raise _unknown(f"{repo_id}/{file_name}", f"the Hub did not give it ({type(error).__name__})") from error
     commit = path.parents[len(Path(file_name).parts) - 1].name  # snapshots/<commit>/<file_name>
     return Source(convert_gguf(path, progress), commit)
 

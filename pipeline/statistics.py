@@ -26,6 +26,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.atomic import replace_file, write_json
 from pipeline.calibration import TokenWindows
@@ -79,15 +80,17 @@ def collect_statistics(
         network.requires_grad_(False)
         todo = windows.tokens[running.num_done :]
         with _collecting(network, model, running):
-            for tokens in progress.track(
-                todo, "Fisher information", total=len(windows.tokens), done=running.num_done
-            ):
+            for tokens in progress.track(todo, "Fisher information", total=len(windows.tokens), done=running.num_done):
                 _one_window(network, tokens.to(device), running)
                 running.num_done += 1
                 running.save_if_due()
         running.save()
         del network
-    facts = {"num_sequences": len(windows.tokens), "num_tokens": windows.tokens.numel(), "tokens_sha256": windows.sha256}
+    facts: dict[str, int | str] = {
+        "num_sequences": len(windows.tokens),
+        "num_tokens": windows.tokens.numel(),
+        "tokens_sha256": windows.sha256,
+    }
     _write(model, running, work / "out", facts)
 
 
@@ -126,7 +129,7 @@ class _RunningSums:
         self._save_seconds = self._saved_at - started
 
 
-def _one_window(network: nn.Module, tokens: Tensor, running: _RunningSums) -> None:
+def _one_window(network: PreTrainedModel, tokens: Tensor, running: _RunningSums) -> None:
     embedded = network.get_input_embeddings()(tokens[None]).requires_grad_(True)
     logits = network(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
     loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")

@@ -70,9 +70,7 @@ def build_skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
     try:
         # bfloat16, because some fused kernels have a meta implementation for it alone
         with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation="eager"
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"transformers cannot build a causal language model for model_type "
@@ -137,13 +135,9 @@ def _groups_by_forward(model: nn.Module, linears: dict[str, nn.Module]) -> list[
     inputs: dict[str, list[Any]] = defaultdict(list)  # holds the tensors, so that no id is used twice
 
     def remember(name: str) -> Any:
-        return lambda module, args, kwargs: inputs[name].append(
-            args[0] if args else next(iter(kwargs.values()))
-        )
+        return lambda module, args, kwargs: inputs[name].append(args[0] if args else next(iter(kwargs.values())))
 
-    handles = [
-        module.register_forward_pre_hook(remember(name), with_kwargs=True) for name, module in linears.items()
-    ]
+    handles = [module.register_forward_pre_hook(remember(name), with_kwargs=True) for name, module in linears.items()]
     try:
         tokens = torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.long, device="meta")
         with quiet_transformers(), torch.no_grad():

@@ -24,9 +24,7 @@ class AbstractQuantizer(ABC):
         """How the result is stored."""
 
     @abstractmethod
-    def quantize(
-        self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None
-    ) -> QuantizedTensor:
+    def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """Quantize `weight`, on its device, leaving it as it is.
 
         Args:

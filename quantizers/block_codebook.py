@@ -64,6 +64,6 @@ def quantize_quickly(weight: Float[Tensor, "out in"], form: StorageFormat) -> Fl
     levels = form.levels.to(weight.device)
     blocks = to_blocks(weight.float(), form.block_size)
     scales = blocks.abs().amax(dim=2) * TYPICAL_MULTIPLES.get(form.bits, 1.0)
-    return (level_of(blocks.flatten(0, 1), scales.flatten(), levels) * scales.view(-1, 1)).view(
-        weight.shape[0], -1
-    )[:, : weight.shape[1]]
+    return (level_of(blocks.flatten(0, 1), scales.flatten(), levels) * scales.view(-1, 1)).view(weight.shape[0], -1)[
+        :, : weight.shape[1]
+    ]

@@ -38,9 +38,7 @@ def lloyd_max(bits: int) -> Float32[Tensor, " levels"]:
     method on the tridiagonal system (plain iteration needs tens of thousands of rounds at 8 bits).
     """
     n = 2**bits
-    levels = norm.ppf((np.arange(n) + 0.5) / n) * (
-        np.sqrt(3) if bits > 3 else 1.2
-    )  # the point density p^(1/3)
+    levels = norm.ppf((np.arange(n) + 0.5) / n) * (np.sqrt(3) if bits > 3 else 1.2)  # the point density p^(1/3)
     for _ in range(200):
         mean, jacobian = _cell_means(levels)
         step = np.linalg.solve(np.eye(n) - jacobian, mean - levels)

@@ -53,9 +53,7 @@ class StorageFormat:
 
     def __post_init__(self) -> None:
         if self.codebook not in CODEBOOKS:
-            raise ValueError(
-                f"codebook is {self.codebook!r}; it must be one of {', '.join(sorted(CODEBOOKS))}"
-            )
+            raise ValueError(f"codebook is {self.codebook!r}; it must be one of {', '.join(sorted(CODEBOOKS))}")
         if self.bits not in BITS:
             raise ValueError(f"bits is {self.bits}; it must be one of {BITS}")
         if self.block_size not in BLOCK_SIZES:

@@ -39,9 +39,7 @@ class QuantizedLinear(nn.Module):
     low_rank_out: Tensor
     low_rank_in: Tensor
 
-    def __init__(
-        self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.format = form
@@ -80,9 +78,7 @@ class QuantizedLinear(nn.Module):
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory."""
         stored = {name: getattr(self, name) for name in self.format.tensor_specs((1, 1))}
-        return QuantizedTensor.from_tensors(
-            self.format, (self.out_features, self.in_features), self.levels, stored
-        )
+        return QuantizedTensor.from_tensors(self.format, (self.out_features, self.in_features), self.levels, stored)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""

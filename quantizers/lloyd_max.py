@@ -42,8 +42,6 @@ class LloydMax(AbstractQuantizer):
         """See AbstractQuantizer."""
         return StorageFormat("lloyd", self.bits, self.block_size, self.scale_bits, self.super_block)
 
-    def quantize(
-        self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None
-    ) -> QuantizedTensor:
+    def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""
         return quantize_blocks(weight, statistics, self.format, self.scale)

@@ -35,24 +35,18 @@ class LowRankPlus(AbstractQuantizer):
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ValueError(
-                f"rank is {self.rank}; it must be at least 1 (use the quantizer alone for rank 0)"
-            )
+            raise ValueError(f"rank is {self.rank}; it must be at least 1 (use the quantizer alone for rank 0)")
         if self.max_iterations < 1:
             raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1")
         if self.quantizer.format.rank:
-            raise ValueError(
-                f"{self.quantizer} has a low-rank part already; give LowRankPlus the quantizer inside it"
-            )
+            raise ValueError(f"{self.quantizer} has a low-rank part already; give LowRankPlus the quantizer inside it")
 
     @property
     def format(self) -> StorageFormat:
         """See AbstractQuantizer."""
         return replace(self.quantizer.format, rank=self.rank)
 
-    def quantize(
-        self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None
-    ) -> QuantizedTensor:
+    def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer.
 
         Raises:
@@ -60,8 +54,7 @@ class LowRankPlus(AbstractQuantizer):
         """
         if self.rank > min(weight.shape):
             raise ValueError(
-                f"rank {self.rank} for a weight of shape {tuple(weight.shape)}; "
-                f"it must be 1 to {min(weight.shape)}"
+                f"rank {self.rank} for a weight of shape {tuple(weight.shape)}; it must be 1 to {min(weight.shape)}"
             )
         weight = weight.detach().float()
         quantized = self.quantizer.quantize(weight, statistics)
@@ -78,9 +71,7 @@ class LowRankPlus(AbstractQuantizer):
             corrected = quantized.with_low_rank(low_rank)
             error = weighted_error(weight - corrected.dequantize(), statistics)
             requantized = self.quantizer.quantize(weight - low_rank.product(), statistics)
-            requantized_error = weighted_error(
-                weight - requantized.dequantize() - low_rank.product(), statistics
-            )
+            requantized_error = weighted_error(weight - requantized.dequantize() - low_rank.product(), statistics)
             if requantized_error < error:
                 corrected, error = requantized.with_low_rank(low_rank), requantized_error
             gain = 1 - error / best_error
@@ -92,9 +83,7 @@ class LowRankPlus(AbstractQuantizer):
         return best
 
 
-def fit_low_rank(
-    residual: Float32[Tensor, "out in"], statistics: LayerStatistics | None, rank: int
-) -> LowRank:
+def fit_low_rank(residual: Float32[Tensor, "out in"], statistics: LayerStatistics | None, rank: int) -> LowRank:
     """Factors of `residual`, weighted with the row and column means of the Fisher, rounded as stored."""
     if statistics is None:
         factors = truncated_svd(residual, rank)

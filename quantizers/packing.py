@@ -34,9 +34,7 @@ def pack(codes: UInt8[Tensor, " codes"], bits: int) -> Int32[Tensor, " words"]:
         ValueError: a code does not fit in `bits`.
     """
     if codes.numel() and int(codes.max()) >= 2**bits:
-        raise ValueError(
-            f"code {int(codes.max())} does not fit in {bits} bits; codes must be below {2**bits}"
-        )
+        raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits; codes must be below {2**bits}")
     groups = -(-codes.numel() // WORD_BITS)  # 32 codes fill exactly `bits` words
     padded = torch.zeros(groups * WORD_BITS, dtype=torch.int64, device=codes.device)
     padded[: codes.numel()] = codes
@@ -73,9 +71,7 @@ def look_up(words: Int32[Tensor, " words"], bits: int, num_codes: int, levels: T
     """
     expected = num_words(num_codes, bits)
     if words.numel() != expected:
-        raise ValueError(
-            f"{num_codes} codes of {bits} bits take {expected} words, but {words.numel()} are there"
-        )
+        raise ValueError(f"{num_codes} codes of {bits} bits take {expected} words, but {words.numel()} are there")
     field_bits = FIELD_BITS[bits]
     shifts = torch.arange(0, field_bits, bits, device=words.device)
     codes = (torch.arange(2**field_bits, device=words.device)[:, None] >> shifts) & (2**bits - 1)
@@ -89,11 +85,7 @@ def _fields(words: Int32[Tensor, " words"], field_bits: int) -> Int32[Tensor, " 
         return words.view(torch.uint8).int()
     bytes_per_group = math.lcm(field_bits, 8) // 8
     stream = words.view(torch.uint8)
-    stream = (
-        torch.nn.functional.pad(stream, (0, -stream.numel() % bytes_per_group))
-        .view(-1, bytes_per_group)
-        .int()
-    )
+    stream = torch.nn.functional.pad(stream, (0, -stream.numel() % bytes_per_group)).view(-1, bytes_per_group).int()
     fields_per_group = bytes_per_group * 8 // field_bits
     fields = torch.empty(stream.shape[0], fields_per_group, dtype=torch.int32, device=words.device)
     for k in range(fields_per_group):

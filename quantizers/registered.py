@@ -17,9 +17,7 @@ from quantizers.lloyd_max import LloydMax
 from quantizers.lq import LowRankPlus
 from quantizers.normal_float import NormalFloat
 
-_LABEL = re.compile(
-    r"(?P<name>[a-z]+)(?P<bits>\d+)(?:-g(?P<block>\d+))?(?:-s(?P<scale>\d+))?(?:-r(?P<rank>\d+))?"
-)
+_LABEL = re.compile(r"(?P<name>[a-z]+)(?P<bits>\d+)(?:-g(?P<block>\d+))?(?:-s(?P<scale>\d+))?(?:-r(?P<rank>\d+))?")
 
 
 @cache

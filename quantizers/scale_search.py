@@ -36,9 +36,7 @@ def search_scales(
         weights = torch.where(weights.amax(dim=1, keepdim=True) > 0, weights, 1.0)
     multiples = MULTIPLES.get(len(levels).bit_length() - 1, FINE_MULTIPLES)
     rows = max(1, CHUNK // blocks.shape[1])
-    chunks = zip(
-        blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False
-    )
+    chunks = zip(blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False)
     return torch.cat([_search(block, weight, table, multiples) for block, weight in chunks])
 
 

@@ -28,9 +28,7 @@ def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "codebooks": dict(sorted(codebooks.items())),
-        "matrices": {
-            name: asdict(form) | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())
-        },
+        "matrices": {name: asdict(form) | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())},
     }
 
 
@@ -55,9 +53,7 @@ class BitsmithConfig(QuantizationConfigMixin):
                 f"version {FORMAT_VERSION}; install the bitsmith release that the checkpoint's card names"
             )
         if not isinstance(codebooks, dict) or not isinstance(matrices, dict):
-            raise ValueError(
-                "quantization_config needs `codebooks` and `matrices`; the config.json is damaged"
-            )
+            raise ValueError("quantization_config needs `codebooks` and `matrices`; the config.json is damaged")
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # an enum of transformers' own methods
         self.format_version = format_version
         self.codebooks = codebooks
@@ -72,9 +68,7 @@ class BitsmithConfig(QuantizationConfigMixin):
             rows, columns = map(int, entry.pop("shape"))
             form = StorageFormat(**entry)
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged"
-            ) from None
+            raise ValueError(f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged") from None
         if len(self.codebooks.get(form.codebook_name, ())) != 2**form.bits:
             raise ValueError(
                 f"quantization_config has no codebook {form.codebook_name!r} of {2**form.bits} levels, which "
@@ -108,9 +102,7 @@ class BitsmithHfQuantizer(HfQuantizer):
                 layer = QuantizedLinear(shape, form, bias=old.bias is not None, dtype=old.weight.dtype)
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, layer)
-            self._expected |= {
-                f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()
-            }
+            self._expected |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
         return model
 
     def get_new_dtype(self, converter, param, dtype):

@@ -118,9 +118,7 @@ def pull(
         remote = repository.files(commit)
         artifact = repository.manifest(commit, remote)
         repository.check_listing(artifact, remote)
-        wanted = {
-            path: entry for path, entry in artifact.files.items() if not _is_here(registry, path, entry)
-        }
+        wanted = {path: entry for path, entry in artifact.files.items() if not _is_here(registry, path, entry)}
         fetched = {}
         for path, entry in progress.track(wanted.items(), f"pull {repo_id}", len(wanted)):
             fetched[path] = repository.fetch(path, commit, entry)
@@ -133,9 +131,7 @@ def pull(
 def _contents(registry: Registry, artifact: Artifact, card: str | None) -> dict[str, Content]:
     """path in the repository -> what shall be there."""
     if MANIFEST_NAME in artifact.files:
-        raise RegistryError(
-            f"The version has a file {MANIFEST_NAME}, which publishing writes itself. Rename it."
-        )
+        raise RegistryError(f"The version has a file {MANIFEST_NAME}, which publishing writes itself. Rename it.")
     if card is not None and CARD_NAME in artifact.files:
         raise RegistryError(
             f"The version has a {CARD_NAME} of its own; a card in its place would have the wrong hash for "

@@ -56,16 +56,12 @@ def _translated(error: Exception, repo_id: str, right: str, token: str | None, f
             f"The server of {repo_id} does not speak Xet ({text}). Set HF_HUB_DISABLE_XET=1 and run it again."
         )
     if isinstance(error, hf.OfflineModeIsEnabled):
-        return HubUnavailableError(
-            f"{repo_id} was not asked: HF_HUB_OFFLINE is set. Unset it to reach the Hub."
-        )
+        return HubUnavailableError(f"{repo_id} was not asked: HF_HUB_OFFLINE is set. Unset it to reach the Hub.")
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
         return disk_error(error, folder)
     if isinstance(error, hf.HTTPError | OSError):
         return HubUnavailableError(f"The server of {repo_id} cannot be reached ({text}). {_TRY_AGAIN}")
-    return HubError(
-        f"The Hub's client refused to {right} {repo_id}: {text}. Mend what it names and try again."
-    )
+    return HubError(f"The Hub's client refused to {right} {repo_id}: {text}. Mend what it names and try again.")
 
 
 def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str) -> HubError:
@@ -73,9 +69,7 @@ def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str)
     from huggingface_hub import errors as hf
 
     if isinstance(cause, hf.GatedRepoError):
-        return HubAuthError(
-            f"{repo_id} is gated ({said}). Accept its terms on its page. {_log_in(repo_id, right)}"
-        )
+        return HubAuthError(f"{repo_id} is gated ({said}). Accept its terms on its page. {_log_in(repo_id, right)}")
     if isinstance(cause, hf.RepositoryNotFoundError):
         return HubNotFoundError(
             f"{repo_id} does not exist, or your token may not see it ({said}). Check the spelling. "
@@ -96,9 +90,7 @@ def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str)
         )
     if status in (408, 429) or status >= 500:
         return HubUnavailableError(f"The Hub did not do it for now ({status}: {said}). {_TRY_AGAIN}")
-    return HubError(
-        f"The Hub refused to {right} {repo_id} ({status}: {said}). Mend what it names and try again."
-    )
+    return HubError(f"The Hub refused to {right} {repo_id} ({status}: {said}). Mend what it names and try again.")
 
 
 def _log_in(repo_id: str, right: str) -> str:

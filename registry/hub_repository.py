@@ -123,9 +123,7 @@ class HubRepository:
             raise IntegrityError(path, _in_words(entry), _in_words(found), _PULL_ADVICE)
         return file
 
-    def stale_files(
-        self, head: str, remote: Mapping[str, "RepoFile"], contents: Mapping[str, Content]
-    ) -> list[str]:
+    def stale_files(self, head: str, remote: Mapping[str, "RepoFile"], contents: Mapping[str, Content]) -> list[str]:
         """What the version published before had and this one lacks: left there, both would be loaded.
 
         Raises:
@@ -185,9 +183,7 @@ class HubRepository:
     def holds(self, commit: str, contents: Mapping[str, Content]) -> bool:
         """Does the server list these bytes at `commit`? A card edited since does not matter."""
         remote = self.files(commit)
-        return all(
-            content.equals(remote.get(path)) for path, content in contents.items() if path != CARD_NAME
-        )
+        return all(content.equals(remote.get(path)) for path, content in contents.items() if path != CARD_NAME)
 
     def tag(self, tag: str, commit: str) -> None:
         """Write the tag once; HubConflictError if it came to name another commit meanwhile."""

@@ -114,9 +114,7 @@ class Index:
         mine = _artifacts.c.digest.startswith(prefix, autoescape=True)
         query = select(_artifacts.c.digest).where(mine).order_by(_artifacts.c.digest)
         with self._reading() as connection:
-            return list(
-                connection.scalars(query.where(_artifacts.c.digest.startswith(prefix, autoescape=True)))
-            )
+            return list(connection.scalars(query.where(_artifacts.c.digest.startswith(prefix, autoescape=True))))
 
     def ancestors(self, digest: str) -> list[str]:
         """`digest` and all that it was made from, nearest first, known here or not."""
@@ -132,9 +130,7 @@ class Index:
         with self._writing() as connection:
             _insert_artifact(connection, artifact)
             row = insert(_steps).values(key=key, digest=artifact.digest, created_at=_now())
-            connection.execute(
-                row.on_conflict_do_update(index_elements=["key"], set_={"digest": artifact.digest})
-            )
+            connection.execute(row.on_conflict_do_update(index_elements=["key"], set_={"digest": artifact.digest}))
 
     def step_result(self, key: str) -> Artifact | None:
         """The recorded result of step `key`."""
@@ -151,9 +147,7 @@ class Index:
         """Give `digest` the next number under `name`, or return the version that it already has there."""
         with self._writing() as connection:
             mine = _versions.c.name == name
-            known = connection.execute(
-                select(_versions).where(mine, _versions.c.digest == digest)
-            ).one_or_none()
+            known = connection.execute(select(_versions).where(mine, _versions.c.digest == digest)).one_or_none()
             if known is not None:
                 return Version(*known)
             connection.execute(insert(_models).values(name=name, created_at=_now()).on_conflict_do_nothing())
@@ -164,9 +158,7 @@ class Index:
 
     def version(self, name: str, number: int | None) -> Version | None:
         """One version, or the one with the highest number where `number` is None."""
-        query = (
-            select(_versions).where(_versions.c.name == name).order_by(_versions.c.version.desc()).limit(1)
-        )
+        query = select(_versions).where(_versions.c.name == name).order_by(_versions.c.version.desc()).limit(1)
         if number is not None:
             query = query.where(_versions.c.version == number)
         with self._reading() as connection:

@@ -136,9 +136,7 @@ class Registry:
         """The artifact of that full digest. Raises NotFoundError."""
         artifact = self._index.artifact(digest)
         if artifact is None:
-            raise NotFoundError.among(
-                "artifact", digest, self._index.digests(), "Digests have 64 hex digits."
-            )
+            raise NotFoundError.among("artifact", digest, self._index.digests(), "Digests have 64 hex digits.")
         return artifact
 
     def find(self, prefix: str) -> Artifact:
@@ -182,9 +180,7 @@ class Registry:
 
     # Versions
 
-    def publish(
-        self, name: str, artifact: Artifact, report: Artifact | None = None, note: str = ""
-    ) -> Version:
+    def publish(self, name: str, artifact: Artifact, report: Artifact | None = None, note: str = "") -> Version:
         """Give `artifact` the next version number under `name`.
 
         The same artifact under the same name again is the version that it already is, with its first report

@@ -243,9 +243,7 @@ def disk_error(error: OSError, path: Path) -> RegistryError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        advice = (
-            "Access is refused: mend the permissions of the folder, or choose another with BITSMITH_HOME."
-        )
+        advice = "Access is refused: mend the permissions of the folder, or choose another with BITSMITH_HOME."
     else:
         advice = "Check the disk and the path, then run the command again."
     place = error.filename or path

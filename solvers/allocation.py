@@ -38,18 +38,14 @@ class Effort:
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
-            raise ValueError(
-                f"Solver {self.solver!r} is unknown; expected one of {', '.join(sorted(SOLVERS))}."
-            )
+            raise ValueError(f"Solver {self.solver!r} is unknown; expected one of {', '.join(sorted(SOLVERS))}.")
         if not SMALLEST_RELATIVE_GAP <= self.relative_gap < 1:
             raise ValueError(
                 f"`relative_gap` is {self.relative_gap}; expected a number below 1, and at least "
                 f"{SMALLEST_RELATIVE_GAP}, the least that floating-point solvers can prove."
             )
         if not 0 < self.time_limit_seconds < math.inf:
-            raise ValueError(
-                f"`time_limit_seconds` is {self.time_limit_seconds}; expected a finite number above 0."
-            )
+            raise ValueError(f"`time_limit_seconds` is {self.time_limit_seconds}; expected a finite number above 0.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +120,7 @@ def allocate(
     )
 
 
-def _search(
-    prepared: Prepared, spare_bits: int, effort: Effort, started: float, known: Allocation | None
-) -> Closed:
+def _search(prepared: Prepared, spare_bits: int, effort: Effort, started: float, known: Allocation | None) -> Closed:
     reduced, steps = prepared.reduced, prepared.steps
     relaxation = relax(reduced, steps, spare_bits)
     position = fill(reduced, climb(reduced, steps, spare_bits), spare_bits)

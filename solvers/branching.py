@@ -44,9 +44,7 @@ def branch(reduced: ReducedProblem, steps: HullSteps, spare_bits: int, position:
         Relaxation(
             price=float(steps.saving_per_bit[steps.num_fitting(spare_bits)]),
             lower_bound=min([cost, *(relaxation.lower_bound for relaxation in relaxations)]),
-            bound_through=np.min(
-                [nowhere, *(relaxation.bound_through for relaxation in relaxations)], axis=0
-            ),
+            bound_through=np.min([nowhere, *(relaxation.bound_through for relaxation in relaxations)], axis=0),
         ),
         position,
     )

@@ -75,9 +75,7 @@ def _candidates(relaxation: Relaxation, position: np.ndarray, cost: float) -> tu
     return row, column
 
 
-def _solve_within(
-    program: ChangeProgram, solver: str, allowed_gap: float, time_limit_seconds: float
-) -> Changes:
+def _solve_within(program: ChangeProgram, solver: str, allowed_gap: float, time_limit_seconds: float) -> Changes:
     """Changes that fit the spare bits exactly, with the bound of the untightened program."""
     first = changes = SOLVERS[solver](program, allowed_gap=allowed_gap, time_limit_seconds=time_limit_seconds)
     tightened = program

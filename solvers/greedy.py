@@ -22,9 +22,7 @@ def climb(reduced: ReducedProblem, steps: HullSteps, spare_bits: int) -> np.ndar
     left_bits = spare_bits - reduced.total_extra_bits(position)
 
     has_stopped = np.zeros(len(position), dtype=bool)
-    later = zip(
-        *(a[num_fitting:].tolist() for a in (steps.row, steps.position, steps.extra_bits)), strict=True
-    )
+    later = zip(*(a[num_fitting:].tolist() for a in (steps.row, steps.position, steps.extra_bits)), strict=True)
     for row, end, extra_bits in later:
         if has_stopped[row]:
             continue

@@ -15,9 +15,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 OVERSAMPLING = 10
-POWER_ITERATIONS = (
-    4  # rounding residuals have nearly flat spectra: 2 would miss an eighth of what rank 32 can hold
-)
+POWER_ITERATIONS = 4  # rounding residuals have nearly flat spectra: 2 would miss an eighth of what rank 32 can hold
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,7 @@ def truncated_svd(matrix: Float32[Tensor, "out in"], rank: int, *, seed: int = 0
     """
     smallest = min(matrix.shape)
     if not 1 <= rank <= smallest:
-        raise ValueError(
-            f"rank {rank} for a matrix of shape {tuple(matrix.shape)}; it must be 1 to {smallest}"
-        )
+        raise ValueError(f"rank {rank} for a matrix of shape {tuple(matrix.shape)}; it must be 1 to {smallest}")
     width = rank + OVERSAMPLING
     if 3 * width >= smallest:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)

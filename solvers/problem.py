@@ -106,9 +106,7 @@ def _checked_cost(cost: Any) -> np.ndarray:
             f"Matrix {row} has no available choice: its whole row of `cost` is inf. "
             "Leave the matrix out of the problem, or add a choice that it can take."
         )
-    extreme = np.argwhere(
-        (table > 0) & np.isfinite(table) & ((table < SMALLEST_COST) | (table > LARGEST_COST))
-    )
+    extreme = np.argwhere((table > 0) & np.isfinite(table) & ((table < SMALLEST_COST) | (table > LARGEST_COST)))
     if len(extreme):
         row, column = extreme[0]
         raise ValueError(
@@ -163,9 +161,7 @@ def _checked_groups(groups: Any, cost: np.ndarray) -> tuple[tuple[int, ...], ...
             if not 0 <= index < len(cost):
                 raise ValueError(f"Group {group} names matrix {index}; expected 0 to {len(cost) - 1}.")
             if index in seen:
-                raise ValueError(
-                    f"Matrix {index} is in `groups` twice; expected disjoint groups. Merge them."
-                )
+                raise ValueError(f"Matrix {index} is in `groups` twice; expected disjoint groups. Merge them.")
             seen.add(index)
         if not np.isfinite(cost[list(group)]).all(axis=0).any():
             raise ValueError(

@@ -33,9 +33,7 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast"
-) -> Path:
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast") -> Path:
     """A Llama: 2 layers, hidden 64, intermediate 96, tied embeddings, bf16. Shared: never write into it."""
     from tests.models import build_llama, save_model
 
@@ -43,9 +41,7 @@ def tiny_model_dir(
 
 
 @pytest.fixture(scope="session")
-def odd_model_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast"
-) -> Path:
+def odd_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast") -> Path:
     """A Llama whose sizes divide by no block size: hidden 60, intermediate 100. Never write into it."""
     from tests.models import build_llama, save_model
 
@@ -54,9 +50,7 @@ def odd_model_dir(
 
 
 @pytest.fixture(scope="session")
-def tiny_gpt2_dir(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast"
-) -> Path:
+def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "PreTrainedTokenizerFast") -> Path:
     """A GPT-2 with `Conv1D` layers, tied embeddings, bfloat16. Never write into it."""
     from tests.models import build_gpt2, save_model
 

@@ -83,7 +83,12 @@ def test_the_python_example_runs(environment: dict[str, str]) -> None:
     """After the commands: it loads the folder that they made."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", example], capture_output=True, text=True, env=environment, cwd=environment["WORK"], check=False
+        [sys.executable, "-c", example],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=environment["WORK"],
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -43,9 +43,7 @@ def _work(advance: Callable[[float], None], seconds: float, num_items: int, **op
     return done
 
 
-def test_slow_work_has_a_line_a_tenth_and_an_estimate(
-    advance: Callable[[float], None], said: list[str]
-) -> None:
+def test_slow_work_has_a_line_a_tenth_and_an_estimate(advance: Callable[[float], None], said: list[str]) -> None:
     assert _work(advance, 2.0, 100, total=100) == list(range(100))
     assert said[0] == "Work: 5% (5 of 100), about 0:03:10 left"  # ten seconds of silence come before a tenth
     assert said[-1] == "Work: 100 of 100 in 0:03:20"
@@ -63,9 +61,7 @@ def test_fast_work_has_its_last_line_only(advance: Callable[[float], None], said
     assert said == ["Work: 20 of 20 in 0:00:00"]
 
 
-def test_what_was_done_before_does_not_shorten_the_estimate(
-    advance: Callable[[float], None], said: list[str]
-) -> None:
+def test_what_was_done_before_does_not_shorten_the_estimate(advance: Callable[[float], None], said: list[str]) -> None:
     _work(advance, 10.0, 20, total=100, done=80)
     assert said[0] == "Work: 81% (81 of 100), about 0:03:10 left"
 
@@ -75,9 +71,7 @@ def test_unknown_total_is_counted(advance: Callable[[float], None], said: list[s
     assert said == ["Work: 1 done in 0:00:10", "Work: 2 done in 0:00:20", "Work: 2 of 2 in 0:00:20"]
 
 
-def test_nothing_to_do_is_said_without_dividing_by_it(
-    advance: Callable[[float], None], said: list[str]
-) -> None:
+def test_nothing_to_do_is_said_without_dividing_by_it(advance: Callable[[float], None], said: list[str]) -> None:
     _work(advance, 1.0, 0, total=0)
     assert said == ["Work: 0 of 0 in 0:00:00"]
 

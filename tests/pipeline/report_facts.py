@@ -12,9 +12,7 @@ from pipeline.model import Model, open_model
 from pipeline.recipe import Recipe
 from quantizers import quantizer_from_label
 
-LABELS = [
-    f"lloyd{bits}-g{group}-s4{rank}" for bits in (2, 3, 4) for group in (32, 64) for rank in ("", "-r2")
-]
+LABELS = [f"lloyd{bits}-g{group}-s4{rank}" for bits in (2, 3, 4) for group in (32, 64) for rank in ("", "-r2")]
 
 
 def made_up_cost(name: str, label: str) -> float:

@@ -41,7 +41,9 @@ def test_a_plan_keeps_its_budget_and_is_certified(table: CostTable, bits_per_par
 def test_groups_share_a_choice_on_request(table: CostTable) -> None:
     plan = plan_for(table, 3.0, share_groups=True)
     for group in set(table.groups):
-        members = [name.removesuffix(".weight") for name, of in zip(table.matrices, table.groups, strict=True) if of == group]
+        members = [
+            name.removesuffix(".weight") for name, of in zip(table.matrices, table.groups, strict=True) if of == group
+        ]
         assert len({plan.matrices[module].label for module in members}) == 1
     assert plan.predicted_cost >= plan_for(table, 3.0).predicted_cost
 

@@ -18,7 +18,9 @@ def test_bits_per_parameter() -> None:
     assert budget.limit_bytes(original_bytes=1000) is None
 
 
-@pytest.mark.parametrize("text", ["", "3", "3.0", "-3bpw", "0bpw", "bpw", "3 bits", "1e3MB", "40", "nanbpw", "3bpw 4bpw"])
+@pytest.mark.parametrize(
+    "text", ["", "3", "3.0", "-3bpw", "0bpw", "bpw", "3 bits", "1e3MB", "40", "nanbpw", "3bpw 4bpw"]
+)
 def test_a_malformed_budget_says_what_was_expected(text: str) -> None:
     with pytest.raises(BudgetError, match=r"2\.75bpw.*180MB"):
         Budget.parse(text)

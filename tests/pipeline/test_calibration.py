@@ -75,9 +75,7 @@ def test_windows_are_the_stream_cut_up(tmp_path: Path, tiny_tokenizer: PreTraine
     assert (windows.source, windows.revision, windows.num_documents) == ("a.txt", None, 1)
 
 
-def test_unseeded_windows_come_first_in_order(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_unseeded_windows_come_first_in_order(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     source = write(tmp_path / "a.txt", TEXT)
     windows = token_windows(source, tiny_tokenizer, num_windows=3, seq_len=16, seed=None)
     assert windows.tokens.flatten().tolist() == tiny_tokenizer(TEXT).input_ids[:48]
@@ -94,9 +92,7 @@ def test_seeded_windows_are_distinct_windows(tmp_path: Path, tiny_tokenizer: Pre
     assert other != drawn
 
 
-def test_drawing_leaves_the_global_generator_alone(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_drawing_leaves_the_global_generator_alone(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     source = write(tmp_path / "a.txt", TEXT)
     torch.manual_seed(1)
     first = token_windows(source, tiny_tokenizer, num_windows=5, seq_len=16, seed=0)
@@ -140,12 +136,8 @@ def test_bundled_megabyte_takes_seconds_and_says_nothing(
 # --- one BOS a document ---
 
 
-def test_plain_text_gets_what_the_tokenizer_adds_once(
-    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    windows = token_windows(
-        write(tmp_path / "a.txt", TEXT), bos_tokenizer, num_windows=99, seq_len=8, seed=None
-    )
+def test_plain_text_gets_what_the_tokenizer_adds_once(tmp_path: Path, bos_tokenizer: PreTrainedTokenizerFast) -> None:
+    windows = token_windows(write(tmp_path / "a.txt", TEXT), bos_tokenizer, num_windows=99, seq_len=8, seed=None)
     assert (windows.tokens == 0).sum() == 1
     assert windows.tokens[0, 0] == 0
     rows = write_rows(tmp_path / "a.jsonl", {"text": "one"}, {"text": "two"})
@@ -153,9 +145,7 @@ def test_plain_text_gets_what_the_tokenizer_adds_once(
     assert first_window(rows, bos_tokenizer, len(ids)) == ids
 
 
-def test_chat_template_is_used_without_a_second_bos(
-    tmp_path: Path, bos_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_chat_template_is_used_without_a_second_bos(tmp_path: Path, bos_tokenizer: PreTrainedTokenizerFast) -> None:
     ids = bos_tokenizer(RENDERED, add_special_tokens=False).input_ids
     source = write_rows(tmp_path / "a.jsonl", {"messages": CHAT})
     assert first_window(source, bos_tokenizer, len(ids)) == ids
@@ -225,9 +215,7 @@ def test_parquet_of_chats(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFas
     assert first_window(str(tmp_path / "a.parquet"), tiny_tokenizer, len(ids)) == ids
 
 
-def test_long_source_is_read_only_as_far_as_needed(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_long_source_is_read_only_as_far_as_needed(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     num_tokens = len(tiny_tokenizer(TEXT).input_ids)
     source = write_rows(tmp_path / "a.jsonl", *[{"text": TEXT}] * (POOL_FACTOR + 10))
     drawn = token_windows(source, tiny_tokenizer, num_windows=1, seq_len=num_tokens, seed=0)
@@ -265,9 +253,7 @@ def test_unknown_suffix(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast)
 
 @pytest.mark.parametrize("content", ["", " \n\n"], ids=["empty", "blank"])
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
-def test_empty_text(
-    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, suffix: str, content: str
-) -> None:
+def test_empty_text(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, suffix: str, content: str) -> None:
     assert "holds no text" in message_of(write(tmp_path / f"a{suffix}", content), tiny_tokenizer)
 
 
@@ -276,9 +262,7 @@ def test_text_that_is_not_utf8(tmp_path: Path, tiny_tokenizer: PreTrainedTokeniz
     assert "not UTF-8" in message_of(str(tmp_path / "a.txt"), tiny_tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("line", "fact"), [('{"text": "cut', "line 3 is not JSON"), ("[1]", "line 3 is a JSON list")]
-)
+@pytest.mark.parametrize(("line", "fact"), [('{"text": "cut', "line 3 is not JSON"), ("[1]", "line 3 is a JSON list")])
 def test_malformed_line_is_numbered(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, line: str, fact: str
 ) -> None:
@@ -359,15 +343,11 @@ def test_dataset_is_pinned_to_its_commit(
     )
     assert windows.revision == "commit of user/name@main"
     assert windows.source == "user/name:en"
-    assert asked == [
-        (("user/name", "en"), {"split": "test", "revision": windows.revision, "streaming": True})
-    ]
+    assert asked == [(("user/name", "en"), {"split": "test", "revision": windows.revision, "streaming": True})]
     assert np.array_equal(windows.tokens.flatten(), tiny_tokenizer(TEXT).input_ids[:32])
 
 
-def test_dataset_that_breaks_off(
-    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_dataset_that_breaks_off(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     def load_dataset(*args: Any, **kwargs: Any) -> Iterator[dict[str, str]]:
         yield {"text": "short"}
         raise ConnectionError("gone")

@@ -67,7 +67,18 @@ def test_compress_again_says_that_it_is_done(bitsmith, compressed: Path, tiny_mo
 
 
 def test_evaluate_and_generate(bitsmith, compressed: Path, tiny_model_dir: Path) -> None:
-    shown = bitsmith("evaluate", compressed, "--base", tiny_model_dir, "--num-windows", "2", "--seq-len", "32", "--json", "-q")
+    shown = bitsmith(
+        "evaluate",
+        compressed,
+        "--base",
+        tiny_model_dir,
+        "--num-windows",
+        "2",
+        "--seq-len",
+        "32",
+        "--json",
+        "-q",
+    )
     facts = json.loads(shown.out)
     assert facts["num_windows"] == 2
     assert facts["kl_divergence"]["mean"] >= 0
@@ -108,12 +119,21 @@ def test_verify_finds_a_flipped_byte(bitsmith, tiny_model_dir: Path, tmp_path: P
 
 
 MISTAKES = {
-    "unknown model": (["compress", "no/such/folder", "-b", "3bpw", "-o", "OUT"], "No model at no/such/folder"),
+    "unknown model": (
+        ["compress", "no/such/folder", "-b", "3bpw", "-o", "OUT"],
+        "No model at no/such/folder",
+    ),
     "malformed budget": (["compress", "MODEL", "-b", "3", "-o", "OUT"], "'3' is not a budget"),
-    "foreign output": (["compress", "MODEL", "-b", "3bpw", "-o", "FULL"], "not empty and was not made by bitsmith"),
+    "foreign output": (
+        ["compress", "MODEL", "-b", "3bpw", "-o", "FULL"],
+        "not empty and was not made by bitsmith",
+    ),
     "malformed override": (["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--override", "x"], "malformed"),
     "unknown preset": (["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--preset", "x"], "no preset 'x'"),
-    "negative rank": (["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--rank", "-1"], "rank: .*greater than"),
+    "negative rank": (
+        ["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--rank", "-1"],
+        "rank: .*greater than",
+    ),
     "truncated shard": (["inspect", "TRUNCATED"], "model.safetensors"),
     "pickle only": (["inspect", "PICKLE"], "pickle"),
     "empty prompt": (["generate", "OUT", " "], "prompt is empty"),
@@ -181,7 +201,9 @@ def test_slower_mistakes(bitsmith, tiny_model_dir: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("arguments", [["--help"], ["compress", "--help"], ["registry", "--help"], ["plan", "--help"]])
 def test_help_is_light(arguments: list[str]) -> None:
-    script = "import sys\nfrom pipeline.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    script = (
+        "import sys\nfrom pipeline.cli import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
@@ -193,8 +215,21 @@ def test_wrong_flags_exit_with_2(bitsmith, tiny_model_dir: Path) -> None:
 
 
 def test_ctrl_c_in_the_terminal(tiny_model_dir: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"BITSMITH_HOME": str(tmp_path / "home"), "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pipeline", "compress", str(tiny_model_dir), "-o", str(tmp_path / "out"), *FLAGS]
+    environment = os.environ | {
+        "BITSMITH_HOME": str(tmp_path / "home"),
+        "COLUMNS": "200",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "compress",
+        str(tiny_model_dir),
+        "-o",
+        str(tmp_path / "out"),
+        *FLAGS,
+    ]
     command[command.index("--num-samples") + 1] = "400"
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     steps = tmp_path / "home" / "registry" / "steps"

@@ -34,9 +34,7 @@ def _parse(command: str, line: str) -> dict[str, Any]:
 @pytest.mark.parametrize("settings", RECIPES.values(), ids=RECIPES)
 def test_command_gives_the_recipe_back(settings: dict[str, Any]) -> None:
     recipe = Recipe.of(model="user/model", budget="3.0bpw", **settings)
-    arguments = _parse(
-        "compress", compress_command(recipe.to_json() | {"bitsmith": "1", "model_sha256": "x"})
-    )
+    arguments = _parse("compress", compress_command(recipe.to_json() | {"bitsmith": "1", "model_sha256": "x"}))
     assert recipe_of(arguments["preset"], settings_of(arguments)) == recipe
 
 
@@ -46,9 +44,7 @@ def test_command_of_a_preset_is_short() -> None:
 
 
 def test_evaluate_command_names_the_original_and_the_windows() -> None:
-    recipe = Recipe.of(model="user/model", budget="3bpw", eval_windows=5).to_json() | {
-        "model_commit": "f" * 40
-    }
+    recipe = Recipe.of(model="user/model", budget="3bpw", eval_windows=5).to_json() | {"model_commit": "f" * 40}
     arguments = _parse("evaluate", evaluate_command(recipe))
     assert arguments["base"] == "user/model"
     assert arguments["base_revision"] == "f" * 40

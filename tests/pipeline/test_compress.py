@@ -27,7 +27,9 @@ def run(model: Path, place: Path, **changes: Any) -> Compressed:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +45,17 @@ def test_the_budget_holds_and_the_folder_is_complete(finished, tiny_model_dir: P
     assert done.evaluation is not None
     assert done.evaluation.kl_divergence.mean >= 0
     files = {path.name for path in (place / "out").iterdir()}
-    assert {"config.json", "model.safetensors", "plan.json", "recipe.json", "tokenizer.json", "report"} <= files
+    assert {
+        "config.json",
+        "model.safetensors",
+        "plan.json",
+        "recipe.json",
+        "tokenizer.json",
+        "report",
+    } <= files
     assert done.size_bytes == sum(len(data) for name, data in contents(place / "out").items() if "report/" not in name)
     assert not (place / "out.partial").exists()
-    assert [stage.name for stage in done.stages][0] == "open"
+    assert done.stages[0].name == "open"
 
 
 def test_it_loads_packed_and_its_logits_are_those_of_the_plan(finished, tiny_model_dir: Path) -> None:
@@ -87,7 +96,12 @@ def test_byte_budgets_hold_for_the_whole_folder(tiny_model_dir: Path, tmp_path: 
 
 def test_overrides_groups_and_no_calibration(tiny_model_dir: Path, tmp_path: Path) -> None:
     done = run(
-        tiny_model_dir, tmp_path, overrides=(("down_proj", "nf4"),), share_groups=True, sensitivity="none", eval_windows=0
+        tiny_model_dir,
+        tmp_path,
+        overrides=(("down_proj", "nf4"),),
+        share_groups=True,
+        sensitivity="none",
+        eval_windows=0,
     )
     labels = {name: matrix.label for name, matrix in done.plan.matrices.items()}
     assert {label for name, label in labels.items() if "down_proj" in name} == {"nf4-g64-s8"}
@@ -98,7 +112,11 @@ def test_overrides_groups_and_no_calibration(tiny_model_dir: Path, tmp_path: Pat
 
 def test_a_second_run_finds_everything_done(finished, tiny_model_dir: Path) -> None:
     place, first = finished
-    before = {path: path.stat().st_mtime_ns for path in (place / "out").rglob("*") if path.is_file() and "report" not in path.parts}
+    before = {
+        path: path.stat().st_mtime_ns
+        for path in (place / "out").rglob("*")
+        if path.is_file() and "report" not in path.parts
+    }
     again = run(tiny_model_dir, place)
     assert again.was_finished
     assert again.version == first.version
@@ -113,7 +131,9 @@ def test_the_same_recipe_gives_the_same_bytes(finished, tiny_model_dir: Path, tm
     assert contents(tmp_path / "out") == contents(place / "out")
 
 
-def test_a_forecast_is_exact_to_the_byte_and_a_dry_run_writes_nothing(finished, tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_forecast_is_exact_to_the_byte_and_a_dry_run_writes_nothing(
+    finished, tiny_model_dir: Path, tmp_path: Path
+) -> None:
     from pipeline.planning import make_plan
 
     _, done = finished
@@ -259,9 +279,7 @@ def test_ctrl_c_leaves_work_to_go_on_from(
     assert contents(tmp_path / "out") == contents(finished[0] / "out")
 
 
-def test_an_unfinished_run_with_another_recipe_is_refused(
-    children, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_an_unfinished_run_with_another_recipe_is_refused(children, tiny_model_dir: Path, tmp_path: Path) -> None:
     args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
     assert _run_child(children, *args, "decompose", signal.SIGKILL) == -signal.SIGKILL
     with pytest.raises(RecipeChangedError, match=r"unfinished run.*budget was '4\.5bpw' and is now '3bpw'"):

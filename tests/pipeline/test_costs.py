@@ -81,7 +81,7 @@ def test_choices_and_their_errors(tiny_model_dir: Path) -> None:
         "lloyd3-g32-s8-r8",
     ]
     assert choices_of(("nf4",), 0) == ["nf4-g64-s8"]
-    with pytest.raises(RecipeError, match="'int4' cannot be offered.*lloyd"):
+    with pytest.raises(RecipeError, match=r"'int4' cannot be offered.*lloyd"):
         choices_of(("int4",), 0)
     with pytest.raises(RecipeError, match=r"Rank 33 is above .*k_proj.* \(32\)"):
         check_ranks(open_model(str(tiny_model_dir)).matrices, 33)

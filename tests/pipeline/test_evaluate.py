@@ -97,9 +97,7 @@ def tokens() -> Tensor:
 @pytest.fixture
 def prepare(model, tokens, tmp_path) -> Callable[..., BaseLogits]:
     def prepare(loader=None, **settings) -> BaseLogits:
-        return base_log_probs(
-            loader or (lambda: model), tokens, **{"cache_dir": tmp_path, "key": "base", **settings}
-        )
+        return base_log_probs(loader or (lambda: model), tokens, **{"cache_dir": tmp_path, "key": "base", **settings})
 
     return prepare
 

@@ -34,9 +34,7 @@ def _matrix(module: str, layer: int, shape: tuple[int, int] = (8, 64)) -> Matrix
 
 
 def _plan(bits: dict[str, int]) -> Plan:
-    matrices = {
-        name: PlannedMatrix("lloyd3-g64-s4", (8, 64), size_bits, 1.0) for name, size_bits in bits.items()
-    }
+    matrices = {name: PlannedMatrix("lloyd3-g64-s4", (8, 64), size_bits, 1.0) for name, size_bits in bits.items()}
     return Plan(matrices, "3bpw", 1.0, 1.0, 0.0, "optimal", "highs")
 
 
@@ -95,9 +93,7 @@ def test_curve_is_a_frontier_below_every_uniform_choice(facts: ReportFacts) -> N
     assert sizes_[0] == pytest.approx(smallest)
     assert costs[-1] == pytest.approx(facts.table.cost.min(axis=1).sum())
     for point in curve["uniform"]:
-        reached = min(
-            cost for size, cost in zip(sizes_, costs, strict=True) if size <= point["bits_per_param"]
-        )
+        reached = min(cost for size, cost in zip(sizes_, costs, strict=True) if size <= point["bits_per_param"])
         assert reached <= point["cost"] * (1 + 1e-4)
     assert len(curve["uniform"]) == len(facts.table.choices)
     assert curve["plan"] == {"bits_per_param": facts.plan.bits_per_param, "cost": facts.plan.predicted_cost}
@@ -134,6 +130,4 @@ def test_skipped_is_grouped_by_reason(facts: ReportFacts) -> None:
 
 
 def test_no_path_of_this_machine_is_inside(facts: ReportFacts) -> None:
-    assert str(facts.model.path.parent) not in str(
-        figures(replace(facts, model=replace(facts.model, spec="tiny")))
-    )
+    assert str(facts.model.path.parent) not in str(figures(replace(facts, model=replace(facts.model, spec="tiny"))))

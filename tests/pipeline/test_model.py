@@ -148,9 +148,7 @@ def test_untied_head_is_skipped_as_output_head(tmp_path: Path) -> None:
 
 def test_every_stored_tensor_is_a_matrix_or_skipped(tiny_gpt2_dir: Path) -> None:
     model = open_model(str(tiny_gpt2_dir))
-    named = [matrix.name for matrix in model.matrices] + [
-        entry.name for entry in model.skipped if entry.size_bytes
-    ]
+    named = [matrix.name for matrix in model.matrices] + [entry.name for entry in model.skipped if entry.size_bytes]
     assert sorted(named) == sorted(model.tensors)
     reasons = {entry.name: entry.reason for entry in model.skipped}
     assert reasons["transformer.h.0.attn.c_attn.bias"] == "bias"
@@ -195,9 +193,7 @@ def test_experts_that_are_merged_on_loading(tmp_path: Path) -> None:
 
 
 def test_weight_read_without_calling_its_layer_is_no_matrix() -> None:
-    structure = read_structure(
-        build_skeleton(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2))
-    )
+    structure = read_structure(build_skeleton(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)))
     assert {site.module.rpartition(".")[2] for site in structure.sites} == {"in_proj", "x_proj", "out_proj"}
     assert "without calling" in structure.reasons["backbone.layers.0.mixer.dt_proj.weight"]
 
@@ -259,8 +255,7 @@ def test_header_of_a_plain_file(tmp_path: Path) -> None:
 
 def test_digest_names_the_content(tiny_model_dir: Path, copied: Path) -> None:
     hashes = {
-        name: hashlib.sha256((copied / name).read_bytes()).hexdigest()
-        for name in ("config.json", "model.safetensors")
+        name: hashlib.sha256((copied / name).read_bytes()).hexdigest() for name in ("config.json", "model.safetensors")
     }
     canonical = json.dumps(hashes, sort_keys=True, separators=(",", ":"))
     assert open_model(str(copied)).digest == hashlib.sha256(canonical.encode()).hexdigest()
@@ -598,9 +593,7 @@ def test_gguf_on_the_hub_is_pinned_to_its_commit(
     snapshot = tmp_path / "snapshots" / "c0ffee" / "quants"
     snapshot.mkdir(parents=True)
     shutil.copy(gguf_file, snapshot)
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(snapshot / args[1][7:])
-    )
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(snapshot / args[1][7:]))
     assert open_model("user/name/quants/tiny.gguf").revision == "c0ffee"
 
 

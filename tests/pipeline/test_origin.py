@@ -32,9 +32,7 @@ def test_model_name_of_a_local_model(spec: str, wanted: str) -> None:
 
 
 def test_header_of_the_readme(tmp_path: Path) -> None:
-    header = (
-        "license: other\nlicense_name: my-terms\nlicense_link: LICENSE\nlanguage:\n- en\n- de\n- not a code"
-    )
+    header = "license: other\nlicense_name: my-terms\nlicense_link: LICENSE\nlanguage:\n- en\n- de\n- not a code"
     (tmp_path / "README.md").write_text(f"---\n{header}\n---\n# Model\n", encoding="utf-8")
     (tmp_path / "LICENSE.txt").write_text("Terms", encoding="utf-8")
     origin = read_origin("x", None, tmp_path)
@@ -71,9 +69,7 @@ def test_licence_file(tmp_path: Path, text: str, wanted: str) -> None:
     assert origin.license_link == ("LICENSE" if wanted == "other" else None)
 
 
-@pytest.mark.parametrize(
-    "readme", ["no header", "---\n[1, 2\n---\n", "---\n- a\n- list\n---\n", "---\nlicense: [\n"]
-)
+@pytest.mark.parametrize("readme", ["no header", "---\n[1, 2\n---\n", "---\n- a\n- list\n---\n", "---\nlicense: [\n"])
 def test_damaged_or_missing_facts_are_unknown(tmp_path: Path, readme: str) -> None:
     (tmp_path / "README.md").write_text(readme, encoding="utf-8")
     (tmp_path / "source.json").write_text("[]", encoding="utf-8")

@@ -133,10 +133,7 @@ def test_one_choice_for_all_and_no_error_can_be_drawn(facts: ReportFacts, tmp_pa
         cost=0 * facts.table.cost[:, :1],
         size_bits=facts.table.size_bits[:, :1],
     )
-    matrices = {
-        name: replace(matrix, label=table.choices[0], cost=0.0)
-        for name, matrix in facts.plan.matrices.items()
-    }
+    matrices = {name: replace(matrix, label=table.choices[0], cost=0.0) for name, matrix in facts.plan.matrices.items()}
     plan = replace(facts.plan, matrices=matrices, predicted_cost=0.0, lower_bound=0.0)
     write_report(replace(facts, plan=plan, table=table, errors=dict.fromkeys(matrices, 0.0)), tmp_path)
     assert len(json.loads((tmp_path / "report.json").read_text())["curve"]["mixed"]) == 1

@@ -57,10 +57,7 @@ class Case:
 
 
 CASES = [
-    Case(quantizer, shape)
-    for quantizer in ALL_QUANTIZERS
-    for shape in SHAPES
-    if quantizer.format.rank <= min(shape)
+    Case(quantizer, shape) for quantizer in ALL_QUANTIZERS for shape in SHAPES if quantizer.format.rank <= min(shape)
 ]
 
 

@@ -13,14 +13,10 @@ SHAPE = (24, 100)
 WITH_LOW_RANK = LowRankPlus(LloydMax(3, 32, 4), 3)
 FEW = [NormalFloat(4), LloydMax(2, 16), WITH_LOW_RANK]
 for_few = pytest.mark.parametrize("quantizer", FEW, ids=quantizer_id)
-with_and_without_bias = pytest.mark.parametrize(
-    "bias", [None, normal_weight((1, 24))[0]], ids=["plain", "bias"]
-)
+with_and_without_bias = pytest.mark.parametrize("bias", [None, normal_weight((1, 24))[0]], ids=["plain", "bias"])
 
 
-def layer_and_dense(
-    quantizer: AbstractQuantizer, bias: Tensor | None = None
-) -> tuple[QuantizedLinear, Tensor]:
+def layer_and_dense(quantizer: AbstractQuantizer, bias: Tensor | None = None) -> tuple[QuantizedLinear, Tensor]:
     quantized = quantizer.quantize(normal_weight(SHAPE))
     return QuantizedLinear.from_quantized(quantized, bias), quantized.dequantize()
 
@@ -159,9 +155,7 @@ def test_from_quantized_takes_a_copy_of_the_bias_and_shares_the_codes() -> None:
 
 
 @for_few
-@pytest.mark.parametrize(
-    "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda cast: cast.__name__
-)
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda cast: cast.__name__)
 def test_casting_the_module_leaves_what_is_stored(quantizer: AbstractQuantizer, cast) -> None:
     layer, _ = layer_and_dense(quantizer, torch.ones(24))
     before = copy.deepcopy(layer)

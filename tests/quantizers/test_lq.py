@@ -28,9 +28,7 @@ def error_of(quantizer: AbstractQuantizer, weight: torch.Tensor, statistics: Lay
 @weighting
 @pytest.mark.parametrize("rank", [1, 4])
 @pytest.mark.parametrize("quantizer", PLAIN_QUANTIZERS, ids=quantizer_id)
-def test_the_error_is_never_above_the_one_without(
-    quantizer: AbstractQuantizer, rank: int, weighted: bool
-) -> None:
+def test_the_error_is_never_above_the_one_without(quantizer: AbstractQuantizer, rank: int, weighted: bool) -> None:
     for seed in range(3):
         weight, statistics = normal_weight(SHAPE, seed), statistics_for(weighted, seed)
         alone = error_of(quantizer, weight, statistics)

@@ -64,9 +64,7 @@ def test_look_up_gives_the_levels_of_the_codes(bits: int, dtype: torch.dtype) ->
 def test_another_number_of_words_is_refused(bits: int, surplus: int) -> None:
     words = pack(random_codes(bits, 100), bits)
     wrong = words[:-1] if surplus < 0 else torch.nn.functional.pad(words, (0, 1))
-    with pytest.raises(
-        ValueError, match=f"100 codes of {bits} bits take {len(words)} words, but {len(wrong)}"
-    ):
+    with pytest.raises(ValueError, match=f"100 codes of {bits} bits take {len(words)} words, but {len(wrong)}"):
         unpack(wrong, bits, 100)
     with pytest.raises(ValueError, match="words"):
         look_up(wrong, bits, 100, torch.zeros(2**bits))

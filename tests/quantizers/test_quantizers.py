@@ -144,9 +144,7 @@ def test_more_bits_never_cost_more_error(family, scale: str, seed: int, weighted
     for bits in BITS:
         quantizer = family(bits, scale=scale)
         quantizer = LowRankPlus(quantizer, rank) if rank else quantizer
-        errors.append(
-            weighted_error(weight - quantizer.quantize(weight, statistics).dequantize(), statistics)
-        )
+        errors.append(weighted_error(weight - quantizer.quantize(weight, statistics).dequantize(), statistics))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 100
 

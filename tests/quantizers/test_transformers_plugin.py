@@ -170,9 +170,7 @@ def test_generate_works(checkpoint: Path) -> None:
 def test_saved_again_it_is_the_same_model(checkpoint: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     model = load(checkpoint, dtype=dtype)
     model.save_pretrained(tmp_path / "again")
-    ours, theirs = (
-        json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "again")
-    )
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (checkpoint, tmp_path / "again"))
     assert theirs["quantization_config"] == ours["quantization_config"]
     stored = load_file(tmp_path / "again" / "model.safetensors")
     assert stored.keys() == load_file(checkpoint / "model.safetensors").keys()
@@ -244,17 +242,13 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 def test_a_missing_tensor_is_an_error(damaged: Path, key: str) -> None:
     name = f"{LOW_RANK_MODULE}.{key}"
     edit_tensors(damaged, lambda tensors: tensors.pop(name))
-    with pytest.raises(
-        ValueError, match=f"{name}: expected shape .* found nothing; the checkpoint is incomplete"
-    ):
+    with pytest.raises(ValueError, match=f"{name}: expected shape .* found nothing; the checkpoint is incomplete"):
         load(damaged)
 
 
 def test_a_missing_bias_is_an_error(tiny_gpt2_dir: Path, tmp_path: Path) -> None:
     folder = write_checkpoint(tiny_gpt2_dir, tmp_path / "gpt2", quantize_all(load(tiny_gpt2_dir)))
-    edit_tensors(
-        folder, lambda tensors: tensors.pop(next(key for key in tensors if key.endswith("c_attn.bias")))
-    )
+    edit_tensors(folder, lambda tensors: tensors.pop(next(key for key in tensors if key.endswith("c_attn.bias"))))
     with pytest.raises(ValueError, match=r"h\.0\.attn\.c_attn\.bias: expected shape \[192\], found nothing"):
         load(folder)
 
@@ -268,9 +262,7 @@ def test_a_wrong_shape_is_an_error(damaged: Path, key: str, tolerant: bool) -> N
         tensors[name] = torch.cat([tensors[name], tensors[name]])
 
     edit_tensors(damaged, cut)
-    with pytest.raises(
-        (ValueError, RuntimeError), match=f"{name}: expected shape" if tolerant else "mismatched_sizes"
-    ):
+    with pytest.raises((ValueError, RuntimeError), match=f"{name}: expected shape" if tolerant else "mismatched_sizes"):
         load(damaged, ignore_mismatched_sizes=tolerant)
 
 
@@ -295,9 +287,7 @@ def test_another_format_version_is_refused_before_anything_else_is_read(damaged:
         config.update(quant_method="bitsmith", format_version=2, tensors={"a": 1})
 
     edit_config(damaged, future)
-    with pytest.raises(
-        ValueError, match="bitsmith format version 2, and this program reads version 1; install"
-    ):
+    with pytest.raises(ValueError, match="bitsmith format version 2, and this program reads version 1; install"):
         load(damaged)
 
 
@@ -378,9 +368,7 @@ def test_a_shape_that_is_not_the_layers_is_refused(damaged: Path) -> None:
 
 
 def test_the_config_holds_the_levels_in_full(quantized: dict[str, QuantizedTensor]) -> None:
-    config = json.loads(
-        json.dumps(quantization_config({n: (t.format, t.shape) for n, t in quantized.items()}))
-    )
+    config = json.loads(json.dumps(quantization_config({n: (t.format, t.shape) for n, t in quantized.items()})))
     assert set(config["codebooks"]) == {"nf4", "nf8", "lloyd2", "lloyd3", "lloyd5"}
     for tensor in quantized.values():
         assert torch.equal(torch.tensor(config["codebooks"][tensor.format.codebook_name]), tensor.levels)

@@ -114,9 +114,7 @@ class HubServer:
 class _Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"
-    wbufsize = (
-        1 << 16
-    )  # head and body in one packet: an answer in two waits for the other side's acknowledgement
+    wbufsize = 1 << 16  # head and body in one packet: an answer in two waits for the other side's acknowledgement
 
     def do_GET(self) -> None:
         self._serve()
@@ -143,9 +141,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 for word, status in self.hub.faults.items():
                     if word in self.path:
-                        raise RefusalError(
-                            status, f"injected, your header was {self.headers.get('Authorization')}"
-                        )
+                        raise RefusalError(status, f"injected, your header was {self.headers.get('Authorization')}")
                 self._route(parts)
             except RefusalError as refusal:
                 self._answer({"error": refusal.message}, refusal.status, {"X-Error-Code": refusal.code})
@@ -198,9 +194,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _info(self, repo_id: str, revision: str) -> None:
         repo, commit = self._at(repo_id, revision)
         siblings = [{"rfilename": path} for path in repo.commits[commit]]
-        self._answer(
-            {"id": repo_id, "sha": commit, "private": repo.private, "tags": [], "siblings": siblings}
-        )
+        self._answer({"id": repo_id, "sha": commit, "private": repo.private, "tags": [], "siblings": siblings})
 
     def _refs(self, repo_id: str) -> None:
         repo = self._repo(repo_id)
@@ -335,9 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return repo, commit
 
-    def _answer(
-        self, body: object, status: int = 200, headers: Mapping[str, str | None] | None = None
-    ) -> None:
+    def _answer(self, body: object, status: int = 200, headers: Mapping[str, str | None] | None = None) -> None:
         self._send(status, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str | None]) -> None:

@@ -84,11 +84,7 @@ def test_the_digest_is_the_published_one():
     """Digests are names that outlive this version of the program: changing the format must be deliberate."""
     artifact = Artifact.create("plan", {"plan.json": FileEntry("0" * 64, 3)}, ["1" * 64], {"bits": 3})
     assert artifact.to_json() == (
-        '{"digest":"'
-        + artifact.digest
-        + '","files":{"plan.json":{"sha256":"'
-        + "0" * 64
-        + '","size_bytes":3}},'
+        '{"digest":"' + artifact.digest + '","files":{"plan.json":{"sha256":"' + "0" * 64 + '","size_bytes":3}},'
         '"format":1,"kind":"plan","metadata":{"bits":3},"parents":["' + "1" * 64 + '"]}'
     )
 
@@ -129,8 +125,6 @@ def test_a_path_that_leaves_its_folder_is_refused(path):
         create(files={path: ENTRY})
 
 
-@pytest.mark.parametrize(
-    "path", ["a", "a/b/c.txt", ".hidden", "a..b", "...", "größe/模型.json", "with space"]
-)
+@pytest.mark.parametrize("path", ["a", "a/b/c.txt", ".hidden", "a..b", "...", "größe/模型.json", "with space"])
 def test_an_honest_path_is_kept(path):
     assert checked_path(path) == path

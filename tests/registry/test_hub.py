@@ -263,9 +263,7 @@ def republish(hub: HubServer, described: dict) -> None:
 
     try:
         entries = {path: FileEntry(**entry) for path, entry in described["files"].items()}
-        text = Artifact.create(
-            described["kind"], entries, described["parents"], described["metadata"]
-        ).to_json()
+        text = Artifact.create(described["kind"], entries, described["parents"], described["metadata"]).to_json()
     except UnsafePathError:
         text = json.dumps(described)
     repo = hub.repos[REPO]

@@ -92,9 +92,7 @@ def test_malformed_names_are_refused(registry: Registry, name: str):
         registry.version(name)
 
 
-def test_what_is_not_in_the_registry_cannot_be_published(
-    registry: Registry, checkpoint: Artifact, tmp_path: Path
-):
+def test_what_is_not_in_the_registry_cannot_be_published(registry: Registry, checkpoint: Artifact, tmp_path: Path):
     with pytest.raises(NotFoundError):
         Registry(tmp_path / "empty").publish("model", checkpoint)
     with pytest.raises(InvalidNameError):

@@ -194,9 +194,7 @@ def test_a_hand_made_artifact_with_a_path_outside_is_refused(store: Store, sourc
     assert not (tmp_path / "escaped").exists()
 
 
-def test_a_full_disk_is_a_registry_error_with_the_path(
-    store: Store, source: Path, tmp_path: Path, monkeypatch
-):
+def test_a_full_disk_is_a_registry_error_with_the_path(store: Store, source: Path, tmp_path: Path, monkeypatch):
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -46,9 +46,7 @@ def random_problem(
 
 def feasible_allocations(problem: AllocationProblem) -> list[tuple[int, float]]:
     """Size and cost of every allocation that keeps the groups and the budget."""
-    alone = [
-        (row,) for row in range(problem.num_matrices) if all(row not in group for group in problem.groups)
-    ]
+    alone = [(row,) for row in range(problem.num_matrices) if all(row not in group for group in problem.groups)]
     units = [*alone, *problem.groups]
     found = []
     for columns in itertools.product(range(problem.num_choices), repeat=len(units)):

@@ -34,9 +34,7 @@ def check(problem, allocation, relative_gap=1e-6):
     rows = np.arange(problem.num_matrices)
     assert allocation.choice.dtype == np.int64
     assert allocation.choice.shape == rows.shape
-    assert (
-        allocation.size_bits == int(problem.size_bits[rows, allocation.choice].sum()) <= problem.budget_bits
-    )
+    assert allocation.size_bits == int(problem.size_bits[rows, allocation.choice].sum()) <= problem.budget_bits
     assert allocation.cost == math.fsum(problem.cost[rows, allocation.choice])
     assert 0 <= allocation.lower_bound <= allocation.cost < np.inf
     assert allocation.gap == pytest.approx(
@@ -70,9 +68,7 @@ def test_the_integer_program_is_needed_and_used():
 def test_equals_brute_force_on_small_integers(data):
     num_choices = data.draw(st.integers(1, 4))
     cell = st.tuples(st.integers(0, 9), st.integers(0, 9))
-    table = data.draw(
-        st.lists(st.lists(cell, min_size=num_choices, max_size=num_choices), min_size=1, max_size=4)
-    )
+    table = data.draw(st.lists(st.lists(cell, min_size=num_choices, max_size=num_choices), min_size=1, max_size=4))
     cells = np.array(table)
     problem = AllocationProblem(
         cost=cells[..., 0].astype(float), size_bits=cells[..., 1], budget_bits=data.draw(st.integers(0, 40))
@@ -93,9 +89,7 @@ def large_problem(budget_share, *, num_matrices=60, seed=1, decades=0.5):
     rng = np.random.default_rng(seed)
     bits = np.array([2.1, 2.3, 2.6, 3.1, 3.4, 4.0, 4.5, 8.2])
     parameters = rng.choice([589_824, 196_608, 884_736], num_matrices)
-    size_bits = (parameters[:, None] * bits).astype(np.int64) + rng.integers(
-        0, 999, (num_matrices, len(bits))
-    )
+    size_bits = (parameters[:, None] * bits).astype(np.int64) + rng.integers(0, 999, (num_matrices, len(bits)))
     sensitivity = parameters * 10 ** rng.uniform(-decades, decades, num_matrices)
     cost = sensitivity[:, None] * 4.0**-bits * rng.uniform(0.8, 1.2, size_bits.shape)
     return AllocationProblem(cost, size_bits, int(budget_share * parameters.sum()))
@@ -202,9 +196,7 @@ def test_a_solver_cut_short_is_not_believed(solver):
 
 def test_without_highspy_cbc_answers_and_says_so(monkeypatch):
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "highspy" else find_spec(name)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "highspy" else find_spec(name))
     problem = large_problem(2.75, num_matrices=20)
     assert solve(problem).solver == "cbc (highspy is not installed)"
 

@@ -44,10 +44,7 @@ def test_reduced_costs_bound_what_a_position_leads_to():
             kept = reduced.choice[row, column]
             forced[row, np.arange(problem.num_choices) != kept] = np.inf
             costs = [
-                cost
-                for _, cost in feasible_allocations(
-                    type(problem)(forced, problem.size_bits, problem.budget_bits)
-                )
+                cost for _, cost in feasible_allocations(type(problem)(forced, problem.size_bits, problem.budget_bits))
             ]
             if costs:
                 assert relaxation.bound_through[row, column] <= min(costs)

@@ -103,9 +103,7 @@ def test_two_sided_beats_plain_under_its_weights_and_equals_it_under_equal_ones(
     def weighted_error(factors: Factors) -> float:
         return float((rows[:, None] * (matrix - factors.out @ factors.into) * columns).norm())
 
-    assert weighted_error(two_sided_svd(matrix, rows, columns, 4)) < 0.98 * weighted_error(
-        truncated_svd(matrix, 4)
-    )
+    assert weighted_error(two_sided_svd(matrix, rows, columns, 4)) < 0.98 * weighted_error(truncated_svd(matrix, 4))
     equal = two_sided_svd(matrix, torch.full((24,), 2.0), torch.full((40,), 0.5), 4)
     plain = truncated_svd(matrix, 4)
     torch.testing.assert_close(equal.out @ equal.into, plain.out @ plain.into, rtol=0, atol=1e-5)
