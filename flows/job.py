@@ -15,7 +15,7 @@ from pipeline.errors import RecipeChangedError
 from pipeline.output import OutputFolder
 from pipeline.recipe import Recipe
 from pipeline.stages import Stage, StageLog
-from registry import Artifact, Registry
+from registry import Artifact, Registry, checked_name
 
 if TYPE_CHECKING:
     from pipeline.compress import Compressed
@@ -62,13 +62,14 @@ def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, devi
     Raises:
         PipelineError: see pipeline/errors.py.
     """
+    checked_name(name)
     log = StageLog()
     with log.stage("open"):
         run = _prepare(Recipe.from_json(recipe), registry, device, resume)
         output = OutputFolder(Path(out).expanduser(), run.facts)
         run.check_disk(output.path)
         output.claim(resume=resume)
-        was_finished = output.is_finished() and (output.path / "report").is_dir()
+        was_finished = output.is_finished() and output.is_reported()
     job = Job(
         recipe=run.recipe.to_json(),
         facts=run.facts,

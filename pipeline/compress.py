@@ -16,7 +16,7 @@ from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.stages import Stage, StageLog
-from registry import Registry, Version
+from registry import Registry, Version, checked_name
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,14 @@ def compress(
         PipelineError: see pipeline/errors.py.
         RegistryError: the registry cannot be read or written.
     """
+    name = checked_name(name or out.name)
     log = StageLog()
     with log.stage("open"):
         run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)
         output = OutputFolder(out, run.facts)
         run.check_disk(out)
         output.claim(resume=resume)
-        was_finished = output.is_finished() and (out / "report").is_dir()
+        was_finished = output.is_finished() and output.is_reported()
     on_start(run)
     with log.stage("statistics"):
         statistics = run.statistics()
@@ -105,7 +106,7 @@ def compress(
     with log.stage("report"):
         report = run.report(costs, plan, matrices, checkpoint, evaluation)
         output.add_report(registry, report)
-    version = registry.publish(name or out.name, checkpoint, report)
+    version = registry.publish(name, checkpoint, report)
     return Compressed(
         folder=out,
         version=version,

@@ -34,6 +34,7 @@ class OutputFolder:
         """
         if self.is_finished() or not _is_empty(self.path):
             self._check_finished(resume)
+            shutil.rmtree(self.partial, ignore_errors=True)  # left where a kill came right after the rename
             return
         note = self.partial / "recipe.json"
         if self.partial.exists() and not resume:
@@ -64,6 +65,10 @@ class OutputFolder:
         (self.partial / "checkpoint").rename(self.path)
         shutil.rmtree(self.partial)
 
+    def is_reported(self) -> bool:
+        """Is the report there too?"""
+        return (self.path / "report").is_dir()
+
     def check_unchanged(self, checkpoint: Artifact) -> None:
         """Raise OutputExistsError if a finished folder no longer holds what was written."""
         for name, entry in checkpoint.files.items():
@@ -75,8 +80,10 @@ class OutputFolder:
                 )
 
     def add_report(self, registry: Registry, report: Artifact) -> None:
-        """Put the report into the finished folder."""
+        """Put the report into the finished folder, unless it is there."""
         target, temporary = self.path / "report", self.path / ".report.tmp"
+        if all((target / name).is_file() and hash_file(target / name) == entry for name, entry in report.files.items()):
+            return
         shutil.rmtree(temporary, ignore_errors=True)
         registry.materialize(report, temporary)
         shutil.rmtree(target, ignore_errors=True)

@@ -24,7 +24,7 @@ from registry.errors import (
 from registry.hub import PushResult, pull, push
 from registry.registry import Lineage, Registry, Verification
 from registry.store import Store
-from registry.version import Version, VersionReference
+from registry.version import Version, VersionReference, checked_name
 
 __all__ = [
     "AmbiguousDigestError",
@@ -52,6 +52,7 @@ __all__ = [
     "Version",
     "VersionReference",
     "canonical_json",
+    "checked_name",
     "pull",
     "push",
     "sha256_of",
