@@ -156,8 +156,8 @@ def _linear_layer(model: PreTrainedModel, name: str, shape: tuple[int, int]) -> 
 
 def _foreign(model: PreTrainedModel, name: str, what: str) -> ValueError:
     return ValueError(
-        f"the checkpoint has a quantized weight for {name}, and {type(model).__name__} {what}; the config.json "
-        "does not belong to these weights"
+        f"the checkpoint has a quantized weight for {name}, and {type(model).__name__} {what}; "
+        "the config.json does not belong to these weights"
     )
 
 
