@@ -157,7 +157,7 @@ def _collecting(network: nn.Module, model: Model, running: _RunningSums) -> Iter
 
 def _layer_hook(matrix: Matrix, fisher: Tensor, moment: Tensor | None, running: _RunningSums):
     def check(tensor: Tensor, what: str) -> None:
-        if not torch.isfinite(tensor).all():
+        if not math.isfinite(tensor.sum().item()):  # one pass; a NaN or an infinity survives a sum
             raise NonFiniteError(
                 f"The {what} of {matrix.module} has a NaN or an infinity in calibration window {running.num_done}. "
                 "Check the model with its own text, or try other calibration text."

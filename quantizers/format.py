@@ -26,6 +26,10 @@ CODEBOOKS = {"nf": normal_float, "lloyd": lloyd_max}
 BITS = (2, 3, 4, 5, 6, 8)
 BLOCK_SIZES = (16, 32, 64, 128)
 LOW_RANK_DTYPE = torch.bfloat16
+PACKED_NAMES = (
+    *("weight_packed", "weight_scale_packed", "weight_scale_step", "weight_scale_offset"),
+    *("low_rank_out", "low_rank_in"),
+)
 
 
 @dataclass(frozen=True)

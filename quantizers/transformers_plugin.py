@@ -9,16 +9,19 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantizers.format import StorageFormat
+from quantizers.format import PACKED_NAMES, StorageFormat
 from quantizers.linear import QuantizedLinear
 
 QUANT_METHOD = "bitsmith"
 FORMAT_VERSION = 1
+STORED_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
 def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]]]) -> dict[str, Any]:
@@ -79,22 +82,18 @@ class BitsmithConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class BitsmithHfQuantizer(HfQuantizer):
-    """Swaps the layers in before loading, and checks them after.
+    """Swaps the layers in before loading, and hands out the codebooks after.
 
-    transformers gives a tensor that the files lack fresh memory and only warns, so the quantizer notes which
-    packed tensors it saw, with their shapes in the file, and refuses a model that is not complete.
+    transformers gives a tensor that the files lack fresh memory and only warns, so the quantizer reads the names
+    and shapes in the files' headers itself and refuses a checkpoint that is not complete.
     """
 
     quantization_config: BitsmithConfig
     requires_calibration = True  # from_pretrained cannot make such a checkpoint, `bitsmith compress` does
 
-    def __init__(self, quantization_config: BitsmithConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self._expected: dict[str, tuple[int, ...]] = {}  # shape of every tensor of the swapped layers
-        self._found: dict[str, tuple[int, ...]] = {}  # of those, what the files hold
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
+        expected: dict[str, Tensor] = {}
         for name in config.matrices:
             form, shape = config.format_of(name)
             old = _linear_layer(model, name, shape)
@@ -102,32 +101,24 @@ class BitsmithHfQuantizer(HfQuantizer):
                 layer = QuantizedLinear(shape, form, bias=old.bias is not None, dtype=old.weight.dtype)
             parent_name, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent_name), child, layer)
-            self._expected |= {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.state_dict().items()}
+            expected |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+        if checkpoint_files is not None:
+            _check_complete(expected, _headers(checkpoint_files), f"{model.base_model_prefix}.")
         return model
 
     def get_new_dtype(self, converter, param, dtype):
-        """Called once for every tensor of the files: packed ones keep the dtype that they are stored in."""
+        """Packed tensors keep the dtype that they are stored in (asked by transformers 5.23, not by 5.17)."""
         (target, *_) = converter.target_patterns
-        if target in self._expected:
-            self._found[target] = tuple(param.get_shape() if hasattr(param, "get_shape") else param.shape)
-            if not target.endswith(".bias"):
-                return None
+        if target.rpartition(".")[2] in PACKED_NAMES:
+            return None
         return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         config = self.quantization_config
-        for name, size in self._expected.items():
-            if self._found.get(name) != size:
-                found = list(self._found[name]) if name in self._found else "nothing"
-                raise _damaged(name, f"expected shape {list(size)}, found {found}")
         for name in config.matrices:
-            layer = model.get_submodule(name)
-            form, shape = config.format_of(name)
-            for key, (_, dtype) in form.tensor_specs(shape).items():
-                found_dtype = getattr(layer, key).dtype
-                if found_dtype != dtype:
-                    raise _damaged(f"{name}.{key}", f"expected {dtype}, found {found_dtype}")
-            layer.set_levels(torch.tensor(config.codebooks[form.codebook_name], dtype=torch.float32))
+            form, _ = config.format_of(name)
+            levels = torch.tensor(config.codebooks[form.codebook_name], dtype=torch.float32)
+            model.get_submodule(name).set_levels(levels)
         return model
 
     def is_serializable(self):
@@ -136,6 +127,31 @@ class BitsmithHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _headers(files: list[str]) -> dict[str, tuple[list[int], str]]:
+    """Tensor name -> shape and dtype (in safetensors' spelling), from the headers of the files."""
+    headers: dict[str, tuple[list[int], str]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118
+                part = stored.get_slice(name)
+                headers[name] = (list(part.get_shape()), part.get_dtype())
+    return headers
+
+
+def _check_complete(expected: dict[str, Tensor], stored: dict[str, tuple[list[int], str]], base_prefix: str) -> None:
+    """Raise ValueError naming the first tensor that is missing, or has another shape or (if packed) dtype.
+
+    Files may leave out the base model's prefix, as GPT-2's do, or have it where the model has none.
+    """
+    for name, tensor in expected.items():
+        spellings = (name, name.removeprefix(base_prefix), base_prefix + name)
+        found = next((stored[spelling] for spelling in spellings if spelling in stored), None)
+        if found is None or found[0] != list(tensor.shape):
+            raise _damaged(name, f"expected shape {list(tensor.shape)}, found {found[0] if found else 'nothing'}")
+        if name.rpartition(".")[2] in PACKED_NAMES and found[1] != STORED_DTYPES[tensor.dtype]:
+            raise _damaged(name, f"expected {STORED_DTYPES[tensor.dtype]}, found {found[1]}")
 
 
 def _linear_layer(model: PreTrainedModel, name: str, shape: tuple[int, int]) -> torch.nn.Linear | Conv1D:

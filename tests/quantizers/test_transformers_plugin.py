@@ -262,7 +262,7 @@ def test_a_wrong_shape_is_an_error(damaged: Path, key: str, tolerant: bool) -> N
         tensors[name] = torch.cat([tensors[name], tensors[name]])
 
     edit_tensors(damaged, cut)
-    with pytest.raises((ValueError, RuntimeError), match=f"{name}: expected shape" if tolerant else "mismatched_sizes"):
+    with pytest.raises((ValueError, RuntimeError), match=f"{name}: expected shape"):
         load(damaged, ignore_mismatched_sizes=tolerant)
 
 
@@ -277,7 +277,7 @@ def test_a_wrong_dtype_is_an_error(damaged: Path, key: str, dtype: torch.dtype) 
         tensors[name] = tensors[name].to(dtype)
 
     edit_tensors(damaged, cast)
-    with pytest.raises(ValueError, match=f"{name}: expected .*, found {dtype}"):
+    with pytest.raises(ValueError, match=f"{name}: expected .*, found "):
         load(damaged, dtype=torch.float32)
 
 
