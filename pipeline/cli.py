@@ -16,6 +16,7 @@ from pipeline.budget import Budget, human_bytes
 from pipeline.display import ERRORS, RESULTS, Bars
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.home import home
+from pipeline.output import check_compressed, check_free
 from pipeline.progress import SILENT, Progress
 from registry import Registry, RegistryError, Version
 
@@ -120,7 +121,7 @@ def plan(
     """Say what every matrix would get and how large the result would be, to the byte.
 
     Measures costs unless the registry has them. Without --dry-run they are kept there, and `compress` with the same
-    settings goes on from them.
+    settings goes on from them. (A GGUF file is turned into safetensors once in any case.)
     """
     recipe = _recipe(preset, _settings(locals()), eval_windows=0)
     _check_model(model, revision, quiet)
@@ -178,7 +179,7 @@ def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compress
     """
     recipe = _recipe(arguments["preset"], _settings(arguments))
     output, quiet = arguments["output"].expanduser(), arguments["quiet"]
-    _check_output(output)
+    check_free(output)
     _check_model(arguments["model"], arguments["revision"], quiet)
     from pipeline.display import show_result
 
@@ -226,6 +227,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Perplexity, KL divergence and top-1 agreement of a compressed folder beside its original."""
+    check_compressed(folder)
     _check_model(base, base_revision, quiet)
     from pipeline.display import show_evaluation
     from pipeline.evaluate_folder import evaluate_folder
@@ -258,6 +260,7 @@ def generate(
     """Continue a text with a compressed model, token by token as they come."""
     if not prompt.strip():
         raise RecipeError("The prompt is empty. Give some text to go on from.")
+    check_compressed(folder)
     from pipeline.generate import stream_text
 
     stream_text(folder, prompt, max_new_tokens=max_new_tokens, chat=chat, device=_device(device))
@@ -275,6 +278,7 @@ def push(
     from pipeline.card import write_card
     from registry import push as registry_push
 
+    _quiet_hub(quiet or as_json)
     store = _registry()
     card = write_card(store, store.version(name), repo)
     pushed = registry_push(store, name, repo, private=private, card=card, progress=_progress(quiet))
@@ -300,6 +304,7 @@ def pull(
     """Fetch a version from the Hub into the registry, every hash checked."""
     from registry import pull as registry_pull
 
+    _quiet_hub(quiet or as_json)
     store = _registry()
     version = registry_pull(repo, store, name=name, revision=revision, progress=_progress(quiet))
     if output is not None:
@@ -434,12 +439,6 @@ def _check_model(spec: str, revision: str | None, quiet: bool) -> None:
     read_folder(find_source(spec, revision, _progress(quiet)).path)
 
 
-def _check_output(output: Path) -> None:
-    from pipeline.output import check_free
-
-    check_free(output)
-
-
 def _device(device: str) -> str:
     import torch
 
@@ -459,6 +458,14 @@ def _registry() -> Registry:
 
 def _progress(quiet: bool) -> Progress:
     return SILENT if quiet else Bars()
+
+
+def _quiet_hub(quiet: bool) -> None:
+    """The Hub's client draws bars of its own."""
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def _version_json(version: Version) -> dict[str, Any]:

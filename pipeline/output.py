@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.atomic import write_json
-from pipeline.errors import OutputExistsError
+from pipeline.errors import CheckpointError, OutputExistsError
 from pipeline.recipe import refuse_changes
 from registry import Artifact, Registry
 from registry.store import hash_file
@@ -106,6 +106,15 @@ def check_free(path: Path) -> None:
         raise OutputExistsError(
             f"The output folder {path} is not empty and was not made by bitsmith. Choose another one with "
             "-o, or empty it."
+        )
+
+
+def check_compressed(folder: Path) -> None:
+    """Raise CheckpointError if `folder` is not one that this program wrote."""
+    if not (folder / "plan.json").is_file() or not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} is not a compressed checkpoint: it has no plan.json. Name a folder that `bitsmith "
+            "compress` wrote, or that `bitsmith pull REPO -o FOLDER` fetched."
         )
 
 

@@ -10,6 +10,7 @@ from pipeline.allocation import Plan
 from pipeline.decompose import read_matrix
 from pipeline.errors import CheckpointError
 from pipeline.model import Model
+from pipeline.output import check_compressed
 from pipeline.quiet import quiet_transformers
 from quantizers import QuantizedLinear
 
@@ -32,11 +33,7 @@ def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
     Raises:
         CheckpointError: it is not a folder that bitsmith wrote, or it is damaged.
     """
-    if not (folder / "plan.json").is_file():
-        raise CheckpointError(
-            f"{folder} is not a compressed checkpoint: it has no plan.json. Name a folder that `bitsmith compress` "
-            "wrote or `bitsmith pull` fetched."
-        )
+    check_compressed(folder)
     try:
         with quiet_transformers():
             network = AutoModelForCausalLM.from_pretrained(

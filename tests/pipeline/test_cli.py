@@ -136,6 +136,8 @@ MISTAKES = {
     ),
     "truncated shard": (["inspect", "TRUNCATED"], "model.safetensors"),
     "pickle only": (["inspect", "PICKLE"], "pickle"),
+    "not compressed": (["generate", "MODEL", "x"], "is not a compressed checkpoint"),
+    "nothing to evaluate": (["evaluate", "OUT", "--base", "MODEL"], "is not a compressed checkpoint"),
     "empty prompt": (["generate", "OUT", " "], "prompt is empty"),
 }
 

@@ -1,0 +1,59 @@
+"""What the audit must catch: a folder that loads, talks, and is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.audit import audit
+from pipeline.compress import compress
+from pipeline.errors import CheckpointError
+from pipeline.packed import load_packed
+from pipeline.recipe import Recipe
+from registry import Registry
+from tests.pipeline.small import SMALL
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("audited")
+    recipe = Recipe.of(model=str(tiny_model_dir), **(SMALL | {"eval_windows": 0, "sensitivity": "none"}))
+    return compress(recipe, Registry(place / "registry"), place / "out").folder
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def test_a_sound_folder_passes(folder: Path) -> None:
+    audit(folder, load_packed(folder))
+
+
+def test_changed_codes_change_the_logits(folder: Path, copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("down_proj.weight_packed"))
+    tensors[name] = ~tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="gives other logits"):
+        audit(copy, load_packed(folder))
+
+
+def test_a_missing_tensor_is_named(folder: Path, copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    del tensors[name]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        audit(copy, load_packed(folder))
+
+
+def test_a_plan_that_names_other_sizes_is_caught(folder: Path, copy: Path) -> None:
+    plan = json.loads((copy / "plan.json").read_text())
+    first = next(iter(plan["matrices"]))
+    plan["matrices"][first]["size_bits"] += 32
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(CheckpointError, match=first):
+        audit(copy, load_packed(folder))

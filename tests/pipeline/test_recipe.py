@@ -1,0 +1,43 @@
+import pytest
+
+from pipeline.errors import BudgetError, RecipeChangedError, RecipeError
+from pipeline.recipe import PRESETS, Recipe, refuse_changes
+from quantizers import quantizer_from_label
+
+
+def test_presets_and_settings_on_top() -> None:
+    fast = Recipe.of("fast", model="demo", budget="3bpw", seed=None)
+    assert fast.num_samples == PRESETS["fast"]["num_samples"]
+    assert Recipe.of("fast", model="demo", budget="3bpw", num_samples=5).num_samples == 5
+    assert Recipe.from_json(fast.to_json()) == fast
+    for label in fast.candidates:
+        assert quantizer_from_label(label).format.label == label
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"colour": "red"}, r"1 wrong setting: colour: .*'red'"),
+        ({"rank": -1, "seed": "x"}, "2 wrong settings: rank: .*; seed: "),
+        ({"solver": "gurobi"}, "solver: .*'highs' or 'cbc'"),
+        ({"candidates": ()}, "candidates: "),
+        ({"sensitivity": "hessian"}, "sensitivity: "),
+        ({"seq_len": 1}, "seq_len: "),
+    ],
+)
+def test_every_wrong_setting_is_named(settings: dict, expected: str) -> None:
+    with pytest.raises(RecipeError, match=expected):
+        Recipe.of(model="demo", budget="3bpw", **settings)
+
+
+def test_budget_and_preset_have_their_own_words() -> None:
+    with pytest.raises(BudgetError):
+        Recipe.of(model="demo", budget="3")
+    with pytest.raises(RecipeError, match="no preset 'best'; choose one of default, fast"):
+        Recipe.of("best", model="demo", budget="3bpw")
+
+
+def test_changes_are_named() -> None:
+    refuse_changes({"seed": 0}, {"seed": 0}, "The run")
+    with pytest.raises(RecipeChangedError, match=r"rank was 8 and is now 4; seed was None and is now 1"):
+        refuse_changes({"rank": 8}, {"rank": 4, "seed": 1}, "The run")
