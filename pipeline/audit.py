@@ -1,7 +1,5 @@
 """Proof, in a fresh process, that a written folder is what the plan promised.
 
-    python -m pipeline.audit FOLDER LOGITS.safetensors
-
 Loads the folder as any user would, checks that every planned matrix is there packed, with exactly the planned
 bytes, and that nothing was missing or left over, then stores the logits of a fixed prompt. The caller compares
 them with those of the model in its own memory: what was tested is what will be served.
@@ -33,17 +31,7 @@ def audit(folder: Path, in_memory: PreTrainedModel) -> None:
     Raises:
         CheckpointError: a tensor is missing, has other bytes than planned, or the logits differ.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "logits.safetensors"
-        command = [sys.executable, "-m", "pipeline.audit", str(folder), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
-            raise CheckpointError(
-                f"The written checkpoint {folder} does not load in a fresh process: {reason}. Nothing was published. "
-                "Run the command again; if it fails again, start over with --no-resume."
-            )
-        reloaded = load_file(answer)["logits"]
+    reloaded = logits_in_fresh_process(folder)
     expected = fixed_logits(in_memory)
     difference = float((reloaded - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not difference <= LARGEST_DIFFERENCE:
@@ -52,6 +40,27 @@ def audit(folder: Path, in_memory: PreTrainedModel) -> None:
             f"{difference:.2g}, expected at most {LARGEST_DIFFERENCE}). Nothing was published. Run the command again; "
             "if it fails again, start over with --no-resume."
         )
+
+
+def logits_in_fresh_process(folder: Path) -> Tensor:
+    """`fixed_logits` of the folder, loaded and checked by a process that knows nothing of this one.
+
+    Raises:
+        CheckpointError: with the last line of what that process said.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        answer = Path(scratch) / "logits.safetensors"
+        # This process's own path: with -m, a folder named `pipeline` where the user stands would win.
+        script = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.audit import main; main(sys.argv[1:])"
+        command = [sys.executable, "-c", script, str(folder), str(answer)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
+            raise CheckpointError(
+                f"The written checkpoint {folder} does not load in a fresh process: {reason}. Nothing was published. "
+                "Run the command again; if it fails again, start over with --no-resume."
+            )
+        return load_file(answer)["logits"]
 
 
 @torch.inference_mode()
@@ -90,11 +99,7 @@ def load_checked(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
-def main() -> None:
-    """See the module's docstring."""
-    folder, answer = Path(sys.argv[1]), Path(sys.argv[2])
+def main(arguments: list[str]) -> None:
+    """The fresh process: check the folder, leave the logits."""
+    folder, answer = map(Path, arguments)
     save_file({"logits": fixed_logits(load_checked(folder)).contiguous()}, answer)
-
-
-if __name__ == "__main__":
-    main()

@@ -32,6 +32,23 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def audit_in_this_process() -> None:
+    """Seconds instead of a fresh interpreter's start; the fresh process is tested in test_audit.py and test_cli.py."""
+    from pipeline import audit
+
+    audit.logits_in_fresh_process = lambda folder: audit.fixed_logits(audit.load_checked(folder))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_audit():
+    from pipeline import audit
+
+    before = audit.logits_in_fresh_process
+    audit_in_this_process()
+    yield
+    audit.logits_in_fresh_process = before
+
+
 @pytest.fixture(scope="module")
 def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compressed]:
     place = tmp_path_factory.mktemp("finished")
@@ -223,6 +240,7 @@ def _import(path: str) -> Any:
 def _child(model: str, place: str, home: str, kill_point: str | None, signal_number: int) -> None:
     os.environ["BITSMITH_HOME"] = home
     torch.set_num_threads(1)
+    audit_in_this_process()
     if kill_point is not None:
         owner_path, name, at = KILL_POINTS[kill_point]
         owner, calls = _import(owner_path), []
