@@ -142,7 +142,7 @@ def read_outcome(outcome: Outcome) -> "Compressed":
         evaluation=run.read_evaluation(artifact_if_any(run, made["evaluate"])),
         stages=tuple(_stage(done) for done in outcome["stages"]),
         size_bytes=artifact(run, made["checkpoint"]).size_bytes,
-        original_bytes=run.model.size_bytes,
+        original_bytes=run.model.folder_bytes,
         was_finished=outcome["job"]["was_finished"],
     )
 

@@ -1,6 +1,7 @@
 """Cost table + budget -> Plan: one choice a matrix, as good as the budget allows, with a certificate."""
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from quantizers import StorageFormat, quantizer_from_label
 from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
 BYTE_BUDGET_ROUNDS = 8
+SPARE_BYTES_A_MATRIX = 24  # by which the text of another plan for the same model may be longer
 
 
 @dataclass(frozen=True)
@@ -183,11 +185,12 @@ def allocate_to_budget(
     )
     around_bytes = folder_bytes(smallest) - -(-smallest.size_bits // 8)
     if folder_bytes(smallest) > limit:
+        enough = folder_bytes(smallest) + SPARE_BYTES_A_MATRIX * (len(table.matrices) + 10)
         raise BudgetError(
             f"The budget {budget.text} is {human_bytes(limit)} for the finished folder, and the smallest plan takes "
             f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are embeddings, norms, head, "
-            f"tokenizer and configuration. Raise the budget to at least {folder_bytes(smallest)}B, or offer smaller "
-            "candidates."
+            f"tokenizer and configuration. Raise the budget to {math.ceil(enough / 1000) / 1000:.3f}MB, or offer "
+            "smaller candidates."
         )
     budget_bits = 8 * (limit - around_bytes)
     for _ in range(BYTE_BUDGET_ROUNDS):

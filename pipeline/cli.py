@@ -61,7 +61,7 @@ ShareGroups = Annotated[
 ]
 CostRows = Annotated[int | None, typer.Option(help="rows of a matrix that the cost table samples")]
 Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
-EvalDataset = Annotated[str | None, typer.Option(help="evaluation text, like --dataset")]
+EvalDataset = Annotated[str | None, typer.Option(help="evaluation text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
 EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
 EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]
 EvalSeqLen = Annotated[int | None, typer.Option(help="tokens of an evaluation window")]
@@ -139,7 +139,9 @@ def plan(
 def compress(
     model: ModelArgument,
     budget: BudgetOption,
-    output: Annotated[Path, typer.Option("--output", "-o", help="folder to write; must not hold anything else")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="folder to write, made with its parents; must not hold anything else")
+    ],
     name: Annotated[str | None, typer.Option(help="name in the registry; the folder's by default")] = None,
     revision: Revision = None,
     preset: Preset = "default",

@@ -30,7 +30,7 @@ class Compressed:
         evaluation: None if the recipe asks for none.
         stages: seconds and peak memory.
         size_bytes: of the checkpoint's files.
-        original_bytes: of the original's weights.
+        original_bytes: of the same files of the original.
         was_finished: the folder was there, and nothing was left to do.
     """
 
@@ -114,6 +114,6 @@ def compress(
         evaluation=run.read_evaluation(evaluation),
         stages=tuple(log.stages),
         size_bytes=checkpoint.size_bytes,
-        original_bytes=run.model.size_bytes,
+        original_bytes=run.model.folder_bytes,
         was_finished=was_finished,
     )

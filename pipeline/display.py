@@ -5,7 +5,8 @@ Everything goes to standard error but results, so that `--json` can be piped.
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich import box
 from rich.console import Console
@@ -33,6 +34,7 @@ T = TypeVar("T")
 ERRORS = Console(stderr=True)
 RESULTS = Console()
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_WORTH_A_LINE = 1.0
 
 
 class Bars:
@@ -59,7 +61,8 @@ class Bars:
                 ERRORS.print(f"{description}: {done} of {total or '?'}{left}", soft_wrap=True, highlight=False)
                 shown = now
         seconds = time.monotonic() - started
-        ERRORS.print(f"{description}: done, {done} in {seconds:.1f} s", soft_wrap=True, highlight=False)
+        if seconds >= SECONDS_WORTH_A_LINE:
+            ERRORS.print(f"{description}: done, {done} in {seconds:.1f} s", soft_wrap=True, highlight=False)
 
     def _bar(self, items: Iterable[T], description: str, total: int | None, done: int) -> Iterator[T]:
         columns = (
@@ -81,26 +84,22 @@ def _table(*headers: str, title: str) -> Table:
     """With headers: names at the left, figures at the right. Without: a list of facts."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_header=bool(headers))
     for position, header in enumerate(headers):
-        table.add_column(header, justify="left" if position == 0 else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if position == 0 else "right"
+        table.add_column(header, justify=justify, overflow="fold", no_wrap=position > 0)
     return table
 
 
 def show_model(model: "Model") -> None:
     """The answer of `inspect`."""
-    table = _table(
-        "layer",
-        "type",
-        "shape",
-        "parameters",
-        "stored as",
-        "reads the input of",
-        title=f"Matrices of {model.spec}",
-    )
+    prefix = _common_prefix([matrix.module for matrix in model.matrices])
+    title = f"Matrices of {model.spec} (names go on after {prefix})" if prefix else f"Matrices of {model.spec}"
+    table = _table("matrix", "shape", "parameters", "stored as", "same input as", title=title)
     for matrix in model.matrices:
         shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
         first = next(other for other in model.matrices if other.group == matrix.group)
         shared = "" if first is matrix else first.kind
-        table.add_row(str(matrix.layer), matrix.kind, shape, f"{matrix.num_params:,}", matrix.dtype, shared)
+        name = matrix.module.removeprefix(prefix)
+        table.add_row(name, shape, f"{matrix.num_params:,}", matrix.dtype, shared)
     RESULTS.print(table)
     skipped = _table("reason", "tensors", "size", "for example", title="Left as they are")
     for reason, entries in _by_reason(model).items():
@@ -112,6 +111,13 @@ def show_model(model: "Model") -> None:
         f"{len(model.matrices)} matrices in {len(model.groups())} groups, {model.num_matrix_params:,} of "
         f"{model.num_params:,} parameters ({share:.1%}); {human_bytes(model.size_bytes)} of weights"
     )
+
+
+def _common_prefix(names: list[str]) -> str:
+    """The parts that all names start with: printed once, not in every row."""
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    shared = [same[0] for same in takewhile(lambda same: len(set(same)) == 1, parts)]
+    return "".join(f"{part}." for part in shared)
 
 
 def _by_reason(model: "Model") -> dict[str, list[Any]]:
@@ -176,13 +182,20 @@ def show_result(done: "Compressed") -> None:
 def show_plan(made: "Planned") -> None:
     """The answer of `plan`."""
     plan = made.plan
-    table = _table(
-        "matrix", "shape", "choice", "bits per parameter", "size", "cost", title=f"Plan for {made.model.spec}"
-    )
+    prefix = _common_prefix(list(plan.matrices))
+    title = f"Plan for {made.model.spec} (names go on after {prefix})" if prefix else f"Plan for {made.model.spec}"
+    table = _table("matrix", "shape", "choice", "bits", "size", "cost", title=title)
     for name, matrix in plan.matrices.items():
-        shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
+        shape = f"{matrix.shape[0]}x{matrix.shape[1]}"
         bits = f"{matrix.bits_per_param:.3f}"
-        table.add_row(name, shape, matrix.label, bits, human_bytes(matrix.size_bits / 8), f"{matrix.cost:.4g}")
+        table.add_row(
+            name.removeprefix(prefix),
+            shape,
+            matrix.label,
+            bits,
+            human_bytes(matrix.size_bits / 8),
+            f"{matrix.cost:.4g}",
+        )
     RESULTS.print(table)
     files = _table("file", "bytes", title="Forecast")
     for name, size in made.files_bytes.items():
@@ -208,7 +221,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
     if not versions:
         RESULTS.print("The registry is empty. `bitsmith compress` publishes what it makes.")
         return
-    table = _table("version", "digest", "size", "bits per parameter", "model", "made", title="Registry")
+    table = _table("version", "digest", "size", "bits", "model", "made", title="Registry")
     for version in versions:
         artifact = store.get(version.digest)
         bits = artifact.metadata.get("bits_per_param")
@@ -218,7 +231,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
             human_bytes(artifact.size_bytes),
             f"{bits:.4f}" if isinstance(bits, float) else "",
             str(artifact.metadata.get("model", "")),
-            version.created_at[:19],
+            version.created_at[:10],
         )
     RESULTS.print(table)
 
@@ -230,7 +243,9 @@ def show_version(store: "Registry", version: "Version") -> None:
     facts.add_row("digest", version.digest)
     facts.add_row("made", version.created_at)
     for key, value in sorted(artifact.metadata.get("settings", {}).items()):
-        facts.add_row(key, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        facts.add_row(
+            key, ", ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+        )
     RESULTS.print(facts)
     files = _table("file", "size", "sha256", title="Files")
     for path, entry in artifact.files.items():

@@ -101,7 +101,7 @@ def sizes(facts: ReportFacts) -> dict[str, dict[str, int]]:
     model, plan = facts.model, facts.plan
     matrices = sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
     kept = model.size_bytes - matrices
-    around = sum(path.stat().st_size for path in (*model.extra_files(), model.path / "config.json"))
+    around = model.folder_bytes - model.size_bytes
     after = plan.size_bits // 8
     return {
         "matrices": {"original": matrices, "compressed": after},

@@ -126,6 +126,29 @@ class Model:
         """Bytes of all stored tensors, file headers excluded."""
         return sum(info.size_bytes for info in self.tensors.values())
 
+    @property
+    def folder_bytes(self) -> int:
+        """What a finished folder is compared with: tensors, config.json, and `extra_files`."""
+        return self.size_bytes + sum(path.stat().st_size for path in (*self.extra_files(), self.path / "config.json"))
+
+    def check_finite(self, progress: Progress = SILENT) -> None:
+        """Read every stored tensor once.
+
+        Raises:
+            NonFiniteError: one holds a NaN or an infinity; names it.
+        """
+        for name in progress.track(self.tensors, "Check the weights", total=len(self.tensors)):
+            tensor = self.tensor(name)
+            num_bad = tensor.numel() - int(torch.isfinite(tensor).sum()) if tensor.is_floating_point() else 0
+            if num_bad:
+                raise self._not_finite(name, num_bad, tensor.numel())
+
+    def _not_finite(self, name: str, num_bad: int, num: int) -> NonFiniteError:
+        return NonFiniteError(
+            f"{name} in {self.path} has {num_bad} NaN or infinite values of {num}; every weight must be finite. The "
+            "checkpoint is damaged or its training diverged: download it again, or take another one."
+        )
+
     def groups(self) -> dict[str, list[Matrix]]:
         """Group name -> its matrices, both in the order of `matrices`."""
         members: dict[str, list[Matrix]] = defaultdict(list)
@@ -160,11 +183,7 @@ class Model:
         weight = stored.T if matrix.transposed else stored
         num_bad = weight.numel() - int(torch.isfinite(weight).sum())
         if num_bad:
-            raise NonFiniteError(
-                f"{matrix.name} in {self.path} has {num_bad} NaN or infinite values of {weight.numel()}; "
-                "every weight must be finite. The checkpoint is damaged or its training diverged: download "
-                "it again, or take another one."
-            )
+            raise self._not_finite(matrix.name, num_bad, weight.numel())
         return weight.to(torch.float32).contiguous()
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":

@@ -40,7 +40,11 @@ class OutputFolder:
         if self.partial.exists() and not resume:
             shutil.rmtree(self.partial)
         if note.exists():
-            refuse_changes(json.loads(note.read_text()), self.recipe, f"The unfinished run in {self.partial}")
+            advice = (
+                "Run the command with the earlier settings to go on, choose another output folder with -o, or start "
+                "this one over with --no-resume."
+            )
+            refuse_changes(json.loads(note.read_text()), self.recipe, f"The unfinished run in {self.partial}", advice)
         elif self.partial.exists() and any(self.partial.iterdir()):
             raise OutputExistsError(
                 f"{self.partial} is in the way: unfinished work goes there, and it holds something else. Move it, or "
@@ -69,8 +73,11 @@ class OutputFolder:
         """Is the report there too?"""
         return (self.path / "report").is_dir()
 
-    def check_unchanged(self, checkpoint: Artifact) -> None:
-        """Raise OutputExistsError if a finished folder no longer holds what was written."""
+    def check_unchanged(self, registry: Registry, checkpoint: Artifact) -> None:
+        """Raise OutputExistsError if a finished folder no longer holds what was written.
+
+        Where the folder is sound and the registry's own copy is not, the copy is made anew.
+        """
         for name, entry in checkpoint.files.items():
             path = self.path / name
             if not path.is_file() or hash_file(path) != entry:
@@ -78,6 +85,8 @@ class OutputFolder:
                     f"{path} is missing or was changed after it was written; {self.path} is no longer the "
                     "checkpoint of this recipe. Move the folder away, or choose another one with -o."
                 )
+            if not registry.store.has(entry) or hash_file(registry.store.path(entry.sha256)) != entry:
+                registry.store.add(path)
 
     def add_report(self, registry: Registry, report: Artifact) -> None:
         """Put the report into the finished folder, unless it is there."""
@@ -92,7 +101,8 @@ class OutputFolder:
     def _check_finished(self, resume: bool) -> None:
         check_free(self.path)
         note = self.path / "recipe.json"
-        refuse_changes(json.loads(note.read_text()), self.recipe, f"The finished checkpoint in {self.path}")
+        advice = "Choose another output folder with -o; this one is finished and stays as it is."
+        refuse_changes(json.loads(note.read_text()), self.recipe, f"The finished checkpoint in {self.path}", advice)
         if not resume:
             raise OutputExistsError(
                 f"{self.path} holds the finished checkpoint of this recipe, and --no-resume would make it again. "
@@ -102,6 +112,10 @@ class OutputFolder:
 
 def check_free(path: Path) -> None:
     """Raise OutputExistsError if `path` holds something that is not a checkpoint of ours."""
+    if path.exists() and not path.is_dir():
+        raise OutputExistsError(
+            f"The output {path} is a file, and a folder is to be written. Choose another name with -o."
+        )
     if not _is_empty(path) and not (path / "recipe.json").is_file():
         raise OutputExistsError(
             f"The output folder {path} is not empty and was not made by bitsmith. Choose another one with "

@@ -90,7 +90,7 @@ class Recipe(BaseModel):
         return Recipe.of(**stored)
 
 
-def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: str) -> None:
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: str, advice: str) -> None:
     """Raise RecipeChangedError naming the fields in which two recipes differ, if any."""
     changed = [
         f"{field} was {before.get(field)!r} and is now {now.get(field)!r}"
@@ -98,7 +98,4 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: str) -> N
         if before.get(field) != now.get(field)
     ]
     if changed:
-        raise RecipeChangedError(
-            f"{where} was made with another recipe: {'; '.join(changed)}. Run the command with the earlier "
-            "settings to go on, choose another output folder, or start this one over with --no-resume."
-        )
+        raise RecipeChangedError(f"{where} was made with another recipe: {'; '.join(changed)}. {advice}")

@@ -102,6 +102,7 @@ class Run:
             check_vocabulary(eval_windows, model.config.get_text_config().vocab_size)
         run = Run(recipe, model, registry, device, resume, calibration, eval_windows, offered, log, progress)
         run.smallest_plan()
+        model.check_finite(progress)
         return run
 
     @property
@@ -226,7 +227,7 @@ class Run:
     def deliver(self, checkpoint: Artifact, plan: Artifact, matrices: Artifact, output: OutputFolder) -> None:
         """Put the checkpoint into its place once it has passed its audit in a fresh process."""
         if output.is_finished():
-            output.check_unchanged(checkpoint)
+            output.check_unchanged(self.registry, checkpoint)
             return
         staged = output.stage(self.registry, checkpoint)
         for _ in self.progress.track(["audit"], "Audit in a fresh process", total=1):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -133,10 +133,13 @@ def _headers(files: list[str]) -> dict[str, tuple[list[int], str]]:
     """Tensor name -> shape and dtype (in safetensors' spelling), from the headers of the files."""
     headers: dict[str, tuple[list[int], str]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():  # noqa: SIM118
-                part = stored.get_slice(name)
-                headers[name] = (list(part.get_shape()), part.get_dtype())
+        try:
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    part = stored.get_slice(name)
+                    headers[name] = (list(part.get_shape()), part.get_dtype())
+        except SafetensorError as error:
+            raise _damaged(str(file), str(error)) from error
     return headers
 
 

@@ -184,7 +184,7 @@ def test_slower_mistakes(bitsmith, tiny_model_dir: Path, tmp_path: Path) -> None
     start = ["compress", tiny_model_dir, "-o", tmp_path / "out"]
     cases = {
         ("-b", "1bpw"): r"smallest plan takes .* at least \d",
-        ("-b", "10kB"): r"at least \d+B",
+        ("-b", "10kB"): r"Raise the budget to [\d.]+MB",
         ("-b", "3bpw", "--rank", "99"): "Rank 99 is above",
         ("-b", "3bpw", "--seq-len", "99999999"): "tokens, but one window needs",
         ("-b", "3bpw", "--candidate", "int3"): "'int3' cannot be offered",

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from pipeline.compress import Compressed, compress
-from pipeline.errors import DiskSpaceError, NonFiniteError, OutputExistsError, RecipeChangedError, RecipeError
+from pipeline.errors import (
+    BudgetError,
+    DiskSpaceError,
+    NonFiniteError,
+    OutputExistsError,
+    RecipeChangedError,
+    RecipeError,
+)
 from pipeline.recipe import Recipe
 from registry import Registry
 from tests.pipeline.small import SMALL
@@ -175,6 +182,41 @@ def test_a_changed_file_in_a_finished_folder_is_noticed(tiny_model_dir: Path, tm
         run(tiny_model_dir, tmp_path, eval_windows=0)
 
 
+def test_a_second_run_mends_a_damaged_copy_in_the_registry(tiny_model_dir: Path, tmp_path: Path) -> None:
+    run(tiny_model_dir, tmp_path, eval_windows=0)
+    registry = Registry(tmp_path / "registry")
+    blob = registry.path(registry.get(registry.version("out").digest), "plan.json")
+    blob.chmod(0o644)
+    blob.write_text("{}")
+    assert not registry.verify("out").ok
+    assert str(run(tiny_model_dir, tmp_path, eval_windows=0).version) == "out:1"
+    assert registry.verify("out").ok
+
+
+def test_a_file_in_the_way_is_called_a_file(tiny_model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").touch()
+    with pytest.raises(OutputExistsError, match="is a file"):
+        run(tiny_model_dir, tmp_path)
+
+
+def test_a_truncated_checkpoint_does_not_load(tiny_model_dir: Path, tmp_path: Path) -> None:
+    from pipeline.errors import CheckpointError
+    from pipeline.packed import load_packed
+
+    folder = run(tiny_model_dir, tmp_path, eval_windows=0).folder
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged"):
+        load_packed(folder)
+
+
+def test_the_byte_budget_that_an_error_advises_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="Raise the budget to") as error:
+        run(tiny_model_dir, tmp_path, budget="10kB", eval_windows=0)
+    advised = str(error.value).split("Raise the budget to ")[1].split(",")[0]
+    assert run(tiny_model_dir, tmp_path, budget=advised, eval_windows=0).folder.is_dir()
+
+
 def test_a_foreign_folder_is_never_touched(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
@@ -204,9 +246,11 @@ def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
     (tmp_path / "model").mkdir()
     folder = save_model(model, tmp_path / "model", tokenizer=tiny_tokenizer)
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        run(folder, tmp_path, sensitivity="none", eval_windows=0)
+    for sensitivity in ("none", "fisher"):
+        with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj"):
+            run(folder, tmp_path, sensitivity=sensitivity, eval_windows=0)
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
 
 
 # Kills. A child process counts calls of one function and kills itself at one of them.

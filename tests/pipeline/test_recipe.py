@@ -38,6 +38,6 @@ def test_budget_and_preset_have_their_own_words() -> None:
 
 
 def test_changes_are_named() -> None:
-    refuse_changes({"seed": 0}, {"seed": 0}, "The run")
-    with pytest.raises(RecipeChangedError, match=r"rank was 8 and is now 4; seed was None and is now 1"):
-        refuse_changes({"rank": 8}, {"rank": 4, "seed": 1}, "The run")
+    refuse_changes({"seed": 0}, {"seed": 0}, "The run", "Do this.")
+    with pytest.raises(RecipeChangedError, match=r"rank was 8 and is now 4; seed was None and is now 1\. Do this\."):
+        refuse_changes({"rank": 8}, {"rank": 4, "seed": 1}, "The run", "Do this.")
