@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
+from pipeline.costs import SIGNIFICANT_DIGITS
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
 from pipeline.parallel import map_in_order
@@ -26,7 +27,8 @@ def decompose(
 ) -> None:
     """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
 
-    The achieved weighted error goes into each file's metadata as `error`.
+    The achieved weighted error goes into each file's metadata as `error`, rounded like the costs: the last bits of
+    its sum are not the same from run to run.
 
     Raises:
         NonFiniteError: a weight or an error is not finite.
@@ -45,7 +47,9 @@ def decompose(
         if not error < float("inf"):
             raise NonFiniteError(f"The error of {matrix.name} after quantization is {error}. Its weights are damaged.")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
-        replace_file(target, lambda path: save_file(tensors, path, metadata={"error": repr(error)}))
+        replace_file(
+            target, lambda path: save_file(tensors, path, metadata={"error": f"{error:.{SIGNIFICANT_DIGITS}g}"})
+        )
 
     for _ in progress.track(map_in_order(quantize, model.matrices), "Decompose", total=len(model.matrices)):
         pass
