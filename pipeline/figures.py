@@ -22,7 +22,6 @@ FORMAT_VERSION = 1
 NUM_CURVE_BUDGETS = 15
 CURVE_GAP = 1e-4  # relative; nobody sees less in a picture
 SIGNIFICANT_DIGITS = 9
-CODEBOOK_NAMES = {"nf": "NormalFloat", "lloyd": "Lloyd-Max"}
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,7 @@ def meaning(label: str) -> str:
     from quantizers import quantizer_from_label
 
     form = quantizer_from_label(label).format
-    levels = f"{CODEBOOK_NAMES.get(form.codebook, form.codebook)} levels"
-    words = [f"{form.bits} bits", levels, f"groups of {form.block_size}", f"{form.scale_bits}-bit scales"]
-    return ", ".join(words + [f"low-rank part of rank {form.rank}"] * bool(form.rank))
+    return form.meaning + f", low-rank part of rank {form.rank}" * bool(form.rank)
 
 
 def costs_of_layers(facts: ReportFacts) -> list[dict[str, Any]]:

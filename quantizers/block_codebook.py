@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quantizers.block_format import BlockFormat
 from quantizers.blocks import spread, to_blocks
 from quantizers.double_quant import double_quantize
-from quantizers.format import StorageFormat
 from quantizers.packing import pack
 from quantizers.quantized import QuantizedTensor
 from quantizers.scale_search import TYPICAL_MULTIPLES, level_of, nearest, search_scales
@@ -27,7 +27,7 @@ def check_scale_rule(scale: str) -> None:
 
 
 def quantize_blocks(
-    weight: Float[Tensor, "out in"], statistics: LayerStatistics | None, form: StorageFormat, scale: ScaleRule
+    weight: Float[Tensor, "out in"], statistics: LayerStatistics | None, form: BlockFormat, scale: ScaleRule
 ) -> QuantizedTensor:
     """Find the scales, round them to `scale_bits`, then give each weight the level nearest under them.
 
@@ -53,10 +53,11 @@ def quantize_blocks(
     scales = stored.dequantize(form.scale_bits, form.super_block, len(scales)).view(rows, -1)
     scales = spread(scales, form.block_size, columns)
     codes = nearest(weight / scales.clamp_min(torch.finfo(torch.float32).tiny), levels)
-    return QuantizedTensor(form, (rows, columns), pack(codes.view(-1), form.bits), stored, levels)
+    plain = {"weight_packed": pack(codes.view(-1), form.bits)} | stored.tensors()
+    return QuantizedTensor(form, (rows, columns), plain, levels)
 
 
-def quantize_quickly(weight: Float[Tensor, "out in"], form: StorageFormat) -> Float[Tensor, "out in"]:
+def quantize_quickly(weight: Float[Tensor, "out in"], form: BlockFormat) -> Float[Tensor, "out in"]:
     """Roughly what `quantize_blocks` dequantizes to, many times faster: a fixed multiple of the maximum.
 
     Good for what depends on the residual's large features only, such as its leading singular vectors.

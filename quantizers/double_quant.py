@@ -24,6 +24,14 @@ class DoubleQuantizedScales:
     steps: Float32[Tensor, " super_blocks"]
     offset: Float32[Tensor, " 1"]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Named as they are stored."""
+        return {
+            "weight_scale_packed": self.packed,
+            "weight_scale_step": self.steps,
+            "weight_scale_offset": self.offset,
+        }
+
     def dequantize(self, bits: int, super_block: int, num_scales: int) -> Float32[Tensor, " scales"]:
         """offset + code * step."""
         codes = look_up(self.packed, bits, num_scales, torch.arange(2.0**bits, device=self.packed.device))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantizers.base import AbstractQuantizer
 from quantizers.block_codebook import ScaleRule, check_scale_rule, quantize_blocks
-from quantizers.format import StorageFormat
+from quantizers.block_format import BlockFormat
 from quantizers.quantized import QuantizedTensor
 from quantizers.statistics import LayerStatistics
 
@@ -38,9 +38,9 @@ class LloydMax(AbstractQuantizer):
         check_scale_rule(self.scale)
 
     @property
-    def format(self) -> StorageFormat:
+    def format(self) -> BlockFormat:
         """See AbstractQuantizer."""
-        return StorageFormat("lloyd", self.bits, self.block_size, self.scale_bits, self.super_block)
+        return BlockFormat("lloyd", self.bits, self.block_size, self.scale_bits, self.super_block)
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from quantizers.base import AbstractQuantizer
 from quantizers.block_codebook import ScaleRule, check_scale_rule, quantize_blocks
-from quantizers.format import StorageFormat
+from quantizers.block_format import BlockFormat
 from quantizers.quantized import QuantizedTensor
 from quantizers.statistics import LayerStatistics
 
@@ -39,9 +39,9 @@ class NormalFloat(AbstractQuantizer):
         check_scale_rule(self.scale)
 
     @property
-    def format(self) -> StorageFormat:
+    def format(self) -> BlockFormat:
         """See AbstractQuantizer."""
-        return StorageFormat("nf", self.bits, self.block_size, self.scale_bits, self.super_block)
+        return BlockFormat("nf", self.bits, self.block_size, self.scale_bits, self.super_block)
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""

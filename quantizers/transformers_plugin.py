@@ -5,7 +5,6 @@ for empty `QuantizedLinear`s on the meta device, let transformers fill them, che
 there with its shape and dtype (transformers makes up what is missing), and hand out the codebooks.
 """
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from quantizers.format import PACKED_NAMES, StorageFormat
+from quantizers.format import StorageFormat
+from quantizers.formats import PACKED_NAMES, format_from_json
 from quantizers.linear import QuantizedLinear
 
 QUANT_METHOD = "bitsmith"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 STORED_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
 
 
@@ -31,7 +32,7 @@ def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "codebooks": dict(sorted(codebooks.items())),
-        "matrices": {name: asdict(form) | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())},
+        "matrices": {name: form.to_json() | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())},
     }
 
 
@@ -50,10 +51,10 @@ class BitsmithConfig(QuantizationConfigMixin):
         matrices: dict[str, dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"this checkpoint has bitsmith format version {format_version}, and this program reads "
-                f"version {FORMAT_VERSION}; install the bitsmith release that the checkpoint's card names"
+                f"versions 1 and 2; install the bitsmith release that the checkpoint's card names"
             )
         if not isinstance(codebooks, dict) or not isinstance(matrices, dict):
             raise ValueError("quantization_config needs `codebooks` and `matrices`; the config.json is damaged")
@@ -69,12 +70,12 @@ class BitsmithConfig(QuantizationConfigMixin):
         try:
             entry = dict(self.matrices[module])
             rows, columns = map(int, entry.pop("shape"))
-            form = StorageFormat(**entry)
+            form = format_from_json(entry)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged") from None
-        if len(self.codebooks.get(form.codebook_name, ())) != 2**form.bits:
+        if len(self.codebooks.get(form.codebook_name, ())) != len(form.levels):
             raise ValueError(
-                f"quantization_config has no codebook {form.codebook_name!r} of {2**form.bits} levels, which "
+                f"quantization_config has no codebook {form.codebook_name!r} of {len(form.levels)} levels, which "
                 f"{module} needs; the checkpoint is damaged"
             )
         return form, (rows, columns)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantizers.block_format import BITS, BlockFormat
 from quantizers.blocks import num_blocks, spread, to_blocks
 from quantizers.codebooks import lloyd_max, normal_float
 from quantizers.double_quant import double_quantize
-from quantizers.format import BITS, StorageFormat
 from quantizers.scale_search import BINS, level_of, nearest, search_scales
 from tests.quantizers.helpers import SHAPES, normal_weight, uneven_statistics
 
@@ -161,7 +161,7 @@ def test_double_quantization_errs_by_half_a_step(bits: int, super_block: int, nu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "super_block"), [(2, 1), (3, 16), (5, 16), (7, 256), (8, 256)])
 def test_double_quantization_stores_what_the_format_says(bits: int, super_block: int, shape: tuple[int, int]) -> None:
-    form = StorageFormat("nf", 4, 32, bits, super_block)
+    form = BlockFormat("nf", 4, 32, bits, super_block)
     num_scales = shape[0] * -(-shape[1] // 32)
     assert form.num_scales(shape) == num_scales
     stored = double_quantize(random_scales(num_scales), bits, super_block)
@@ -203,4 +203,4 @@ def test_a_setting_out_of_range_is_named(setting: str, value: object) -> None:
         "rank": 0,
     }
     with pytest.raises(ValueError, match=f"{setting} is {value!r}"):
-        StorageFormat(**good | {setting: value})
+        BlockFormat(**good | {setting: value})

@@ -7,8 +7,8 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm, truncnorm
 
+from quantizers.block_format import BITS
 from quantizers.codebooks import lloyd_max, normal_float
-from quantizers.format import BITS
 
 # bitsandbytes' and QLoRA's NF4 (arXiv:2305.14314, appendix E).
 NF4 = [

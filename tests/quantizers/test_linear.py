@@ -147,7 +147,7 @@ def test_from_quantized_takes_a_copy_of_the_bias_and_shares_the_codes() -> None:
     quantized: QuantizedTensor = WITH_LOW_RANK.quantize(normal_weight(SHAPE))
     bias = torch.ones(24, dtype=torch.bfloat16, requires_grad=True)
     layer = QuantizedLinear.from_quantized(quantized, bias)
-    assert layer.weight_packed.data_ptr() == quantized.packed.data_ptr()
+    assert layer.weight_packed.data_ptr() == quantized.plain["weight_packed"].data_ptr()
     assert layer.bias is not None
     assert layer.bias.dtype == torch.bfloat16
     assert layer.bias.data_ptr() != bias.data_ptr()

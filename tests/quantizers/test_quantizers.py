@@ -17,9 +17,9 @@ from quantizers import (
     weighted_error,
 )
 from quantizers.block_codebook import check_scale_rule
+from quantizers.block_format import BITS
 from quantizers.blocks import num_blocks, spread, to_blocks
 from quantizers.codebooks import normal_float
-from quantizers.format import BITS
 from quantizers.packing import unpack
 from tests.quantizers.helpers import (
     ALL_QUANTIZERS,
@@ -40,13 +40,13 @@ SHAPE = (24, 100)
 
 def codes_of(quantized: QuantizedTensor) -> Tensor:
     rows, columns = quantized.shape
-    return unpack(quantized.packed, quantized.format.bits, rows * columns).view(rows, columns).long()
+    return unpack(quantized.plain["weight_packed"], quantized.format.bits, rows * columns).view(rows, columns).long()
 
 
 def scales_of(quantized: QuantizedTensor) -> Tensor:
     """The stored scale of each weight."""
     form, (rows, columns) = quantized.format, quantized.shape
-    scales = quantized.scales.dequantize(form.scale_bits, form.super_block, form.num_scales(quantized.shape))
+    scales = form.scales(quantized.plain, quantized.shape)
     return spread(scales.view(rows, num_blocks(columns, form.block_size)), form.block_size, columns)
 
 
