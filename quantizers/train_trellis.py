@@ -28,11 +28,10 @@ from quantizers.trellis import LEVELS_FILE, decode, encode, states
 
 # Table -> changes of the rule to try; a change costs four times as much with two state bits more.
 TABLES = {f"{bits}.8": 250 for bits in range(1, 6)} | {f"{bits}.10": 60 for bits in (2, 3, 4)}
-TABLES |= {f"{bits}.12": 0 for bits in (2, 3, 4)}
 STEPS = 256
 SEARCH_ROUNDS = 6
 TRAINING_ROUNDS = 40
-SAMPLES_PER_STATE = 256  # antipodal states share theirs
+TRAINING_SAMPLES = 2**18
 
 
 def train(bits: int, state_bits: int, num_changes: int) -> Float32[Tensor, " state"]:
@@ -47,8 +46,7 @@ def train(bits: int, state_bits: int, num_changes: int) -> Float32[Tensor, " sta
         if error < least:
             least, best, coefficients = error, levels, changed
     print(f"{bits}.{state_bits} coefficients {coefficients}", flush=True)
-    many = normal_sample(max(2**18, SAMPLES_PER_STATE * 2**state_bits), seed=2)
-    return trained(best, bits, many, TRAINING_ROUNDS)[1]
+    return trained(best, bits, normal_sample(TRAINING_SAMPLES, seed=2), TRAINING_ROUNDS)[1]
 
 
 def normal_sample(size: int, seed: int) -> Float32[Tensor, "sequence step"]:
@@ -108,7 +106,6 @@ def main(names: list[str]) -> None:
     unknown = set(names) - set(TABLES)
     if unknown:
         raise SystemExit(f"no trellis table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
-    tables = load_file(LEVELS_FILE) if LEVELS_FILE.exists() else {}
     fresh = normal_sample(2**20, seed=3)
     for name in names or TABLES:
         began = time.perf_counter()
@@ -117,6 +114,7 @@ def main(names: list[str]) -> None:
         error = mean_squared_error(fresh, decode(encode(fresh, levels, bits), levels, bits))
         seconds = time.perf_counter() - began
         print(f"{name} fresh error {error:.6f}, {error * 4**bits:.4f} of the bound, {seconds:.0f} s", flush=True)
+        tables = load_file(LEVELS_FILE) if LEVELS_FILE.exists() else {}
         tables[name] = levels
         LEVELS_FILE.parent.mkdir(exist_ok=True)
         save_file(dict(sorted(tables.items())), LEVELS_FILE)

@@ -60,6 +60,7 @@ def _trained_levels() -> dict[str, Tensor]:
     return load_file(LEVELS_FILE)
 
 
+@torch.no_grad()
 def encode(
     values: Float32[Tensor, "sequence step"],
     levels: Float32[Tensor, " state"],
@@ -69,8 +70,8 @@ def encode(
     """The symbols whose decoded values have the least sum of weights * (value - decoded)**2, sequence by sequence.
 
     The Viterbi algorithm, twice: once around the place where the ends join, to find the bits that they share, once
-    over the sequence from and to these bits (QTIP, algorithm 4). The result misses the true optimum by well below a
-    percent for sequences of 64 weights and more.
+    over the sequence from and to these bits (QTIP, algorithm 4). With trained levels the error is on average 0.3% above
+    the least possible for sequences of 256 weights, and 3% for 64. Biting the tail costs another 2% at 256 weights.
 
     Args:
         values: about standard normal for `trellis_levels`; not modified.
@@ -153,12 +154,12 @@ class _Viterbi:
     ) -> UInt8[Tensor, "step sequence"]:
         """Symbols of a path that ends in the overlap in which it begins; `roots` are the roots of the weights."""
         targets = values * roots
-        ends = [x.roll(self.join, 0)[: 2 * self.join] for x in (targets, roots)]
-        self._forward(*ends, first=None)
-        best_end = self.best[2 * self.join, :, : values.shape[1]].min(0).indices  # argmin is ten times slower
-        overlap = self._backward(*ends, last=best_end, stop=self.join)[self.join] >> self.bits
+        end_targets, end_roots = (x.roll(self.join, 0)[: 2 * self.join] for x in (targets, roots))
+        self._forward(end_targets, end_roots, first=None)
+        last = self.best[2 * self.join, :, : values.shape[1]].min(0).indices  # argmin is ten times slower
+        overlap = self._backward(end_targets, end_roots, last, stop=self.join)[self.join] >> self.bits
         self._forward(targets, roots, first=overlap)
-        return (self._backward(targets, roots, last=overlap, stop=0) & (self.fanout - 1)).to(torch.uint8)
+        return (self._backward(targets, roots, overlap, stop=0) & (self.fanout - 1)).to(torch.uint8)
 
     def _forward(self, targets: Tensor, roots: Tensor, first: Int64[Tensor, " sequence"] | None) -> None:
         """Fill `best`: the least cost of reaching each overlap before each step, from overlap `first` or any."""
