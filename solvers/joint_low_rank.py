@@ -1,8 +1,8 @@
 """Matrices that read the same input share the right factor of their low-rank parts.
 
-Stacked on the output side, [E_q; E_k; E_v] ~ [L1_q; L1_k; L1_v] L2: rank r is paid with r (in + sum of outs) numbers instead of
-r (count * in + sum of outs). Weighted with one H_O = A A^T a matrix (block-diagonal over the stack) and one
-H_I = B B^T for the shared input, the truncated SVD of the whitened stack is the exact optimum.
+Stacked on the output side, [E_q; E_k; E_v] ~ [L1_q; L1_k; L1_v] L2: a rank costs in + sum of outs numbers instead of
+count * in + sum of outs. Weighted with one H_O = A A^T a matrix (block-diagonal over the stack) and one H_I = B B^T
+for the shared input, the truncated SVD of the whitened stack is the exact optimum.
 
 (Joint rank-k approximation: Peng et al. 2024, arXiv:2402.16319, there unweighted and of the weights themselves.)
 """

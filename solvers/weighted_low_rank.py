@@ -6,7 +6,10 @@
     anderson   the same with Anderson mixing, guarded
 
 All of them start from the closed form for row and column means of F (LQ-LoRA, arXiv:2311.12023, section 3.2), so
-the answer is never worse than it. They find a local optimum: the problem is NP-hard in general (Gillis and Glineur 2011).
+the answer is never worse than it. They find a local optimum: the problem is NP-hard (Gillis and Glineur 2011).
+
+Never worse under the given F, that is. An F measured on few windows is fitted with its noise; see
+benchmarks/weighted_low_rank.py for what is left of the gain on other windows.
 """
 
 from dataclasses import dataclass
@@ -82,9 +85,7 @@ def weighted_low_rank(
         converged = idle == PATIENCE or best.loss <= negligible
         if converged:
             break
-    return WeightedFit(
-        scaling.leave(best.factors).balanced(), tuple(scaling.unit * loss for loss in losses), converged
-    )
+    return WeightedFit(scaling.leave(best.factors).balanced(), tuple(scaling.unit * loss for loss in losses), converged)
 
 
 def _check(

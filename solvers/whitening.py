@@ -63,3 +63,10 @@ def check_factor(factor: Factor, size: int, axis: str) -> None:
             f"The {axis} factor has a diagonal entry that is not positive ({float(diagonal.min())}); it cannot be "
             "divided by. Add damping to the weighting matrix before factorising it."
         )
+
+
+def diagonal_weights(factor: Factor) -> Float32[Tensor, " _"] | None:
+    """The diagonal of H = A A^T: what each row weighs when the others are looked away from."""
+    if factor is None:
+        return None
+    return factor.square() if factor.ndim == 1 else factor.square().sum(dim=1)

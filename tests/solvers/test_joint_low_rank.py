@@ -61,7 +61,7 @@ def test_a_common_row_space_is_recovered_exactly() -> None:
         torch.testing.assert_close(joint.of(i).product(), residual, rtol=0, atol=1e-4)
 
 
-@given(st.integers(1, 4), st.integers(0, 50))
+@given(st.integers(2, 4), st.integers(0, 50))
 @settings(max_examples=15, deadline=None)
 def test_with_coinciding_row_spaces_sharing_is_free_and_at_equal_numbers_better(rank: int, seed: int) -> None:
     rows, columns = row_factors("diagonal"), factor(WIDTH, "diagonal", 5)
@@ -112,5 +112,5 @@ def test_bad_input_is_refused() -> None:
         joint_whitened_svd([one, one], [None], None, 1)
     with pytest.raises(ValueError, match=r"row factor has shape \(5,\)"):
         joint_whitened_svd([one, one], [None, torch.ones(5)], None, 1)
-    with pytest.raises(ValueError, match="rank 6 .* it must be 1 to 5"):
+    with pytest.raises(ValueError, match=r"rank 6 .* it must be 1 to 5"):
         joint_whitened_svd([one, one], [None, None], None, 6)

@@ -149,9 +149,7 @@ def test_a_matrix_of_zeros_has_zero_factors(shape: tuple[int, int]) -> None:
     assert torch.isfinite(factors.into).all()
 
 
-@given(
-    st.integers(1, 12), st.integers(1, 12), st.sampled_from(FORMS), st.sampled_from(FORMS), st.integers(0, 100)
-)
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(FORMS), st.sampled_from(FORMS), st.integers(0, 100))
 @settings(max_examples=40, deadline=None)
 def test_the_error_of_every_rank_is_what_the_spectrum_leaves_over(
     rows: int, columns: int, row_form: str, column_form: str, seed: int

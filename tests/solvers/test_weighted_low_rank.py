@@ -19,9 +19,7 @@ def rng(seed: int) -> torch.Generator:
 
 def problem(rows: int = 64, columns: int = 48, *, log_std: float = 1.0, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A residual with a decaying spectrum and log-normal weights, whose unit is far from 1."""
-    residual = torch.randn(rows, columns, generator=rng(seed)) @ torch.diag(
-        (torch.arange(columns) + 1.0) ** -0.5
-    )
+    residual = torch.randn(rows, columns, generator=rng(seed)) @ torch.diag((torch.arange(columns) + 1.0) ** -0.5)
     return residual, 1e-6 * torch.exp(log_std * torch.randn(rows, columns, generator=rng(seed + 1)))
 
 
