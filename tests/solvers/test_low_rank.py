@@ -2,9 +2,20 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from solvers.low_rank import OVERSAMPLING, Factors, truncated_svd, two_sided_svd
+from solvers.low_rank import (
+    OVERSAMPLING,
+    Factors,
+    errors_by_rank,
+    truncated_svd,
+    two_sided_svd,
+    whitened_spectrum,
+    whitened_svd,
+)
+from tests.solvers.weightings import FORMS, as_matrix, factor, whitened_error
 
 SMALL, LARGE = (24, 40), (300, 200)  # the first is solved densely, the second by the randomized method
 
@@ -136,3 +147,103 @@ def test_a_matrix_of_zeros_has_zero_factors(shape: tuple[int, int]) -> None:
     assert error_of(torch.zeros(shape), factors) == 0
     assert torch.isfinite(factors.out).all()
     assert torch.isfinite(factors.into).all()
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(FORMS), st.sampled_from(FORMS), st.integers(0, 100))
+@settings(max_examples=40, deadline=None)
+def test_the_error_of_every_rank_is_what_the_spectrum_leaves_over(
+    rows: int, columns: int, row_form: str, column_form: str, seed: int
+) -> None:
+    residual = torch.randn(rows, columns, generator=rng(seed))
+    row_factor, column_factor = factor(rows, row_form, seed + 1), factor(columns, column_form, seed + 2)
+    spectrum = whitened_spectrum(residual, row_factor, column_factor)
+    total = whitened_error(residual, row_factor, column_factor)
+    errors = errors_by_rank(spectrum)
+    assert errors.shape == (min(rows, columns) + 1,)
+    assert float(errors[0]) == pytest.approx(total, rel=1e-5)
+    assert errors[-1] == 0
+    for rank in range(1, min(rows, columns) + 1):
+        left_over = total - float(spectrum[:rank].double().square().sum())
+        factors = whitened_svd(residual, row_factor, column_factor, rank)
+        error = whitened_error(residual - factors.product(), row_factor, column_factor)
+        assert float(errors[rank]) == pytest.approx(left_over, abs=1e-5 * total)
+        assert error == pytest.approx(float(errors[rank]), rel=1e-3, abs=1e-6 * total)
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+def test_gradient_descent_finds_nothing_better_than_whitened_svd(rank: int) -> None:
+    residual = torch.randn(9, 7, generator=rng())
+    row_factor, column_factor = factor(9, "full", 1), factor(7, "full", 2)
+    best = float(errors_by_rank(whitened_spectrum(residual, row_factor, column_factor))[rank])
+    row_weight, column_weight = as_matrix(row_factor, 9), as_matrix(column_factor, 7)
+    found = []
+    for seed in range(4):
+        out = torch.randn(9, rank, generator=rng(seed), dtype=torch.float64).requires_grad_()
+        into = torch.randn(rank, 7, generator=rng(seed + 9), dtype=torch.float64).requires_grad_()
+        optimizer = torch.optim.LBFGS([out, into], max_iter=500, line_search_fn="strong_wolfe")
+
+        def loss(out: Tensor = out, into: Tensor = into, optimizer: torch.optim.Optimizer = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            error = residual.double() - out @ into
+            value = torch.trace(row_weight @ error @ column_weight @ error.T)
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        found.append(loss().item())
+    assert min(found) == pytest.approx(best, rel=1e-4)
+    assert min(found) >= best * (1 - 1e-5)
+
+
+def test_whitened_is_two_sided_for_diagonal_factors_and_plain_for_none() -> None:
+    matrix = torch.randn(SMALL, generator=rng())
+    rows, columns = torch.rand(24, generator=rng(3)) + 0.05, torch.rand(40, generator=rng(4)) + 0.05
+    expected = two_sided_svd(matrix, rows, columns, 5).product()
+    for row_factor, column_factor in [(rows, columns), (rows.diag(), columns.diag()), (rows.diag(), columns)]:
+        found = whitened_svd(matrix, row_factor, column_factor, 5).product()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert torch.equal(whitened_svd(matrix, None, None, 5).product(), truncated_svd(matrix, 5).product())
+
+
+def test_whitened_beats_plain_and_diagonal_under_its_weights() -> None:
+    matrix = torch.randn(SMALL, generator=rng())
+    row_factor, column_factor = factor(24, "full", 1), factor(40, "full", 2)
+    rows, columns = (as_matrix(f, len(f)).diagonal().sqrt().float() for f in (row_factor, column_factor))
+    plain, diagonal, whitened = (
+        whitened_error(matrix - factors.product(), row_factor, column_factor)
+        for factors in (
+            truncated_svd(matrix, 4),
+            two_sided_svd(matrix, rows, columns, 4),
+            whitened_svd(matrix, row_factor, column_factor, 4),
+        )
+    )
+    assert whitened < 0.98 * min(plain, diagonal)
+
+
+def test_large_whitened_problems_are_within_a_percent_of_the_best() -> None:
+    matrix = torch.randn(LARGE, generator=rng())
+    row_factor, column_factor = factor(300, "full", 1), factor(200, "full", 2)
+    best = float(errors_by_rank(whitened_spectrum(matrix, row_factor, column_factor))[16])
+    factors = whitened_svd(matrix, row_factor, column_factor, 16)
+    error = whitened_error(matrix - factors.product(), row_factor, column_factor)
+    assert best * (1 - 1e-4) <= error <= 1.01 * best
+
+
+@pytest.mark.parametrize("rank", [0, 25])
+def test_whitened_refuses_a_rank_out_of_range(rank: int) -> None:
+    with pytest.raises(ValueError, match=rf"rank {rank} .*it must be 1 to 24"):
+        whitened_svd(torch.randn(SMALL, generator=rng()), None, None, rank)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 50))
+@settings(max_examples=25, deadline=None)
+def test_balancing_keeps_the_product_and_evens_out_the_norms(rows: int, columns: int, rank: int, seed: int) -> None:
+    rank = min(rows, columns, rank)
+    factors = Factors(
+        100 * torch.randn(rows, rank, generator=rng(seed)), torch.randn(rank, columns, generator=rng(seed + 1))
+    )
+    balanced = factors.balanced()
+    size = float(factors.product().abs().max())
+    torch.testing.assert_close(balanced.product(), factors.product(), rtol=0, atol=1e-5 * size)
+    for gram in (balanced.out.T @ balanced.out, balanced.into @ balanced.into.T):
+        torch.testing.assert_close(gram, balanced.out.norm(dim=0).square().diag(), rtol=0, atol=1e-3 * size)
