@@ -11,7 +11,23 @@ NameArgument = Annotated[str, typer.Argument(help="NAME or NAME:VERSION; the lat
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
 BudgetOption = Annotated[
     str,
-    typer.Option("--budget", "-b", help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%"),
+    typer.Option(
+        "--budget",
+        "-b",
+        help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%; several with commas: 2.5bpw,3bpw",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="folder to write, made with its parents; must not hold anything else; with several budgets, their parent",
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(help="name in the registry, the folder's by default; with several budgets, followed by the budget"),
 ]
 Preset = Annotated[str, typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe")]
 Rank = Annotated[int | None, typer.Option(help="rank of the low-rank part, where the program chooses one; 0: none")]

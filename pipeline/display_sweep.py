@@ -1,0 +1,103 @@
+"""What the command line shows of several budgets: one table before the work, one after it."""
+
+from typing import TYPE_CHECKING
+
+from pipeline.budget import Budget, human_bytes
+from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, smallest_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pipeline.planning import Planned
+    from pipeline.run import Run
+    from pipeline.sweep import Part, Sweep
+
+
+def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
+    """What a run is about to do for every budget together, and for each."""
+    run = parts[0].run
+    table = new_table(title=f"Plan of the run, {len(parts)} budgets")
+    table.add_row("smallest plan", smallest_plan(run))
+    add_run_rows(table, run)
+    disk_bytes = run.shared_disk_bytes() + sum(part.run.checkpoint_disk_bytes() for part in parts)
+    table.add_row("disk", f"up to {human_bytes(disk_bytes)} for results and intermediate files")
+    table.add_row("output", str(out))
+    ERRORS.print(table)
+    each = new_table("budget", "matrices, at most", "folder", "version", "to do", title="Each budget")
+    for part in parts:
+        room = human_bytes(_most_bytes(part.run))
+        each.add_row(part.run.recipe.budget, room, str(part.output.path), part.name, _to_do(part))
+    ERRORS.print(each)
+    ERRORS.print(
+        "Statistics, cost table and the original's predictions serve all budgets. Each budget has its own plan, "
+        "decomposition, checkpoint, evaluation and report.",
+        style="dim",
+    )
+
+
+def _most_bytes(run: "Run") -> float:
+    """Of the compressed matrices: what the budget allows, or what it leaves to them in the folder."""
+    budget, model = Budget.parse(run.recipe.budget), run.model
+    if budget.bits_per_param is not None:
+        return budget.bits_per_param * model.num_matrix_params / 8
+    kept = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    return (budget.limit_bytes(model.size_bytes) or 0) - kept
+
+
+def _to_do(part: "Part") -> str:
+    if part.is_finished:
+        return "nothing: finished before"
+    if part.output.is_finished():
+        return "evaluation and report"
+    return "everything from the plan on"
+
+
+def show_sweep(sweep: "Sweep") -> None:
+    """The table after a run."""
+    table = new_table(
+        *("budget", "bits", "size", "perplexity", "KL (nats/token)", "top-1 (%)", "cost", "seconds", "version"),
+        title="Result",
+    )
+    for done in sweep.results:
+        measured = done.evaluation
+        table.add_row(
+            done.plan.budget,
+            f"{done.plan.bits_per_param:.4f}",
+            human_bytes(done.size_bytes),
+            measured.perplexity.text() if measured else "",
+            measured.kl_divergence.text(".3g") if measured else "",
+            measured.top1_agreement.to_percent().text() if measured else "",
+            f"{done.plan.predicted_cost:.4g}",
+            f"{sum(stage.seconds for stage in done.stages):.1f}",
+            str(done.version),
+        )
+    RESULTS.print(table)
+    first = sweep.results[0]
+    original = f"The original: {human_bytes(first.original_bytes)}"
+    if first.evaluation:
+        original += f", perplexity {first.evaluation.base_perplexity.text()}"
+    RESULTS.print(f"{original}. The seconds of {first.plan.budget} include what all budgets share.", soft_wrap=True)
+    RESULTS.print(f"Compared in {sweep.folder / 'index.html'}", soft_wrap=True)
+
+
+def show_plans(planned: "Sequence[Planned]") -> None:
+    """The answer of `plan` for several budgets."""
+    original_bytes = planned[0].model.folder_bytes
+    table = new_table(
+        *("budget", "bits", "folder (bytes)", "of the original", "cost", "lower bound", "gap"),
+        title=f"Plans for {planned[0].model.spec}",
+    )
+    for made in planned:
+        plan = made.plan
+        table.add_row(
+            plan.budget,
+            f"{plan.bits_per_param:.4f}",
+            f"{made.size_bytes:,}",
+            f"{made.size_bytes / original_bytes:.1%}",
+            f"{plan.predicted_cost:.6g}",
+            f"{plan.lower_bound:.6g}",
+            f"{plan.gap:.1e}",
+        )
+    RESULTS.print(table)
+    RESULTS.print("With one budget, `bitsmith plan` lists what every matrix gets.")
