@@ -22,12 +22,11 @@ def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     add_run_rows(table, run)
     disk_bytes = run.shared_disk_bytes() + sum(part.run.checkpoint_disk_bytes() for part in parts)
     table.add_row("disk", f"up to {human_bytes(disk_bytes)} for results and intermediate files")
-    table.add_row("output", str(out))
+    table.add_row("output", f"{out}, a folder a budget")
     ERRORS.print(table)
-    each = new_table("budget", "matrices, at most", "folder", "version", "to do", title="Each budget")
+    each = new_table("budget", "matrices, at most", "version", "to do", title="Each budget")
     for part in parts:
-        room = human_bytes(_most_bytes(part.run))
-        each.add_row(part.run.recipe.budget, room, str(part.output.path), part.name, _to_do(part))
+        each.add_row(part.run.recipe.budget, human_bytes(_most_bytes(part.run)), part.name, _to_do(part))
     ERRORS.print(each)
     ERRORS.print(
         "Statistics, cost table and the original's predictions serve all budgets. Each budget has its own plan, "
@@ -47,37 +46,34 @@ def _most_bytes(run: "Run") -> float:
 
 def _to_do(part: "Part") -> str:
     if part.is_finished:
-        return "nothing: finished before"
+        return "nothing, finished"
     if part.output.is_finished():
         return "evaluation and report"
-    return "everything from the plan on"
+    return "from the plan on"
 
 
 def show_sweep(sweep: "Sweep") -> None:
-    """The table after a run."""
-    table = new_table(
-        *("budget", "bits", "size", "perplexity", "KL (nats/token)", "top-1 (%)", "cost", "seconds", "version"),
-        title="Result",
-    )
+    """The tables after a run."""
+    quality = new_table("budget", "bits", "size", "perplexity", "KL (nats/token)", "top-1 (%)", title="Quality")
+    work = new_table("budget", "predicted cost", "gap", "seconds", "version", title="Result")
     for done in sweep.results:
-        measured = done.evaluation
-        table.add_row(
-            done.plan.budget,
-            f"{done.plan.bits_per_param:.4f}",
+        plan, measured = done.plan, done.evaluation
+        quality.add_row(
+            plan.budget,
+            f"{plan.bits_per_param:.4f}",
             human_bytes(done.size_bytes),
             measured.perplexity.text() if measured else "",
             measured.kl_divergence.text(".3g") if measured else "",
             measured.top1_agreement.to_percent().text() if measured else "",
-            f"{done.plan.predicted_cost:.4g}",
-            f"{sum(stage.seconds for stage in done.stages):.1f}",
-            str(done.version),
         )
-    RESULTS.print(table)
+        seconds = sum(stage.seconds for stage in done.stages)
+        work.add_row(plan.budget, f"{plan.predicted_cost:.5g}", f"{plan.gap:.1e}", f"{seconds:.1f}", str(done.version))
     first = sweep.results[0]
-    original = f"The original: {human_bytes(first.original_bytes)}"
-    if first.evaluation:
-        original += f", perplexity {first.evaluation.base_perplexity.text()}"
-    RESULTS.print(f"{original}. The seconds of {first.plan.budget} include what all budgets share.", soft_wrap=True)
+    base = first.evaluation.base_perplexity.text() if first.evaluation else ""
+    quality.add_row("original", "", human_bytes(first.original_bytes), base, "", "")
+    RESULTS.print(quality)
+    RESULTS.print(work)
+    RESULTS.print(f"The seconds of {first.plan.budget} include what all budgets share.")
     RESULTS.print(f"Compared in {sweep.folder / 'index.html'}", soft_wrap=True)
 
 
@@ -85,7 +81,7 @@ def show_plans(planned: "Sequence[Planned]") -> None:
     """The answer of `plan` for several budgets."""
     original_bytes = planned[0].model.folder_bytes
     table = new_table(
-        *("budget", "bits", "folder (bytes)", "of the original", "cost", "lower bound", "gap"),
+        *("budget", "bits", "folder (bytes)", "of original", "cost", "lower bound", "gap"),
         title=f"Plans for {planned[0].model.spec}",
     )
     for made in planned:

@@ -38,7 +38,14 @@ def _draw(axes: "Axes", content: dict[str, Any], measure: str, title: str, theme
     means, errors = [mean for mean, _ in estimates], [error for _, error in estimates]
     if min(means) > 0 and max(means) > 2 * min(means):
         logarithmic(axes)
-    style = {"color": theme.accent, "linewidth": 2, "markersize": 5, "capsize": 3, "ecolor": theme.muted}
+    style = {
+        "color": theme.accent,
+        "linewidth": 2,
+        "markersize": 5,
+        "capsize": 3,
+        "elinewidth": 1.2,
+        "ecolor": theme.muted,
+    }
     axes.errorbar(bits, means, yerr=errors if any(errors) else None, fmt="o-", **style)  # type: ignore[arg-type]
     for point, mean in zip(points, means, strict=True):
         axes.annotate(

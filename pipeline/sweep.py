@@ -7,7 +7,8 @@ Model and texts are opened once, statistics and cost table measured once. Whatev
 for all budgets before the first long stage.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,26 @@ def compress_budgets(
     results: list[Compressed] = []
     for part, was_finished in zip(parts, were_finished, strict=True):
         progress.say(f"Budget {part.run.recipe.budget}, {len(results) + 1} of {len(parts)}")
-        try:
+        with named_failure(part.run.recipe.budget, len(results), len(parts)):
             done = complete(part.run, part.output, part.name, statistics, costs, was_finished=was_finished)
-        except (PipelineError, RegistryError) as error:
-            raise PipelineError(
-                f"The budget {part.run.recipe.budget} failed, with {len(results)} of {len(parts)} finished: {error}"
-            ) from error
         results.append(done)
     write_pareto(out, progress=progress)
     return Sweep(out, tuple(results))
+
+
+@contextmanager
+def named_failure(budget: str, num_finished: int, num_budgets: int) -> Iterator[None]:
+    """Say at which budget a known error happened.
+
+    Raises:
+        PipelineError: instead of the error, which is its cause.
+    """
+    try:
+        yield
+    except (PipelineError, RegistryError) as error:
+        raise PipelineError(
+            f"The budget {budget} failed, with {num_finished} of {num_budgets} finished: {error}"
+        ) from error
 
 
 def prepare_parts(
