@@ -40,7 +40,7 @@ def _most_bytes(run: "Run") -> float:
     budget, model = Budget.parse(run.recipe.budget), run.model
     if budget.bits_per_param is not None:
         return budget.bits_per_param * model.num_matrix_params / 8
-    kept = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
     return (budget.limit_bytes(model.size_bytes) or 0) - kept
 
 
@@ -81,7 +81,7 @@ def show_plans(planned: "Sequence[Planned]") -> None:
     """The answer of `plan` for several budgets."""
     original_bytes = planned[0].model.folder_bytes
     table = new_table(
-        *("budget", "bits", "folder (bytes)", "of original", "cost", "lower bound", "gap"),
+        *("budget", "bits", "folder (bytes)", "of original", "cost", "gap"),
         title=f"Plans for {planned[0].model.spec}",
     )
     for made in planned:
@@ -92,7 +92,6 @@ def show_plans(planned: "Sequence[Planned]") -> None:
             f"{made.size_bytes:,}",
             f"{made.size_bytes / original_bytes:.1%}",
             f"{plan.predicted_cost:.6g}",
-            f"{plan.lower_bound:.6g}",
             f"{plan.gap:.1e}",
         )
     RESULTS.print(table)
