@@ -15,6 +15,7 @@ from registry import Registry
 
 if TYPE_CHECKING:
     from pipeline.compress import Compressed
+    from pipeline.sweep import Sweep
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -30,10 +31,19 @@ def main() -> None:
     cli.run_app(app)
 
 
-def _compress_in_flow(recipe: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any) -> "Compressed":
-    from flows.compress import compress as flow
+def _compress_in_flow(
+    recipes: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any
+) -> "Compressed | Sweep":
+    from flows.compress import compress
+    from flows.compress_budgets import compress_budgets
     from flows.job import read_outcome
+    from pipeline.sweep import Sweep
 
     if quiet:
         logging.getLogger("prefect").setLevel(logging.ERROR)
-    return read_outcome(flow(recipe.to_json(), str(output), registry=str(registry.root), **options))
+    contents = [recipe.to_json() for recipe in recipes]
+    options["registry"] = str(registry.root)
+    if len(contents) == 1:
+        return read_outcome(compress(contents[0], str(output), **options))
+    outcomes = compress_budgets(contents, str(output), **options)
+    return Sweep(output, tuple(map(read_outcome, outcomes)))

@@ -1,6 +1,6 @@
 """The flow `compress`: one model, one budget, every step a task to watch.
 
-    python -m flows.compress MODEL --budget 3.0bpw -o OUT
+    python -m flows.compress MODEL --budget 3.0bpw -o OUT      several budgets: flows/compress_budgets.py
 
 The same steps, the same registry and the same bytes as `bitsmith compress`: either goes on from the other.
 """
@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import steps
-from flows.job import Outcome
+from flows.job import Done, Job, Outcome
 from pipeline.home import home
 
 
@@ -45,13 +45,18 @@ def compress(
     job = steps.prepare(recipe, registry or str(home() / "registry"), out, name or Path(out).name, device, resume)
     statistics = steps.collect_statistics(job)
     costs = steps.measure_costs(job, statistics)
+    return complete(job, statistics, costs, [statistics, costs])
+
+
+def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Outcome:
+    """From the cost table to the published version; `before` are the stages that the summary starts with."""
     plan = steps.allocate(job, costs)
     matrices = steps.decompose(job, plan, statistics)
     checkpoint = steps.write_checkpoint(job, plan, matrices)
     evaluation = steps.evaluate(job, checkpoint)
     report = steps.write_report(job, costs, plan, matrices, checkpoint, evaluation)
     version = steps.publish(job, checkpoint, report)
-    return steps.summarize(job, version, [statistics, costs, plan, matrices, checkpoint, evaluation, report])
+    return steps.summarize(job, version, [*before, plan, matrices, checkpoint, evaluation, report])
 
 
 if __name__ == "__main__":

@@ -70,19 +70,38 @@ def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, devi
         run.check_disk(output.path)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
-    job = Job(
-        recipe=run.recipe.to_json(),
-        facts=run.facts,
-        registry=registry,
-        out=str(output.path),
+    job = _job(run, output, registry, name, was_finished, _done(log, None))
+    _remember(job, run)
+    return job
+
+
+def prepare_jobs(
+    recipes: list[dict[str, Any]], registry: str, out: str, name: str, device: str, resume: bool
+) -> list[Job]:
+    """`prepare_job` for recipes that differ in the budget alone, into folders below `out`.
+
+    Raises:
+        PipelineError: see pipeline/errors.py; for whichever budget, nothing is written then.
+    """
+    from pipeline.sweep import prepare_parts
+
+    parts = prepare_parts(
+        [Recipe.from_json(recipe) for recipe in recipes],
+        Registry(Path(registry)),
+        Path(out).expanduser(),
         name=name,
         device=device,
         resume=resume,
-        was_finished=was_finished,
-        opened=_done(log, None),
+        progress=RunProgress(),
     )
-    _remember(job, run)
-    return job
+    opened = _done(parts[0].run.log, None)
+    found = Done(name="open", seconds=0.0, peak_memory_bytes=0, reused=True, digest=None)
+    jobs = [
+        _job(part.run, part.output, registry, part.name, part.is_finished, found if number else opened)
+        for number, part in enumerate(parts)
+    ]
+    _remember(jobs[0], parts[0].run)
+    return jobs
 
 
 def open_run(job: Job) -> "Run":
@@ -152,6 +171,20 @@ def _prepare(recipe: Recipe, registry: str, device: str, resume: bool) -> "Run":
 
     return Run.prepare(
         recipe, Registry(Path(registry)), device=device, resume=resume, log=StageLog(), progress=RunProgress()
+    )
+
+
+def _job(run: "Run", output: OutputFolder, registry: str, name: str, was_finished: bool, opened: Done) -> Job:
+    return Job(
+        recipe=run.recipe.to_json(),
+        facts=run.facts,
+        registry=registry,
+        out=str(output.path),
+        name=name,
+        device=run.device,
+        resume=run.resume,
+        was_finished=was_finished,
+        opened=opened,
     )
 
 

@@ -22,8 +22,10 @@ from flows.job import (
     do,
     output_folder,
     prepare_job,
+    prepare_jobs,
     read_outcome,
 )
+from flows.progress import RunProgress
 from flows.summary import artifact_key, summary
 from registry import Artifact, Registry
 
@@ -35,16 +37,26 @@ keep_known_errors_short()
 PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 
 
-@task(
-    retries=3,
-    retry_delay_seconds=exponential_backoff(10),
-    retry_jitter_factor=0.5,
-    retry_condition_fn=only_network_failures,
-    **PLAIN,
-)
+OPENING: dict[str, Any] = PLAIN | {
+    "retries": 3,
+    "retry_delay_seconds": exponential_backoff(10),
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": only_network_failures,
+}
+
+
+@task(**OPENING)
 def prepare(recipe: dict[str, Any], registry: str, out: str, name: str, device: str, resume: bool) -> Job:
     """Open the model, tokenize the texts, claim the output folder; find out now what cannot work later."""
     return prepare_job(recipe, registry, out, name, device, resume)
+
+
+@task(**OPENING)
+def prepare_budgets(
+    recipes: list[dict[str, Any]], registry: str, out: str, name: str, device: str, resume: bool
+) -> list[Job]:
+    """The same for several budgets: all of them, or none."""
+    return prepare_jobs(recipes, registry, out, name, device, resume)
 
 
 @task(**PLAIN)
@@ -114,6 +126,14 @@ def publish(job: Job, checkpoint: Done, report: Done) -> str:
     registry = Registry(Path(job["registry"]))
     made, described = (registry.get(str(done["digest"])) for done in (checkpoint, report))
     return str(registry.publish(job["name"], made, described))
+
+
+@task(**PLAIN)
+def compare_budgets(out: str) -> None:
+    """The page, the picture and the figures of all checkpoints below `out`."""
+    from pipeline.pareto import write_pareto
+
+    write_pareto(Path(out).expanduser(), progress=RunProgress())
 
 
 @task(**PLAIN)

@@ -5,10 +5,11 @@
 180MB, 4.2GiB      bytes of the finished folder: weights with embeddings, norms and head, configuration,
                    tokenizer, plan (the report is not part of the model and does not count)
 40%                the same, as a share of the original model's weight files
+2.5bpw,180MB,40%   several: a checkpoint for each
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.errors import BudgetError
 
@@ -55,9 +56,37 @@ class Budget:
             "size of the finished folder (180MB, 4.2GiB), or a share of the original's weights (40%)."
         )
 
+    @property
+    def label(self) -> str:
+        """The budget in a folder's or a version's name, as the user wrote it: `2.5bpw`, `180MB`, `40pct`."""
+        return "".join(self.text.split()).replace("%", "pct")
+
     def limit_bytes(self, original_bytes: int) -> int | None:
         """Bytes that the finished folder may take; None for a budget in bits per parameter."""
         return int(self.share * original_bytes) if self.share is not None else self.size_bytes
+
+
+def parse_budgets(text: str) -> tuple[Budget, ...]:
+    """Read one budget or a comma-separated list, in the order given.
+
+    Raises:
+        BudgetError: one is malformed, or two of them mean the same.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if len(parts) > 1 and "" in parts:
+        raise BudgetError(
+            f"The list of budgets {text!r} has an empty place. Expected budgets with one comma between two of them: "
+            "2.5bpw,180MB,40%."
+        )
+    budgets = tuple(Budget.parse(part) for part in parts)
+    for position, budget in enumerate(budgets):
+        for earlier in budgets[:position]:
+            if replace(budget, text="") == replace(earlier, text=""):
+                raise BudgetError(
+                    f"The list of budgets {text!r} has the same budget twice, as {earlier.text!r} and as "
+                    f"{budget.text!r}. Name each budget once."
+                )
+    return budgets
 
 
 def human_bytes(size_bytes: float) -> str:

@@ -141,7 +141,7 @@ def draw_budget_curve(figures: dict[str, Any], theme: Theme) -> "Figure":
     axes.set_title(f"{error_name(figures)} at every budget")
     axes.set_xlabel("bits per parameter")
     if all(point["cost"] > 0 for point in (*best, *curve["mixed"], curve["plan"])):
-        _logarithmic(axes)
+        logarithmic(axes)
     axes.tick_params(length=0, which="both")
     axes.grid(which="major")
     axes.spines["left"].set_visible(False)
@@ -195,7 +195,8 @@ def _luminance(colour: tuple[float, ...]) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def _logarithmic(axes: "Axes") -> None:
+def logarithmic(axes: "Axes") -> None:
+    """A logarithmic cost axis with plain numbers at 1, 2 and 5."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     axes.set_yscale("log")

@@ -12,18 +12,50 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.budget import Budget, human_bytes
+from pipeline.arguments import recipes_of
+from pipeline.budget import human_bytes
 from pipeline.display import ERRORS, RESULTS, Bars
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.home import home
+from pipeline.options import (
+    AsJson,
+    BudgetOption,
+    Candidate,
+    CostRows,
+    Dataset,
+    DatasetRevision,
+    Device,
+    EvalDataset,
+    EvalDatasetRevision,
+    EvalSeqLen,
+    EvalWindows,
+    FolderArgument,
+    ModelArgument,
+    Name,
+    NameArgument,
+    NumSamples,
+    Output,
+    Override,
+    Preset,
+    Quiet,
+    Rank,
+    Revision,
+    Seed,
+    Sensitivity,
+    SeqLen,
+    ShareGroups,
+    Solver,
+)
 from pipeline.output import check_compressed, check_free
 from pipeline.progress import SILENT, Progress
+from pipeline.sweep_folder import check_sweep_folder
 from registry import Registry, RegistryError, Version
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pipeline.compress import Compressed
+    from pipeline.sweep import Sweep
 
 app = typer.Typer(
     name="bitsmith",
@@ -35,39 +67,6 @@ app = typer.Typer(
 )
 registry_app = typer.Typer(help="What was made: names, versions, files.", no_args_is_help=True)
 app.add_typer(registry_app, name="registry")
-
-ModelArgument = Annotated[str, typer.Argument(help="folder with safetensors, Hub id, GGUF file, or `demo`")]
-FolderArgument = Annotated[Path, typer.Argument(help="folder that `compress` wrote")]
-NameArgument = Annotated[str, typer.Argument(help="NAME or NAME:VERSION; the latest version without a number")]
-Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
-BudgetOption = Annotated[
-    str,
-    typer.Option("--budget", "-b", help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%"),
-]
-Preset = Annotated[str, typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe")]
-Rank = Annotated[int | None, typer.Option(help="rank of the low-rank part, where the program chooses one; 0: none")]
-Dataset = Annotated[str | None, typer.Option(help="calibration text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
-DatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
-NumSamples = Annotated[int | None, typer.Option(help="calibration windows")]
-SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
-Seed = Annotated[int | None, typer.Option(help="of every random draw")]
-Sensitivity = Annotated[str | None, typer.Option(help="fisher: weighted errors; none: no calibration")]
-Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")]
-Override = Annotated[
-    list[str] | None, typer.Option(help="'REGEX=QUANTIZER': what matching matrices get, e.g. 'down_proj=nf4'")
-]
-ShareGroups = Annotated[
-    bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")
-]
-CostRows = Annotated[int | None, typer.Option(help="rows of a matrix that the cost table samples")]
-Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
-EvalDataset = Annotated[str | None, typer.Option(help="evaluation text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
-EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
-EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]
-EvalSeqLen = Annotated[int | None, typer.Option(help="tokens of an evaluation window")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
-AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no tables")]
 
 
 @app.command()
@@ -122,27 +121,32 @@ def plan(
 
     Measures costs unless the registry has them. Without --dry-run they are kept there, and `compress` with the same
     settings goes on from them. (A GGUF file is turned into safetensors once in any case.)
+
+    Of several budgets (2.5bpw,3bpw,180MB) it shows sizes and predicted costs in one table.
     """
-    recipe = _recipe(preset, _settings(locals()), eval_windows=0)
+    recipes = recipes_of(locals(), eval_windows=0)
     _check_model(model, revision, quiet)
     from pipeline.display import show_plan
-    from pipeline.planning import make_plan
+    from pipeline.display_sweep import show_plans
+    from pipeline.planning import make_plans
 
-    made = make_plan(recipe, home() / "registry", device=_device(device), dry_run=dry_run, progress=_progress(quiet))
+    root = home() / "registry"
+    made = make_plans(recipes, root, device=_device(device), dry_run=dry_run, progress=_progress(quiet))
     if as_json:
-        _print_json({"plan": made.plan.to_json(), "files_bytes": made.files_bytes, "size_bytes": made.size_bytes})
+        contents = [planned.to_json() for planned in made]
+        _print_json(contents if len(made) > 1 else contents[0])
+    elif not quiet and len(made) == 1:
+        show_plan(made[0])
     elif not quiet:
-        show_plan(made)
+        show_plans(made)
 
 
 @app.command()
 def compress(
     model: ModelArgument,
     budget: BudgetOption,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="folder to write, made with its parents; must not hold anything else")
-    ],
-    name: Annotated[str | None, typer.Option(help="name in the registry; the folder's by default")] = None,
+    output: Output,
+    name: Name = None,
     revision: Revision = None,
     preset: Preset = "default",
     rank: Rank = None,
@@ -166,27 +170,32 @@ def compress(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compress a model to the budget, audit and evaluate the result, and publish it in the registry."""
+    """Compress a model to the budget, audit and evaluate the result, and publish it in the registry.
+
+    Several budgets, as in `--budget 2.5bpw,3bpw,40% -o OUT`, make a checkpoint each, in OUT/2.5bpw, OUT/3bpw and
+    OUT/40pct. Their versions are called NAME-2.5bpw and so on, where NAME is --name or the name of OUT. Statistics and
+    cost table are measured once for all. OUT/index.html compares them (OUT/pareto.png, OUT/pareto.json) and links their
+    reports; another list with the same OUT and settings adds to them. All budgets are checked before the work starts.
+    """
     compress_and_show(locals(), _compress_here)
 
 
-def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compressed]") -> None:
+def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compressed | Sweep]") -> None:
     """Check the arguments of `compress`, let `engine` do the work, and show its result.
 
     Args:
         arguments: the command's parameters by name.
-        engine: called as engine(recipe, registry, output, name=, device=, resume=, quiet=).
+        engine: called as engine(recipes, registry, output, name=, device=, resume=, quiet=); gives a Sweep for
+            several recipes, which differ in the budget.
     Raises:
         PipelineError, RegistryError: see `run_app`.
     """
-    recipe = _recipe(arguments["preset"], _settings(arguments))
+    recipes = recipes_of(arguments)
     output, quiet = arguments["output"].expanduser(), arguments["quiet"]
-    check_free(output)
+    (check_free if len(recipes) == 1 else check_sweep_folder)(output)
     _check_model(arguments["model"], arguments["revision"], quiet)
-    from pipeline.display import show_result
-
     done = engine(
-        recipe,
+        recipes,
         _registry(),
         output,
         name=arguments["name"],
@@ -199,20 +208,39 @@ def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compress
     elif quiet:
         RESULTS.print(str(done.folder), soft_wrap=True)
     else:
-        if done.was_finished:
-            RESULTS.print(f"{output} was finished before; nothing was done anew.", soft_wrap=True)
+        _show(done, output)
+
+
+def _show(done: Any, output: Path) -> None:
+    from pipeline.compress import Compressed
+    from pipeline.display import show_result
+    from pipeline.display_sweep import show_sweep
+
+    if done.was_finished:
+        RESULTS.print(f"{output} was finished before; nothing was done anew.", soft_wrap=True)
+    if isinstance(done, Compressed):
         show_result(done)
+    else:
+        show_sweep(done)
 
 
-def _compress_here(recipe: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any) -> "Compressed":
+def _compress_here(
+    recipes: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any
+) -> "Compressed | Sweep":
     from pipeline.compress import compress
     from pipeline.display import show_start
+    from pipeline.display_sweep import show_sweep_start
+    from pipeline.sweep import compress_budgets
 
-    def on_start(run: Any) -> None:
+    def on_start(run_or_parts: Any) -> None:
+        show = show_start if len(recipes) == 1 else show_sweep_start
         if not quiet:
-            show_start(run, str(output))
+            show(run_or_parts, output)
 
-    return compress(recipe, registry, output, progress=_progress(quiet), on_start=on_start, **options)
+    options |= {"progress": _progress(quiet), "on_start": on_start}
+    if len(recipes) == 1:
+        return compress(recipes[0], registry, output, **options)
+    return compress_budgets(recipes, registry, output, **options)
 
 
 @app.command()
@@ -394,43 +422,6 @@ def _stop_on_signal(number: int, frame: object) -> None:
 def _end(message: str, code: int) -> None:
     ERRORS.print(message, soft_wrap=True, highlight=False, markup=False, style="red" if code == 1 else None)
     sys.exit(code)
-
-
-def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The recipe's fields among a command's arguments."""
-    fields = {
-        *(
-            "model",
-            "budget",
-            "revision",
-            "rank",
-            "dataset",
-            "dataset_revision",
-            "num_samples",
-            "seq_len",
-            "seed",
-        ),
-        *("sensitivity", "share_groups", "cost_rows", "solver"),
-        *("eval_dataset", "eval_dataset_revision", "eval_windows", "eval_seq_len"),
-    }
-    settings = {key: value for key, value in arguments.items() if key in fields}
-    settings["candidates"] = tuple(arguments["candidate"]) if arguments["candidate"] else None
-    settings["overrides"] = tuple(map(_override, arguments["override"])) if arguments["override"] else None
-    return settings
-
-
-def _override(text: str) -> tuple[str, str]:
-    pattern, equals, label = text.rpartition("=")
-    if not equals or not pattern or not label:
-        raise RecipeError(f"The override {text!r} is malformed. Expected 'REGEX=QUANTIZER', e.g. 'down_proj=nf4'.")
-    return pattern, label
-
-
-def _recipe(preset: str, settings: dict[str, Any], **fixed: Any) -> Any:
-    Budget.parse(settings["budget"])  # before pydantic is imported
-    from pipeline.recipe import Recipe
-
-    return Recipe.of(preset, **settings | fixed)
 
 
 def _check_model(spec: str, revision: str | None, quiet: bool) -> None:

@@ -16,7 +16,7 @@ from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.stages import Stage, StageLog
-from registry import Registry, Version, checked_name
+from registry import Artifact, Registry, Version, checked_name
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,30 @@ def compress(
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     on_start(run)
-    with log.stage("statistics"):
+    statistics, costs = measure(run)
+    return complete(run, output, name, statistics, costs, was_finished=was_finished)
+
+
+def measure(run: Run) -> tuple[Artifact | None, Artifact]:
+    """Statistics and cost table: the part that does not depend on the budget."""
+    with run.log.stage("statistics"):
         statistics = run.statistics()
-    with log.stage("costs"):
+    with run.log.stage("costs"):
         costs = run.costs(statistics)
+    return statistics, costs
+
+
+def complete(
+    run: Run,
+    output: OutputFolder,
+    name: str,
+    statistics: Artifact | None,
+    costs: Artifact,
+    *,
+    was_finished: bool,
+) -> Compressed:
+    """From the cost table to the published version: the part that every budget needs for itself."""
+    log, registry = run.log, run.registry
     with log.stage("plan"):
         plan = run.plan(costs)
     with log.stage("decompose"):
@@ -108,7 +128,7 @@ def compress(
         output.add_report(registry, report)
     version = registry.publish(name, checkpoint, report)
     return Compressed(
-        folder=out,
+        folder=output.path,
         version=version,
         plan=run.read_plan(plan),
         evaluation=run.read_evaluation(evaluation),

@@ -23,6 +23,8 @@ from rich.table import Table
 from pipeline.budget import human_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pipeline.compress import Compressed
     from pipeline.eval_report import EvalReport
     from pipeline.model import Model
@@ -80,7 +82,7 @@ class Bars:
                 bars.advance(task)
 
 
-def _table(*headers: str, title: str) -> Table:
+def new_table(*headers: str, title: str) -> Table:
     """With headers: names at the left, figures at the right. Without: a list of facts."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", show_header=bool(headers))
     for position, header in enumerate(headers):
@@ -93,7 +95,7 @@ def show_model(model: "Model") -> None:
     """The answer of `inspect`."""
     prefix = _common_prefix([matrix.module for matrix in model.matrices])
     title = f"Matrices of {model.spec} (names go on after {prefix})" if prefix else f"Matrices of {model.spec}"
-    table = _table("matrix", "shape", "parameters", "stored as", "same input as", title=title)
+    table = new_table("matrix", "shape", "parameters", "stored as", "same input as", title=title)
     for matrix in model.matrices:
         shape = f"{matrix.shape[0]} x {matrix.shape[1]}"
         first = next(other for other in model.matrices if other.group == matrix.group)
@@ -101,7 +103,7 @@ def show_model(model: "Model") -> None:
         name = matrix.module.removeprefix(prefix)
         table.add_row(name, shape, f"{matrix.num_params:,}", matrix.dtype, shared)
     RESULTS.print(table)
-    skipped = _table("reason", "tensors", "size", "for example", title="Left as they are")
+    skipped = new_table("reason", "tensors", "size", "for example", title="Left as they are")
     for reason, entries in _by_reason(model).items():
         size = human_bytes(sum(entry.size_bytes for entry in entries))
         skipped.add_row(reason, str(len(entries)), size, entries[0].name)
@@ -127,49 +129,60 @@ def _by_reason(model: "Model") -> dict[str, list[Any]]:
     return reasons
 
 
-def show_start(run: "Run", out: str) -> None:
+def show_start(run: "Run", out: "Path") -> None:
     """What a run is about to do, before it does it."""
+    table = new_table(title="Plan of the run")
+    table.add_row("budget", f"{run.recipe.budget} (smallest plan: {smallest_plan(run)})")
+    add_run_rows(table, run)
+    table.add_row("disk", f"up to {human_bytes(run.disk_bytes())} for results and intermediate files")
+    table.add_row("output", str(out))
+    ERRORS.print(table)
+
+
+def add_run_rows(table: Table, run: "Run") -> None:
+    """What is the same at every budget: the model, the choices, the texts, and what was measured before."""
     recipe, model = run.recipe, run.model
-    smallest = run.smallest_plan()
-    table = _table(title="Plan of the run")
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
     table.add_row("original", human_bytes(model.size_bytes))
-    table.add_row("budget", f"{recipe.budget} (smallest plan: {_smallest(run, smallest)})")
     table.add_row("choices", f"{len(run.labels)} a matrix, low-rank part of rank 0 or {recipe.rank}")
     if run.calibration:
         tokens = run.calibration.tokens
         table.add_row("calibration", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.calibration.source}")
+        table.add_row("statistics", _reused(run.resume and run.has_statistics()))
     else:
         table.add_row("calibration", "none: unweighted error")
+    table.add_row("cost table", _reused(run.resume and run.has_costs()))
     if run.eval_windows:
         tokens = run.eval_windows.tokens
         table.add_row("evaluation", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.eval_windows.source}")
     table.add_row("device", run.device)
-    table.add_row("disk", f"up to {human_bytes(run.disk_bytes())} for results and intermediate files")
-    table.add_row("output", out)
-    ERRORS.print(table)
 
 
-def _smallest(run: "Run", any_plan: Any) -> str:
+def _reused(is_there: bool) -> str:
+    return "in the registry from an earlier run" if is_there else "to be measured, and kept in the registry"
+
+
+def smallest_plan(run: "Run") -> str:
+    """Bits per parameter below which no budget may be."""
     from quantizers import quantizer_from_label
 
     bits = sum(
         min(quantizer_from_label(label).size_bits(matrix.shape) for label in run.offered[matrix.name])
         for matrix in run.model.matrices
     )
-    return f"{bits / any_plan.num_params:.3f} bits per parameter"
+    return f"{bits / run.model.num_matrix_params:.3f} bits per parameter"
 
 
 def show_result(done: "Compressed") -> None:
     """The table after a run."""
     if done.evaluation is not None:
         show_evaluation(done.evaluation)
-    stages = _table("stage", "seconds", "peak memory", "", title="Stages")
+    stages = new_table("stage", "seconds", "peak memory", "", title="Stages")
     for stage in done.stages:
         note = "already done" if stage.reused else ""
         stages.add_row(stage.name, f"{stage.seconds:.1f}", human_bytes(stage.peak_memory_bytes), note)
     RESULTS.print(stages)
-    table = _table(title="Result")
+    table = new_table(title="Result")
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
     table.add_row("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}")
     table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
@@ -184,7 +197,7 @@ def show_plan(made: "Planned") -> None:
     plan = made.plan
     prefix = _common_prefix(list(plan.matrices))
     title = f"Plan for {made.model.spec} (names go on after {prefix})" if prefix else f"Plan for {made.model.spec}"
-    table = _table("matrix", "shape", "choice", "bits", "size", "cost", title=title)
+    table = new_table("matrix", "shape", "choice", "bits", "size", "cost", title=title)
     for name, matrix in plan.matrices.items():
         shape = f"{matrix.shape[0]}x{matrix.shape[1]}"
         bits = f"{matrix.bits_per_param:.3f}"
@@ -197,7 +210,7 @@ def show_plan(made: "Planned") -> None:
             f"{matrix.cost:.4g}",
         )
     RESULTS.print(table)
-    files = _table("file", "bytes", title="Forecast")
+    files = new_table("file", "bytes", title="Forecast")
     for name, size in made.files_bytes.items():
         files.add_row(name, f"{size:,}")
     files.add_row("total", f"{made.size_bytes:,}")
@@ -210,7 +223,7 @@ def show_plan(made: "Planned") -> None:
 
 def show_evaluation(report: "EvalReport") -> None:
     """The answer of `evaluate`."""
-    table = _table("", "original", "compressed", title="Quality")
+    table = new_table("", "original", "compressed", title="Quality")
     for label, original, compressed in report.rows():
         table.add_row(label, original, compressed)
     RESULTS.print(table)
@@ -221,7 +234,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
     if not versions:
         RESULTS.print("The registry is empty. `bitsmith compress` publishes what it makes.")
         return
-    table = _table("version", "digest", "size", "bits", "model", "made", title="Registry")
+    table = new_table("version", "digest", "size", "bits", "model", "made", title="Registry")
     for version in versions:
         artifact = store.get(version.digest)
         bits = artifact.metadata.get("bits_per_param")
@@ -239,7 +252,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
 def show_version(store: "Registry", version: "Version") -> None:
     """The answer of `registry show`."""
     artifact = store.get(version.digest)
-    facts = _table(title=str(version))
+    facts = new_table(title=str(version))
     facts.add_row("digest", version.digest)
     facts.add_row("made", version.created_at)
     for key, value in sorted(artifact.metadata.get("settings", {}).items()):
@@ -247,11 +260,11 @@ def show_version(store: "Registry", version: "Version") -> None:
             key, ", ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
         )
     RESULTS.print(facts)
-    files = _table("file", "size", "sha256", title="Files")
+    files = new_table("file", "size", "sha256", title="Files")
     for path, entry in artifact.files.items():
         files.add_row(path, human_bytes(entry.size_bytes), entry.sha256[:16])
     RESULTS.print(files)
-    lineage = _table("kind", "digest", title="Made from")
+    lineage = new_table("kind", "digest", title="Made from")
     for ancestor in store.lineage(version.digest).artifacts[1:]:
         lineage.add_row(ancestor.kind, ancestor.digest[:16])
     RESULTS.print(lineage)

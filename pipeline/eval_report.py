@@ -52,6 +52,11 @@ class Estimate:
         error = self.standard_error
         return Estimate(perplexity, None if error is None else perplexity * error)
 
+    def to_percent(self) -> "Estimate":
+        """A share in percent."""
+        error = self.standard_error
+        return Estimate(100 * self.mean, None if error is None else 100 * error)
+
     def text(self, spec: str = ".4g") -> str:
         """`12.3 ± 0.4`, each number in the format `spec`; the mean alone without an error."""
         if self.standard_error is None:
@@ -104,11 +109,6 @@ class EvalReport:
             ("perplexity", self.base_perplexity.text(), self.perplexity.text()),
             ("KL divergence, mean (nats/token)", "0", self.kl_divergence.text(".3g")),
             ("KL divergence, 99th percentile", "0", f"{self.kl_p99:.3g}"),
-            ("top-1 agreement (%)", "100", _percent(self.top1_agreement).text()),
+            ("top-1 agreement (%)", "100", self.top1_agreement.to_percent().text()),
             ("tokens scored", counted, counted),
         ]
-
-
-def _percent(share: Estimate) -> Estimate:
-    error = share.standard_error
-    return Estimate(100 * share.mean, None if error is None else 100 * error)

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.atomic import write_json
 from pipeline.errors import CheckpointError, OutputExistsError
 from pipeline.recipe import refuse_changes
+from pipeline.sweep_folder import is_sweep_folder
 from registry import Artifact, Registry
 from registry.store import hash_file
 
@@ -32,26 +33,31 @@ class OutputFolder:
             OutputExistsError: it holds something else, or is finished and `resume` is off.
             RecipeChangedError: it was started or made with another recipe.
         """
-        if self.is_finished() or not _is_empty(self.path):
-            self._check_finished(resume)
+        self.check_claim(resume=resume)
+        if not _is_empty(self.path):
             shutil.rmtree(self.partial, ignore_errors=True)  # left where a kill came right after the rename
             return
-        note = self.partial / "recipe.json"
         if self.partial.exists() and not resume:
             shutil.rmtree(self.partial)
-        if note.exists():
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_json(self.partial / "recipe.json", self.recipe)
+
+    def check_claim(self, *, resume: bool) -> None:
+        """Raise what `claim` would raise, and change nothing."""
+        note = self.partial / "recipe.json"
+        if not _is_empty(self.path):
+            self._check_finished(resume)
+        elif resume and note.exists():
             advice = (
                 "Run the command with the earlier settings to go on, choose another output folder with -o, or start "
                 "this one over with --no-resume."
             )
             refuse_changes(json.loads(note.read_text()), self.recipe, f"The unfinished run in {self.partial}", advice)
-        elif self.partial.exists() and any(self.partial.iterdir()):
+        elif resume and self.partial.exists() and any(self.partial.iterdir()):
             raise OutputExistsError(
                 f"{self.partial} is in the way: unfinished work goes there, and it holds something else. Move it, or "
                 "choose another output folder with -o."
             )
-        self.partial.mkdir(parents=True, exist_ok=True)
-        write_json(note, self.recipe)
 
     def is_finished(self) -> bool:
         """Is the checkpoint in its place?"""
@@ -115,6 +121,11 @@ def check_free(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise OutputExistsError(
             f"The output {path} is a file, and a folder is to be written. Choose another name with -o."
+        )
+    if is_sweep_folder(path):
+        raise OutputExistsError(
+            f"The output folder {path} holds checkpoints of several budgets. For one more of them, give at least two "
+            "budgets, or name a folder below it with -o."
         )
     if not _is_empty(path) and not (path / "recipe.json").is_file():
         raise OutputExistsError(

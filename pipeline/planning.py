@@ -1,16 +1,17 @@
 """The plan alone: what every matrix would get, and the exact size of the folder that would follow."""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.allocation import Plan
 from pipeline.checkpoint import Checkpoint
 from pipeline.model import Model
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
-from pipeline.run import Run
-from pipeline.stages import StageLog
+from pipeline.sweep import prepare_runs
 from registry import Registry
 
 
@@ -27,13 +28,30 @@ class Planned:
         """Of the whole folder."""
         return sum(self.files_bytes.values())
 
+    def to_json(self) -> dict[str, Any]:
+        """For machines."""
+        return {"plan": self.plan.to_json(), "files_bytes": self.files_bytes, "size_bytes": self.size_bytes}
+
 
 def make_plan(
     recipe: Recipe, root: Path, *, device: str = "cpu", dry_run: bool = False, progress: Progress = SILENT
 ) -> Planned:
-    """Measure what is not yet measured and solve.
+    """`make_plans` for one budget."""
+    return make_plans([recipe], root, device=device, dry_run=dry_run, progress=progress)[0]
+
+
+def make_plans(
+    recipes: Sequence[Recipe],
+    root: Path,
+    *,
+    device: str = "cpu",
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> list[Planned]:
+    """Measure what is not yet measured, once, and solve for each recipe's budget.
 
     Args:
+        recipes: equal but for the budget.
         root: the registry's folder. Statistics and costs found there are used.
         dry_run: leave nothing there; what must be measured goes to a temporary folder.
     Raises:
@@ -41,8 +59,13 @@ def make_plan(
     """
     with tempfile.TemporaryDirectory() as scratch:
         start = Path(scratch) if dry_run and not root.exists() else root
-        run = Run.prepare(recipe, Registry(start), device=device, resume=True, log=StageLog(), progress=progress)
-        if dry_run and start == root and not run.has_costs():
-            run = replace(run, registry=Registry(Path(scratch)))
-        plan = run.allocate(run.costs(run.statistics()))
-    return Planned(run.model, plan, Checkpoint(run.model, plan, run.facts).sizes_bytes)
+        runs = prepare_runs(recipes, Registry(start), device=device, resume=True, progress=progress)
+        first = runs[0]
+        if dry_run and start == root and not first.has_costs():
+            first = replace(first, registry=Registry(Path(scratch)))
+        costs = first.costs(first.statistics())
+        plans = [replace(run, registry=first.registry).allocate(costs) for run in runs]
+    return [
+        Planned(run.model, plan, Checkpoint(run.model, plan, run.facts).sizes_bytes)
+        for run, plan in zip(runs, plans, strict=True)
+    ]

@@ -31,7 +31,7 @@ def write_report(facts: ReportFacts, folder: Path, *, progress: Progress = SILEN
     for name, draw in progress.track(PICTURES.items(), "Report", total=len(PICTURES)):
         light, dark = png(draw, content, LIGHT), png(draw, content, DARK)
         _write(folder / f"{name}.png", light)
-        pictures[name] = {"light": _data_url(light), "dark": _data_url(dark)}
+        pictures[name] = {"light": data_url(light), "dark": data_url(dark)}
     page = render_page(content, pictures)
     _write(folder / "index.html", page.encode())
     write_json(folder / "report.json", content)
@@ -43,6 +43,18 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
     Args:
         pictures: name -> {"light": data URL, "dark": data URL}.
     """
+    return render(
+        "report.html.j2",
+        f=content,
+        pictures=pictures,
+        error_name=error_name(content),
+        rows=before_after(content),
+        recipe=_recipe_rows(content["recipe"]),
+    )
+
+
+def render(template: str, **content: Any) -> str:
+    """A page of this package; every text in `content` is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -54,13 +66,7 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
         keep_trailing_newline=True,
     )
     environment.filters |= {"bytes": human_bytes, "number": "{:,}".format, "digits": _digits}
-    return environment.get_template("report.html.j2").render(
-        f=content,
-        pictures=pictures,
-        error_name=error_name(content),
-        rows=before_after(content),
-        recipe=_recipe_rows(content["recipe"]),
-    )
+    return environment.get_template(template).render(**content)
 
 
 def _digits(value: float, digits: int = 4) -> str:
@@ -71,7 +77,8 @@ def _write(path: Path, data: bytes) -> None:
     replace_file(path, lambda temporary: temporary.write_bytes(data))
 
 
-def _data_url(data: bytes) -> str:
+def data_url(data: bytes) -> str:
+    """A picture inside the page."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
 
 

@@ -67,6 +67,16 @@ class Run:
         Raises:
             ModelError, CalibrationError, RecipeError, BudgetError: see pipeline/errors.py.
         """
+        run = Run.open(recipe, registry, device=device, resume=resume, log=log, progress=progress)
+        run.smallest_plan()
+        run.model.check_finite(progress)
+        return run
+
+    @staticmethod
+    def open(
+        recipe: Recipe, registry: Registry, *, device: str, resume: bool, log: StageLog, progress: Progress
+    ) -> "Run":
+        """`prepare` without a look at the budget and at the weights' values."""
         model = open_model(recipe.model, revision=recipe.revision, progress=progress)
         check_ranks(model.matrices, recipe.rank)
         overrides = dict(recipe.overrides)
@@ -100,10 +110,7 @@ class Run:
                 default="evaluation",
             )
             check_vocabulary(eval_windows, model.config.get_text_config().vocab_size)
-        run = Run(recipe, model, registry, device, resume, calibration, eval_windows, offered, log, progress)
-        run.smallest_plan()
-        model.check_finite(progress)
-        return run
+        return Run(recipe, model, registry, device, resume, calibration, eval_windows, offered, log, progress)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -128,9 +135,17 @@ class Run:
 
     def disk_bytes(self) -> int:
         """What the run writes at most, in the registry and beside it."""
+        return self.checkpoint_disk_bytes() + self.shared_disk_bytes()
+
+    def checkpoint_disk_bytes(self) -> int:
+        """The part of it that every budget needs for itself: matrices, checkpoint, and the output folder."""
         compressed = self.smallest_plan().size_bits // 8
         around = self.model.size_bytes - sum(self.model.tensors[m.name].size_bytes for m in self.model.matrices)
-        total = 3 * (compressed + around)
+        return 3 * (compressed + around)
+
+    def shared_disk_bytes(self) -> int:
+        """The part that all budgets share: statistics, and the original's predictions."""
+        total = 0
         if self.calibration is not None:
             widths = {matrix.group: matrix.shape[1] for matrix in self.model.matrices}
             total += 3 * 4 * (self.model.num_matrix_params + sum(width**2 for width in widths.values()))
@@ -139,9 +154,13 @@ class Run:
             total += min(EVAL_CACHE_BYTES, 2 * vocab * self.eval_windows.tokens.numel())
         return total
 
-    def check_disk(self, out: Path) -> None:
-        """Raise DiskSpaceError if the registry's disk or the output's cannot hold what will be written."""
-        needed = self.disk_bytes()
+    def check_disk(self, out: Path, needed_bytes: int | None = None) -> None:
+        """Raise DiskSpaceError if the registry's disk or the output's cannot hold what will be written.
+
+        Args:
+            needed_bytes: where more is written than by this run alone (`disk_bytes`).
+        """
+        needed = self.disk_bytes() if needed_bytes is None else needed_bytes
         for place in (self.registry.root, _existing(out)):
             free = shutil.disk_usage(place).free
             if free < needed:
@@ -150,15 +169,16 @@ class Run:
                     "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
                 )
 
+    def has_statistics(self) -> bool:
+        """Are the statistics in the registry? True where the recipe wants none."""
+        return self.calibration is None or self._found_statistics() is not None
+
     def has_costs(self) -> bool:
         """Are statistics and cost table in the registry?"""
-        statistics = None
-        if self.calibration is not None:
-            statistics = self.registry.has_step("statistics", (), self._keyed(self._statistics_settings()))
-            if statistics is None:
-                return False
-        costs = self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings()))
-        return costs is not None
+        statistics = self._found_statistics()
+        if self.calibration is not None and statistics is None:
+            return False
+        return self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings())) is not None
 
     def statistics(self) -> Artifact | None:
         """Fisher diagonal and second moments; None for an unweighted error."""
@@ -316,6 +336,11 @@ class Run:
     def _keyed(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the code that they are for."""
         return settings | {"bitsmith": VERSION}
+
+    def _found_statistics(self) -> Artifact | None:
+        if self.calibration is None:
+            return None
+        return self.registry.has_step("statistics", (), self._keyed(self._statistics_settings()))
 
     def _statistics_settings(self) -> dict[str, Any]:
         tokens = self.calibration.sha256 if self.calibration else None

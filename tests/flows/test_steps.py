@@ -12,6 +12,7 @@ from pipeline.errors import RecipeChangedError
 STEPS = (
     *(
         "prepare",
+        "prepare_budgets",
         "collect_statistics",
         "measure_costs",
         "allocate",
@@ -19,7 +20,7 @@ STEPS = (
         "write_checkpoint",
         "evaluate",
     ),
-    *("write_report", "publish", "summarize"),
+    *("write_report", "publish", "compare_budgets", "summarize"),
 )
 
 
@@ -60,7 +61,7 @@ def test_only_plain_types_cross_the_border(name: str) -> None:
     from flows import steps
     from flows.job import Done, Job, Outcome
 
-    plain = (str, bool, dict[str, Any], list[Done], Done, Job, Outcome)
+    plain = (str, bool, type(None), dict[str, Any], list[dict[str, Any]], list[Done], list[Job], Done, Job, Outcome)
     for place, hint in get_type_hints(getattr(steps, name).fn).items():
         assert hint in plain, f"{place} of {name} is {hint}"
 
@@ -82,7 +83,7 @@ def test_nothing_is_cached_or_stored_by_prefect(name: str) -> None:
     task = getattr(steps, name)
     assert task.cache_policy == NO_CACHE
     assert task.persist_result is False
-    assert task.retries == (3 if name == "prepare" else 0)
+    assert task.retries == (3 if name.startswith("prepare") else 0)
 
 
 def test_model_that_changes_under_way_is_refused_by_name(

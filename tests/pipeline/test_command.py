@@ -6,8 +6,7 @@ from typing import Any
 import pytest
 import typer
 
-from pipeline.cli import _recipe as recipe_of
-from pipeline.cli import _settings as settings_of
+from pipeline.arguments import recipes_of
 from pipeline.cli import app
 from pipeline.command import compress_command, evaluate_command, without_local_folders
 from pipeline.recipe import Recipe
@@ -35,7 +34,7 @@ def _parse(command: str, line: str) -> dict[str, Any]:
 def test_command_gives_the_recipe_back(settings: dict[str, Any]) -> None:
     recipe = Recipe.of(model="user/model", budget="3.0bpw", **settings)
     arguments = _parse("compress", compress_command(recipe.to_json() | {"bitsmith": "1", "model_sha256": "x"}))
-    assert recipe_of(arguments["preset"], settings_of(arguments)) == recipe
+    assert recipes_of(arguments) == [recipe]
 
 
 def test_command_of_a_preset_is_short() -> None:

@@ -1,0 +1,98 @@
+"""What the command line shows of several budgets: one table before the work, one after it."""
+
+from typing import TYPE_CHECKING
+
+from pipeline.budget import Budget, human_bytes
+from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, smallest_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pipeline.planning import Planned
+    from pipeline.run import Run
+    from pipeline.sweep import Part, Sweep
+
+
+def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
+    """What a run is about to do for every budget together, and for each."""
+    run = parts[0].run
+    table = new_table(title=f"Plan of the run, {len(parts)} budgets")
+    table.add_row("smallest plan", smallest_plan(run))
+    add_run_rows(table, run)
+    disk_bytes = run.shared_disk_bytes() + sum(part.run.checkpoint_disk_bytes() for part in parts)
+    table.add_row("disk", f"up to {human_bytes(disk_bytes)} for results and intermediate files")
+    table.add_row("output", f"{out}, a folder a budget")
+    ERRORS.print(table)
+    each = new_table("budget", "matrices, at most", "version", "to do", title="Each budget")
+    for part in parts:
+        each.add_row(part.run.recipe.budget, human_bytes(_most_bytes(part.run)), part.name, _to_do(part))
+    ERRORS.print(each)
+    ERRORS.print(
+        "Statistics, cost table and the original's predictions serve all budgets. Each budget has its own plan, "
+        "decomposition, checkpoint, evaluation and report.",
+        style="dim",
+    )
+
+
+def _most_bytes(run: "Run") -> float:
+    """Of the compressed matrices: what the budget allows, or what it leaves to them in the folder."""
+    budget, model = Budget.parse(run.recipe.budget), run.model
+    if budget.bits_per_param is not None:
+        return budget.bits_per_param * model.num_matrix_params / 8
+    kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    return (budget.limit_bytes(model.size_bytes) or 0) - kept
+
+
+def _to_do(part: "Part") -> str:
+    if part.is_finished:
+        return "nothing, finished"
+    if part.output.is_finished():
+        return "evaluation and report"
+    return "from the plan on"
+
+
+def show_sweep(sweep: "Sweep") -> None:
+    """The tables after a run."""
+    quality = new_table("budget", "bits", "size", "perplexity", "KL (nats/token)", "top-1 (%)", title="Quality")
+    work = new_table("budget", "predicted cost", "gap", "seconds", "version", title="Result")
+    for done in sweep.results:
+        plan, measured = done.plan, done.evaluation
+        quality.add_row(
+            plan.budget,
+            f"{plan.bits_per_param:.4f}",
+            human_bytes(done.size_bytes),
+            measured.perplexity.text() if measured else "",
+            measured.kl_divergence.text(".3g") if measured else "",
+            measured.top1_agreement.to_percent().text() if measured else "",
+        )
+        seconds = sum(stage.seconds for stage in done.stages)
+        work.add_row(plan.budget, f"{plan.predicted_cost:.5g}", f"{plan.gap:.1e}", f"{seconds:.1f}", str(done.version))
+    first = sweep.results[0]
+    base = first.evaluation.base_perplexity.text() if first.evaluation else ""
+    quality.add_row("original", "", human_bytes(first.original_bytes), base, "", "")
+    RESULTS.print(quality)
+    RESULTS.print(work)
+    RESULTS.print(f"The seconds of {first.plan.budget} include what all budgets share.")
+    RESULTS.print(f"Compared in {sweep.folder / 'index.html'}", soft_wrap=True)
+
+
+def show_plans(planned: "Sequence[Planned]") -> None:
+    """The answer of `plan` for several budgets."""
+    original_bytes = planned[0].model.folder_bytes
+    table = new_table(
+        *("budget", "bits", "folder (bytes)", "of original", "cost", "gap"),
+        title=f"Plans for {planned[0].model.spec}",
+    )
+    for made in planned:
+        plan = made.plan
+        table.add_row(
+            plan.budget,
+            f"{plan.bits_per_param:.4f}",
+            f"{made.size_bytes:,}",
+            f"{made.size_bytes / original_bytes:.1%}",
+            f"{plan.predicted_cost:.6g}",
+            f"{plan.gap:.1e}",
+        )
+    RESULTS.print(table)
+    RESULTS.print("With one budget, `bitsmith plan` lists what every matrix gets.")

@@ -1,0 +1,55 @@
+"""The command line's arguments and options: each named, typed and explained once, and used by several commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[str, typer.Argument(help="folder with safetensors, Hub id, GGUF file, or `demo`")]
+FolderArgument = Annotated[Path, typer.Argument(help="folder that `compress` wrote")]
+NameArgument = Annotated[str, typer.Argument(help="NAME or NAME:VERSION; the latest version without a number")]
+Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
+BudgetOption = Annotated[
+    str,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="2.75bpw (compressed matrices), 180MB or 4.2GiB (whole folder), or 40%; several with commas: 2.5bpw,3bpw",
+    ),
+]
+Output = Annotated[
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        help="folder to write, made with its parents; must not hold anything else; with several budgets, their parent",
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option(help="name in the registry, the folder's by default; with several budgets, followed by the budget"),
+]
+Preset = Annotated[str, typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe")]
+Rank = Annotated[int | None, typer.Option(help="rank of the low-rank part, where the program chooses one; 0: none")]
+Dataset = Annotated[str | None, typer.Option(help="calibration text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
+DatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
+NumSamples = Annotated[int | None, typer.Option(help="calibration windows")]
+SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
+Seed = Annotated[int | None, typer.Option(help="of every random draw")]
+Sensitivity = Annotated[str | None, typer.Option(help="fisher: weighted errors; none: no calibration")]
+Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")]
+Override = Annotated[
+    list[str] | None, typer.Option(help="'REGEX=QUANTIZER': what matching matrices get, e.g. 'down_proj=nf4'")
+]
+ShareGroups = Annotated[
+    bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")
+]
+CostRows = Annotated[int | None, typer.Option(help="rows of a matrix that the cost table samples")]
+Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
+EvalDataset = Annotated[str | None, typer.Option(help="evaluation text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
+EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
+EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]
+EvalSeqLen = Annotated[int | None, typer.Option(help="tokens of an evaluation window")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no tables")]

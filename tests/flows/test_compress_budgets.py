@@ -1,0 +1,40 @@
+"""The flow for several budgets: the command's bytes, and refusals before any work."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def test_flow_and_function_make_the_same_folders(server: None, recipe: dict[str, Any], tmp_path: Path) -> None:
+    from flows.compress_budgets import compress_budgets as flow
+    from flows.job import read_outcome
+    from pipeline.recipe import Recipe
+    from pipeline.sweep import compress_budgets
+    from registry import Registry
+
+    recipes = [recipe | {"budget": budget} for budget in ("3bpw", "4.5bpw")]
+    out, registry = tmp_path / "Tiny", tmp_path / "registry"
+    outcomes = flow(recipes, str(out), registry=str(registry))
+    assert json.loads(json.dumps(outcomes)) == outcomes
+    by_flow = [read_outcome(outcome) for outcome in outcomes]
+    assert [str(done.version) for done in by_flow] == ["Tiny-3bpw:1", "Tiny-4.5bpw:1"]
+    assert "costs" in [stage.name for stage in by_flow[0].stages]
+    assert "costs" not in [stage.name for stage in by_flow[1].stages]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert out / "pareto.json" in before
+    again = compress_budgets([Recipe.of(**settings) for settings in recipes], Registry(registry), out)
+    assert again.was_finished
+    assert [done.version for done in again.results] == [done.version for done in by_flow]
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_every_budget_is_checked_by_the_first_step(recipe: dict[str, Any], tmp_path: Path) -> None:
+    from flows import steps
+    from pipeline.errors import BudgetError
+
+    recipes = [recipe | {"budget": budget, "sensitivity": "none"} for budget in ("4.5bpw", "1bpw")]
+    with pytest.raises(BudgetError, match=r"1 of the 2 budgets cannot be met.*1bpw"):
+        steps.prepare_budgets.fn(recipes, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
+    assert not (tmp_path / "out").exists()
