@@ -61,7 +61,7 @@ def prepare_budgets(
 
 @task(**PLAIN)
 def collect_statistics(job: Job) -> Done:
-    """Fisher diagonal and second moments."""
+    """The metric of every matrix."""
     return do(job, "statistics", lambda run: run.statistics())
 
 

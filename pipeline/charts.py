@@ -149,6 +149,13 @@ def draw_budget_curve(figures: dict[str, Any], theme: Theme) -> "Figure":
     return figure
 
 
+ERROR_NAMES = {
+    "kronecker": "Expected divergence, nats a token",
+    "sequence": "Expected divergence, nats a token",
+    "fisher": "Fisher-weighted error, nats a token",
+    "input": "Squared error of the outputs",
+    "none": "Squared error",
+}
 PICTURES: dict[str, Callable[[dict[str, Any], Theme], "Figure"]] = {
     "heatmap": draw_heat_map,
     "cost_per_layer": draw_cost_per_layer,
@@ -158,8 +165,7 @@ PICTURES: dict[str, Callable[[dict[str, Any], Theme], "Figure"]] = {
 
 def error_name(figures: dict[str, Any]) -> str:
     """What costs are in this run."""
-    weighted = figures["recipe"].get("sensitivity", "fisher") == "fisher"
-    return "Fisher-weighted error" if weighted else "Squared error"
+    return ERROR_NAMES[figures["recipe"].get("sensitivity", "fisher")]
 
 
 def _figure(height_inches: float) -> "tuple[Figure, Axes]":

@@ -1,14 +1,7 @@
-"""The cost table: what every (matrix, choice) loses, measured on the cheap.
+"""The cost table: what every (matrix, choice) loses, as quantizers/estimate.py estimates it.
 
-The table wants, for each matrix and each choice of quantizer and rank, the Fisher-weighted error after the
-decomposition W ~ Q + L1 L2. Decomposing anew for each entry takes hours. Three savings, each checked
-against the exhaustive table by benchmarks/cost_table.py:
-
-1. One set of factors a (matrix, bits, rank): the residual W - Q that they fit hardly depends on the block
-   size and the width of the scales, so it comes from one quick quantization of the whole matrix.
-2. A sample of rows: each candidate quantizes some rows of W - L1 L2 only. Rows are drawn with
-   probability proportional to their expected error, so that a few dozen give a percent or two.
-3. The same rows for all candidates of a matrix, so that their order hardly depends on the draw.
+The table wants, for each matrix and each choice of quantizer and rank, the weighted error after the decomposition
+W ~ Q + L1 L2. Decomposing anew for each entry takes hours.
 """
 
 import json
@@ -17,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from pipeline.atomic import write_json
@@ -26,9 +18,7 @@ from pipeline.model import Matrix, Model
 from pipeline.parallel import map_in_order
 from pipeline.progress import SILENT, Progress
 from pipeline.statistics import Statistics
-from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, quantizer_from_label
-from quantizers.block_codebook import quantize_quickly
-from quantizers.lq import fit_low_rank
+from quantizers import AbstractQuantizer, ErrorEstimator, LayerStatistics, quantizer_from_label
 
 SIGNIFICANT_DIGITS = 6  # costs are rounded before they decide, so that the last bits of a sum do not
 
@@ -42,7 +32,7 @@ class CostTable:
         groups: group of each matrix.
         shapes: (out, in) of each matrix.
         choices: labels, see quantizers/registered.py.
-        cost: float64 [matrices, choices], estimated sum of F * (W - Q - L1 L2)^2.
+        cost: float64 [matrices, choices], the estimated weighted error of W - Q - L1 L2.
         size_bits: int64 [matrices, choices], everything stored.
     """
 
@@ -89,10 +79,11 @@ def full_label(label: str) -> str:
         raise RecipeError(f"{label!r} cannot be offered: {error}.") from None
 
 
-def choices_of(candidates: tuple[str, ...], rank: int) -> list[str]:
+def choices_of(candidates: tuple[str, ...], rank: int, factor_bits: int) -> list[str]:
     """All labels of the table: every candidate without and with a low-rank part."""
     plain = [full_label(label) for label in candidates]
-    return list(dict.fromkeys(plain + [f"{label}-r{rank}" for label in plain if rank and "-r" not in label]))
+    low_rank = [f"{label}-r{rank}-f{factor_bits}" for label in plain if rank and "-r" not in label]
+    return list(dict.fromkeys(plain + [full_label(label) for label in low_rank]))
 
 
 def check_ranks(matrices: tuple[Matrix, ...], rank: int) -> None:
@@ -163,58 +154,8 @@ def measure_matrix(
     seed: int,
 ) -> dict[str, float]:
     """Estimated weighted error of one matrix [out, in] under each choice, by its key."""
-    fisher = statistics.fisher_diag if statistics else torch.ones_like(weight)
-    rows, times = _sample_rows((fisher.sum(dim=1) * weight.square().mean(dim=1)), num_rows, seed)
-    weight_rows, fisher_rows = weight[rows], fisher[rows]
-    row_statistics = LayerStatistics(fisher_rows, None, 0, 0)
-    remainders: dict[tuple[str, int], Tensor] = {}
-    costs = {}
-    for label, quantizer in choices.items():
-        remainder = weight_rows
-        if quantizer.format.rank:
-            key = (quantizer.format.codebook_name, quantizer.format.rank)
-            if key not in remainders:
-                remainders[key] = weight_rows - _low_rank_rows(weight, statistics, quantizer, rows)
-            remainder = remainders[key]
-        plain = _without_low_rank(quantizer)
-        residual = remainder - plain.quantize(remainder, row_statistics if statistics else None).dequantize()
-        errors = (residual.square() * fisher_rows).sum(dim=1, dtype=torch.float64)
-        costs[label] = float(f"{float(errors @ times):.{SIGNIFICANT_DIGITS}g}")
-    for label, cost in costs.items():  # the decomposition keeps the best iterate, and no low-rank part is one
-        costs[label] = min(cost, costs.get(label.rpartition("-r")[0], cost))
-    return costs
-
-
-def _low_rank_rows(
-    weight: Tensor, statistics: LayerStatistics | None, quantizer: AbstractQuantizer, rows: Tensor
-) -> Tensor:
-    quick = quantize_quickly(weight, quantizer.format)
-    low_rank = fit_low_rank(weight - quick, statistics, quantizer.format.rank)
-    return low_rank.out[rows].float() @ low_rank.into.float()
-
-
-def _without_low_rank(quantizer: AbstractQuantizer) -> AbstractQuantizer:
-    return quantizer.quantizer if isinstance(quantizer, LowRankPlus) else quantizer
-
-
-def _sample_rows(expected: Tensor, num_rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Systematic sampling with probability proportional to `expected` (plus a floor for rows of zeros).
-
-    Returns:
-        Distinct row indices, and the float64 factor by which each one's error enters the sum.
-    """
-    total = len(expected)
-    if num_rows >= total:
-        return torch.arange(total), torch.ones(total, dtype=torch.float64)
-    share = expected.double() / expected.double().sum().clamp_min(1e-300)
-    share = 0.9 * share + 0.1 / total
-    share = share / share.sum()
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.rand(1, generator=generator, dtype=torch.float64)
-    points = (torch.arange(num_rows, dtype=torch.float64) + start) / num_rows
-    drawn = torch.searchsorted(share.cumsum(0), points).clamp_max(total - 1)
-    rows, counts = drawn.unique(return_counts=True)
-    return rows, counts / (num_rows * share[rows])
+    estimator = ErrorEstimator(weight, statistics, num_rows=num_rows, seed=seed)
+    return {key: float(f"{estimator.error(choice):.{SIGNIFICANT_DIGITS}g}") for key, choice in choices.items()}
 
 
 def _table(matrices: list[tuple[str, str, tuple[int, int]]], labels: list[str], cost: np.ndarray) -> CostTable:

@@ -36,7 +36,9 @@ DatasetRevision = Annotated[str | None, typer.Option(help="commit of that datase
 NumSamples = Annotated[int | None, typer.Option(help="calibration windows")]
 SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
 Seed = Annotated[int | None, typer.Option(help="of every random draw")]
-Sensitivity = Annotated[str | None, typer.Option(help="fisher: weighted errors; none: no calibration")]
+Sensitivity = Annotated[
+    str | None, typer.Option(help="metric of the error: kronecker, sequence, input, fisher, or none (no calibration)")
+]
 Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")]
 Override = Annotated[
     list[str] | None, typer.Option(help="'REGEX=QUANTIZER': what matching matrices get, e.g. 'down_proj=nf4'")

@@ -11,15 +11,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.budget import Budget
 from pipeline.errors import RecipeChangedError, RecipeError
 
-# What the program chooses from. Blocks of 128 and 8-bit scales are hardly ever taken (LOG.md), so they are not there.
-CANDIDATES = (
+# What the program chooses from. A trellis beats every scalar codebook at its width (BENCHMARKS.md).
+TRELLIS = (*(f"trellis{bits}" for bits in (1, 2, 3, 4, 5)), "lloyd6-g64-s6", "nf8-g64-s8")
+# Blocks of 128 and 8-bit scales are hardly ever taken (LOG.md), so they are not there.
+SCALAR = (
     *(f"lloyd{bits}-g{group}-s{scale}" for bits in (2, 3, 4, 5) for group in (16, 32, 64) for scale in (4, 6)),
     *("lloyd6-g64-s6", "nf8-g64-s8"),
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Minutes on two cores, for a first look.
-    "fast": {"num_samples": 16, "cost_rows": 24, "eval_windows": 12},
+    # Minutes on two cores, for a first look: errors weighted with the Fisher diagonal, plain rounding.
+    "fast": {
+        "sensitivity": "fisher",
+        "candidates": SCALAR,
+        "num_samples": 16,
+        "cost_rows": 24,
+        "eval_windows": 12,
+    },
+    # Both factors of the curvature, error feedback, a trellis of 256 states.
     "default": {},
 }
 
@@ -33,13 +42,16 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
     budget: str = Field(description="2.75bpw, 180MB, 4.2GiB or 40%")
     rank: int = Field(8, ge=0, description="rank of the low-rank part, where the program chooses one; 0 for none")
+    factor_bits: Literal[16, 8, 6, 4, 3] = Field(8, description="bits of a number of the low-rank part")
     dataset: str | None = Field(None, description="calibration text; None for the bundled one")
     dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
     num_samples: int = Field(64, ge=1, description="calibration windows")
     seq_len: int = Field(512, ge=2, description="tokens of a window")
     seed: int = Field(0, ge=0, description="of every random draw")
-    sensitivity: Literal["fisher", "none"] = Field("fisher", description="weight of the error; `none` needs no text")
-    candidates: tuple[str, ...] = Field(CANDIDATES, min_length=1, description="quantizers on offer")
+    sensitivity: Literal["kronecker", "sequence", "input", "fisher", "none"] = Field(
+        "kronecker", description="metric of the error, see pipeline/curvature_sums.py; `none` needs no text"
+    )
+    candidates: tuple[str, ...] = Field(TRELLIS, min_length=1, description="quantizers on offer")
     overrides: tuple[tuple[str, str], ...] = Field((), description="(regular expression, quantizer) pairs")
     share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")

@@ -80,10 +80,10 @@ class Run:
         model = open_model(recipe.model, revision=recipe.revision, progress=progress)
         check_ranks(model.matrices, recipe.rank)
         overrides = dict(recipe.overrides)
-        labels = choices_of(recipe.candidates, recipe.rank)
+        labels = choices_of(recipe.candidates, recipe.rank, recipe.factor_bits)
         offered = offered_choices([matrix.name for matrix in model.matrices], labels, overrides)
         calibration = eval_windows = None
-        if recipe.sensitivity == "fisher":
+        if recipe.sensitivity != "none":
             calibration = token_windows(
                 recipe.dataset,
                 model.tokenizer(),
@@ -181,13 +181,13 @@ class Run:
         return self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings())) is not None
 
     def statistics(self) -> Artifact | None:
-        """Fisher diagonal and second moments; None for an unweighted error."""
-        windows = self.calibration
-        if windows is None:
+        """The metric of every matrix; None for an unweighted error."""
+        windows, metric, seed = self.calibration, self.recipe.sensitivity, self.recipe.seed
+        if windows is None or metric == "none":
             return None
 
         def build(work: Path) -> dict[str, Any]:
-            collect_statistics(self.model, windows, work, device=self.device, progress=self.progress)
+            collect_statistics(self.model, windows, metric, work, seed=seed, device=self.device, progress=self.progress)
             return {"source": windows.source, "num_windows": len(windows), "seq_len": windows.tokens.shape[1]}
 
         return self._step("statistics", (), self._statistics_settings(), build)
@@ -344,7 +344,8 @@ class Run:
 
     def _statistics_settings(self) -> dict[str, Any]:
         tokens = self.calibration.sha256 if self.calibration else None
-        return {"model": self.model.digest, "tokens": tokens, "device": self.device}
+        metric, seed = self.recipe.sensitivity, self.recipe.seed
+        return {"model": self.model.digest, "tokens": tokens, "device": self.device, "metric": metric, "seed": seed}
 
     def _costs_settings(self) -> dict[str, Any]:
         recipe = self.recipe

@@ -1,15 +1,11 @@
 """Calibration: token windows -> LayerStatistics of every matrix.
 
-One forward and one backward pass a window. The weights themselves take no gradient: a hook on each
-layer's output combines the layer's input x [tokens, in] with the output's gradient g [tokens, out] into this
-window's weight gradient G = g^T x, adds its square to the Fisher diagonal, and lets it go; so the memory
-is the model, the statistics, and one G.
+One forward and one backward pass a window. The weights themselves take no gradient: a hook on each layer's output
+sees the layer's input x [tokens, in] and, later, the output's gradient g [tokens, out]; what they add to the running
+sums is said by curvature_sums.py. So the memory is the model, the sums, and one weight gradient.
 
-    fisher_diag          sum over windows of G * G          (true labels, summed loss)
-    input_second_moment  sum over tokens of x x^T           one a group of matrices with the same input
-
-Kept on disk: layer-NN.safetensors with "<matrix>.fisher_diag" and "<group>.input_second_moment", and
-statistics.json. While collecting, the running sums are saved often enough that a kill loses little and
+Kept on disk: layer-NN.safetensors with "<matrix>.<sum>" (or "<group>.<sum>", where matrices with the same input
+share it), and statistics.json. While collecting, the running sums are saved often enough that a kill loses little and
 seldom enough that saving takes under a twentieth of the time.
 """
 
@@ -30,6 +26,7 @@ from transformers import PreTrainedModel
 
 from pipeline.atomic import replace_file, write_json
 from pipeline.calibration import TokenWindows
+from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
 from pipeline.progress import SILENT, Progress
@@ -43,50 +40,58 @@ class Statistics:
     """Statistics of a whole model, read from disk a matrix at a time."""
 
     file: Callable[[str], Path]
-    num_sequences: int
+    metric: Metric
     num_tokens: int
 
     @staticmethod
     def open(file: Callable[[str], Path]) -> "Statistics":
         """The statistics that `collect_statistics` left; `file` tells where each of its files is now."""
         facts = json.loads(file("statistics.json").read_text())
-        return Statistics(file, facts["num_sequences"], facts["num_tokens"])
+        return Statistics(file, facts["metric"], facts["num_tokens"])
 
     def of(self, matrix: Matrix) -> LayerStatistics:
-        """Statistics of one matrix, oriented as `matrix.shape`."""
+        """Statistics of one matrix, oriented as `matrix.shape`, scaled so that errors are in nats a token."""
+        sums = sums_of(self.metric)
         with safe_open(self.file(_layer_file(matrix.layer)), framework="pt") as stored:
-            return LayerStatistics(
-                fisher_diag=stored.get_tensor(f"{matrix.name}.fisher_diag"),
-                input_second_moment=stored.get_tensor(f"{matrix.group}.input_second_moment"),
-                num_sequences=self.num_sequences,
-                num_tokens=self.num_tokens,
-            )
+            found = {name: stored.get_tensor(f"{_owner(matrix, sums)}.{name}") for name in sums.shapes(matrix.shape)}
+        return sums.statistics(found, self.num_tokens)
 
 
 def collect_statistics(
-    model: Model, windows: TokenWindows, work: Path, *, device: str, progress: Progress = SILENT
+    model: Model,
+    windows: TokenWindows,
+    metric: Metric,
+    work: Path,
+    *,
+    seed: int,
+    device: str,
+    progress: Progress = SILENT,
 ) -> None:
     """Collect over all `windows` and leave the result in `work`/out; goes on from what an earlier call saved.
 
     Args:
+        metric: what to collect, see curvature_sums.py.
         work: folder for the running sums and the result, kept by the caller over kills.
+        seed: of the labels that are drawn from the model, where the metric wants such.
         device: where the model runs; the sums are kept there too.
     Raises:
         NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and window.
     """
-    running = _RunningSums.restore(work, model, device)
+    sums = sums_of(metric)
+    running = _RunningSums.restore(work, model, sums, device)
     if running.num_done < len(windows.tokens):
         network = model.load(device=device, dtype=torch.float32)
         network.requires_grad_(False)
         todo = windows.tokens[running.num_done :]
-        with _collecting(network, model, running):
-            for tokens in progress.track(todo, "Fisher information", total=len(windows.tokens), done=running.num_done):
-                _one_window(network, tokens.to(device), running)
+        with _collecting(network, model, sums, running):
+            for tokens in progress.track(todo, sums.title, total=len(windows.tokens), done=running.num_done):
+                _one_window(network, tokens.to(device), sums, running, seed)
                 running.num_done += 1
                 running.save_if_due()
         running.save()
         del network
     facts: dict[str, int | str] = {
+        "metric": metric,
         "num_sequences": len(windows.tokens),
         "num_tokens": windows.tokens.numel(),
         "tokens_sha256": windows.sha256,
@@ -101,16 +106,16 @@ class _RunningSums:
         self._saved_at = time.monotonic()
 
     @staticmethod
-    def restore(work: Path, model: Model, device: str) -> "_RunningSums":
+    def restore(work: Path, model: Model, kind: Sums, device: str) -> "_RunningSums":
         """From the newest complete save, else zeros."""
         saves = sorted(work.glob("sums-*.safetensors"))
         if saves:
             sums = {name: tensor.to(device) for name, tensor in load_file(saves[-1]).items()}
             return _RunningSums(work, sums, int(saves[-1].stem.removeprefix("sums-")))
-        sums = {f"{m.name}.fisher_diag": torch.zeros(m.shape, device=device) for m in model.matrices}
+        sums: dict[str, Tensor] = {}
         for matrix in model.matrices:
-            width = matrix.shape[1]
-            sums.setdefault(f"{matrix.group}.input_second_moment", torch.zeros(width, width, device=device))
+            for name, shape in kind.shapes(matrix.shape).items():
+                sums.setdefault(f"{_owner(matrix, kind)}.{name}", torch.zeros(shape, device=device))
         return _RunningSums(work, sums, 0)
 
     def save_if_due(self) -> None:
@@ -129,10 +134,11 @@ class _RunningSums:
         self._save_seconds = self._saved_at - started
 
 
-def _one_window(network: PreTrainedModel, tokens: Tensor, running: _RunningSums) -> None:
+def _one_window(network: PreTrainedModel, tokens: Tensor, sums: Sums, running: _RunningSums, seed: int) -> None:
     embedded = network.get_input_embeddings()(tokens[None]).requires_grad_(True)
     logits = network(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
-    loss = nn.functional.cross_entropy(logits, tokens[1:], reduction="sum")
+    labels = _drawn(logits.detach(), seed + running.num_done) if sums.labels_are_drawn else tokens[1:]
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     if not math.isfinite(loss.item()):
         raise NonFiniteError(
             f"The loss of calibration window {running.num_done} is {loss.item()}. The model overflows or its weights "
@@ -141,21 +147,32 @@ def _one_window(network: PreTrainedModel, tokens: Tensor, running: _RunningSums)
     loss.backward()
 
 
+def _drawn(logits: Tensor, seed: int) -> Tensor:
+    """A label for each row of logits, drawn from the model's own prediction (on the CPU, alike for every device)."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(cumulative, points * cumulative[:, -1:])[:, 0].clamp_max(logits.shape[1] - 1)
+
+
 @contextmanager
-def _collecting(network: nn.Module, model: Model, running: _RunningSums) -> Iterator[None]:
+def _collecting(network: nn.Module, model: Model, sums: Sums, running: _RunningSums) -> Iterator[None]:
     """Hooks on every matrix's layer while the block runs."""
-    seen_groups: set[str] = set()
+    seen: set[str] = set()
     with ExitStack() as stack:
         for matrix in model.matrices:
-            moment = None if matrix.group in seen_groups else running.sums[f"{matrix.group}.input_second_moment"]
-            seen_groups.add(matrix.group)
-            hook = _layer_hook(matrix, running.sums[f"{matrix.name}.fisher_diag"], moment, running)
+            owner = _owner(matrix, sums)
+            if owner in seen:
+                continue
+            seen.add(owner)
+            held = {name: running.sums[f"{owner}.{name}"] for name in sums.shapes(matrix.shape)}
+            hook = _layer_hook(matrix, sums, held, running)
             handle = network.get_submodule(matrix.module).register_forward_hook(hook)
             stack.callback(handle.remove)
         yield
 
 
-def _layer_hook(matrix: Matrix, fisher: Tensor, moment: Tensor | None, running: _RunningSums):
+def _layer_hook(matrix: Matrix, sums: Sums, held: dict[str, Tensor], running: _RunningSums):
     def check(tensor: Tensor, what: str) -> None:
         if not math.isfinite(tensor.sum().item()):  # one pass; a NaN or an infinity survives a sum
             raise NonFiniteError(
@@ -166,26 +183,28 @@ def _layer_hook(matrix: Matrix, fisher: Tensor, moment: Tensor | None, running: 
     def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         x = inputs[0].detach().float().reshape(-1, matrix.shape[1])
         check(x, "input")
-        if moment is not None:
-            moment.addmm_(x.T, x)
 
         def on_backward(gradient: Tensor) -> None:
             g = gradient.float().reshape(-1, matrix.shape[0])
             check(g, "gradient")
-            G = g.T @ x
-            fisher.addcmul_(G, G)
+            sums.add(held, x, g)
 
         output.register_hook(on_backward)
 
     return on_forward
 
 
+def _owner(matrix: Matrix, sums: Sums) -> str:
+    """Whose the sums are: the matrix's, or its group's where they come from the input alone."""
+    return matrix.group if sums.of_input_alone else matrix.name
+
+
 def _write(model: Model, running: _RunningSums, out: Path, facts: dict[str, int | str]) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     for layer in sorted({matrix.layer for matrix in model.matrices}):
-        names = [f"{m.name}.fisher_diag" for m in model.matrices if m.layer == layer]
-        names += sorted({f"{m.group}.input_second_moment" for m in model.matrices if m.layer == layer})
+        owners = {name for m in model.matrices if m.layer == layer for name in (m.name, m.group)}
+        names = [name for name in running.sums if name.rpartition(".")[0] in owners]
         save_file({name: running.sums[name].cpu() for name in names}, out / _layer_file(layer))
     write_json(out / "statistics.json", facts)
 

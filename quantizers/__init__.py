@@ -4,6 +4,8 @@ Importing this package also teaches transformers to load bitsmith checkpoints.
 """
 
 from quantizers.base import AbstractQuantizer
+from quantizers.block_format import BlockFormat
+from quantizers.estimate import ErrorEstimator
 from quantizers.format import StorageFormat
 from quantizers.linear import QuantizedLinear
 from quantizers.lloyd_max import LloydMax
@@ -13,10 +15,14 @@ from quantizers.quantized import LowRank, QuantizedTensor
 from quantizers.registered import QUANTIZERS, quantizer_from_label
 from quantizers.statistics import LayerStatistics, weighted_error
 from quantizers.transformers_plugin import quantization_config
+from quantizers.trellis_coded import TrellisCoded
+from quantizers.trellis_format import TrellisFormat
 
 __all__ = [
     "QUANTIZERS",
     "AbstractQuantizer",
+    "BlockFormat",
+    "ErrorEstimator",
     "LayerStatistics",
     "LloydMax",
     "LowRank",
@@ -25,6 +31,8 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedTensor",
     "StorageFormat",
+    "TrellisCoded",
+    "TrellisFormat",
     "quantization_config",
     "quantizer_from_label",
     "weighted_error",

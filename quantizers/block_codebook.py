@@ -3,6 +3,7 @@
 The part that NormalFloat and LloydMax share: they differ in their levels alone.
 """
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -10,13 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantizers.block_format import BlockFormat
+from quantizers.block_rounding import TILE_ROWS, BlockRounder
 from quantizers.blocks import spread, to_blocks
+from quantizers.curvature import Triangular, factorize
 from quantizers.double_quant import double_quantize
+from quantizers.feedback import round_with_feedback
 from quantizers.packing import pack
 from quantizers.quantized import QuantizedTensor
 from quantizers.scale_search import TYPICAL_MULTIPLES, level_of, nearest, search_scales
 from quantizers.statistics import LayerStatistics
 
+OUTPUT_DAMPING = 0.1  # scales of few bits cannot follow the large targets that a less damped factor makes
 ScaleRule = Literal["search", "absmax"]
 
 
@@ -31,30 +36,46 @@ def quantize_blocks(
 ) -> QuantizedTensor:
     """Find the scales, round them to `scale_bits`, then give each weight the level nearest under them.
 
+    With a curvature in `statistics` errors are passed on to the weights after them, and scales are found in between;
+    else weights are rounded one by one.
+
     Raises:
         ValueError: `weight` has a NaN or an infinity.
     """
     weight = weight.detach().float().contiguous()
     if not torch.isfinite(weight).all():
         raise ValueError("the weight has a NaN or an infinity; a quantizer needs finite numbers")
-    rows, columns = weight.shape
-    levels = form.levels.to(weight.device)
+    shape, levels = (weight.shape[0], weight.shape[1]), form.levels.to(weight.device)
+    find = partial(_scales, levels=levels, rule=scale)
+    if statistics is not None and statistics.input_curvature is not None:
+        outputs, inputs = block_factors(statistics)
+        rounder = BlockRounder(weight, form, inputs.pivots, find, two_sided=outputs is not None)
+        round_with_feedback(weight, outputs, inputs, (TILE_ROWS, form.block_size), rounder)
+        return QuantizedTensor(form, shape, rounder.plain(), levels)
     blocks = to_blocks(weight, form.block_size).reshape(-1, form.block_size)
-    if scale == "absmax":
-        scales = blocks.abs().amax(dim=1)
-    else:
-        fisher = None if statistics is None else statistics.fisher_diag
-        if fisher is None and columns % form.block_size:
-            fisher = torch.ones_like(weight)  # and 0 for the padding, which must not count
-        if fisher is not None:
-            fisher = to_blocks(fisher, form.block_size).reshape(-1, form.block_size)
-        scales = search_scales(blocks, fisher, levels)
+    fisher = None if statistics is None else statistics.fisher_diag
+    if fisher is None and shape[1] % form.block_size:
+        fisher = torch.ones_like(weight)  # and 0 for the padding, which must not count
+    if fisher is not None:
+        fisher = to_blocks(fisher, form.block_size).reshape(-1, form.block_size)
+    scales = find(blocks, fisher)
     stored = double_quantize(scales, form.scale_bits, form.super_block)
-    scales = stored.dequantize(form.scale_bits, form.super_block, len(scales)).view(rows, -1)
-    scales = spread(scales, form.block_size, columns)
+    scales = stored.dequantize(form.scale_bits, form.super_block, len(scales)).view(shape[0], -1)
+    scales = spread(scales, form.block_size, shape[1])
     codes = nearest(weight / scales.clamp_min(torch.finfo(torch.float32).tiny), levels)
     plain = {"weight_packed": pack(codes.view(-1), form.bits)} | stored.tensors()
-    return QuantizedTensor(form, (rows, columns), plain, levels)
+    return QuantizedTensor(form, shape, plain, levels)
+
+
+def block_factors(statistics: LayerStatistics) -> tuple[Triangular | None, Triangular]:
+    """Factors of H_O and H_I for rounding block by block."""
+    assert statistics.input_curvature is not None
+    outputs = statistics.output_curvature
+    return None if outputs is None else factorize(outputs, OUTPUT_DAMPING), factorize(statistics.input_curvature)
+
+
+def _scales(blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule) -> Tensor:
+    return blocks.abs().amax(dim=1) if rule == "absmax" else search_scales(blocks, weights, levels)
 
 
 def quantize_quickly(weight: Float[Tensor, "out in"], form: BlockFormat) -> Float[Tensor, "out in"]:

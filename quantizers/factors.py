@@ -26,6 +26,7 @@ from solvers.low_rank import Factors
 FACTOR_BITS = (16, 8, 6, 4, 3)
 BLOCK_SIZE = 128  # 0.125 bits a number. One scale a component loses 2 to 5% of the gain at 4 bits, 64 wins 1% back
 OUT, INTO = "low_rank_out", "low_rank_in"
+FACTOR_NAMES = tuple(f"{name}{part}" for name in (OUT, INTO) for part in ("", "_packed", "_scale"))
 
 
 @dataclass(frozen=True)

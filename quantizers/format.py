@@ -17,8 +17,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-LOW_RANK_DTYPE = torch.bfloat16
-LOW_RANK_NAMES = ("low_rank_out", "low_rank_in")
+from quantizers.factors import FactorFormat
+
 TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
@@ -30,6 +30,7 @@ class StorageFormat(ABC):
         kind: the subclass's name in a checkpoint.
         plain_names: of the tensors that store Q.
         rank: of the low-rank part; 0 for none.
+        factor_bits: of a number of the low-rank part, see factors.py.
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -38,10 +39,12 @@ class StorageFormat(ABC):
     kind: ClassVar[str]
     plain_names: ClassVar[tuple[str, ...]]
     rank: int = field(default=0, kw_only=True)
+    factor_bits: int = field(default=16, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ValueError(f"rank is {self.rank}; it must be at least 0")
+        _ = self.factors  # raises where the bits are out of range
 
     @property
     @abstractmethod
@@ -75,17 +78,21 @@ class StorageFormat(ABC):
 
     @property
     def label(self) -> str:
-        """Short name: lloyd3-g64-s8-r8 is 3 bits, blocks (groups) of 64, 8-bit scales, rank 8."""
-        return self.plain_label + (f"-r{self.rank}" if self.rank else "")
+        """Short name: lloyd3-g64-s4-r8-f6 is 3 bits, blocks (groups) of 64, 4-bit scales, rank 8 in 6 bits."""
+        if not self.rank:
+            return self.plain_label
+        return f"{self.plain_label}-r{self.rank}" + (f"-f{self.factor_bits}" if self.factor_bits != 16 else "")
+
+    @property
+    def factors(self) -> FactorFormat:
+        """How the low-rank part is stored, where there is one."""
+        return FactorFormat(self.factor_bits)
 
     def tensor_specs(self, shape: tuple[int, int]) -> TensorSpecs:
         """Shape and dtype of every stored tensor of a matrix of this shape (out, in)."""
         specs = self.plain_specs(shape)
         if self.rank:
-            specs |= {
-                "low_rank_out": ((shape[0], self.rank), LOW_RANK_DTYPE),
-                "low_rank_in": ((self.rank, shape[1]), LOW_RANK_DTYPE),
-            }
+            specs |= self.factors.tensor_specs(shape, self.rank)
         return specs
 
     def size_bits(self, shape: tuple[int, int]) -> int:

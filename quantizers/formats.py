@@ -3,10 +3,12 @@
 from typing import Any
 
 from quantizers.block_format import BlockFormat
-from quantizers.format import LOW_RANK_NAMES, StorageFormat
+from quantizers.factors import FACTOR_NAMES
+from quantizers.format import StorageFormat
+from quantizers.trellis_format import TrellisFormat
 
-FORMATS: dict[str, type[StorageFormat]] = {form.kind: form for form in (BlockFormat,)}
-PACKED_NAMES = {*LOW_RANK_NAMES, *(name for form in FORMATS.values() for name in form.plain_names)}
+FORMATS: dict[str, type[StorageFormat]] = {form.kind: form for form in (BlockFormat, TrellisFormat)}
+PACKED_NAMES = {*FACTOR_NAMES, *(name for form in FORMATS.values() for name in form.plain_names)}
 
 
 def format_from_json(entry: dict[str, Any]) -> StorageFormat:

@@ -36,8 +36,6 @@ class QuantizedLinear(nn.Module):
     """
 
     weight_packed: Tensor
-    low_rank_out: Tensor
-    low_rank_in: Tensor
 
     def __init__(self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -77,15 +75,18 @@ class QuantizedLinear(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory."""
-        stored = {name: getattr(self, name) for name in self.format.tensor_specs((1, 1))}
-        return QuantizedTensor.from_tensors(self.format, (self.out_features, self.in_features), self.levels, stored)
+        shape = (self.out_features, self.in_features)
+        stored = {name: getattr(self, name) for name in self.format.tensor_specs(shape)}
+        return QuantizedTensor.from_tensors(self.format, shape, self.levels, stored)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
         y = _PackedMatmul.apply(x, self)
-        if self.format.rank:
-            low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
-            y = y + nn.functional.linear(low, self.low_rank_out.to(x.dtype))
+        low_rank = self.quantized().low_rank
+        if low_rank is not None:
+            factors = low_rank.factors()
+            low = nn.functional.linear(x, factors.into.to(x.dtype))
+            y = y + nn.functional.linear(low, factors.out.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":

@@ -10,14 +10,18 @@ last; so the error is never above the one without the low-rank part.
 
 from dataclasses import dataclass, replace
 
+import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from quantizers.base import AbstractQuantizer
-from quantizers.format import LOW_RANK_DTYPE, StorageFormat
+from quantizers.curvature import lower_factor
+from quantizers.factor_refit import ROUNDS, refit_factors
+from quantizers.factors import FactorFormat
+from quantizers.format import StorageFormat
 from quantizers.quantized import LowRank, QuantizedTensor
 from quantizers.statistics import LayerStatistics, weighted_error
-from solvers.low_rank import truncated_svd, two_sided_svd
+from solvers.whitening import Factor
 
 LEAST_GAIN = 1e-3  # relative; an iteration that gains less is the last
 
@@ -26,11 +30,12 @@ LEAST_GAIN = 1e-3  # relative; an iteration that gains less is the last
 class LowRankPlus(AbstractQuantizer):
     """`quantizer` plus factors of rank `rank`, by at most `max_iterations` alternations.
 
-    Stored: what `quantizer` stores, and (out + in) * rank numbers of 16 bits.
+    Stored: what `quantizer` stores, and (out + in) * rank numbers of `factor_bits`, see factors.py.
     """
 
     quantizer: AbstractQuantizer
     rank: int
+    factor_bits: int = 16
     max_iterations: int = 4
 
     def __post_init__(self) -> None:
@@ -44,7 +49,7 @@ class LowRankPlus(AbstractQuantizer):
     @property
     def format(self) -> StorageFormat:
         """See AbstractQuantizer."""
-        return replace(self.quantizer.format, rank=self.rank)
+        return replace(self.quantizer.format, rank=self.rank, factor_bits=self.factor_bits)
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer.
@@ -58,16 +63,13 @@ class LowRankPlus(AbstractQuantizer):
             )
         weight = weight.detach().float()
         quantized = self.quantizer.quantize(weight, statistics)
-        nothing = LowRank(
-            weight.new_zeros(weight.shape[0], self.rank, dtype=LOW_RANK_DTYPE),
-            weight.new_zeros(self.rank, weight.shape[1], dtype=LOW_RANK_DTYPE),
-        )
+        nothing = fit_low_rank(torch.zeros_like(weight), None, self.rank, self.factor_bits)
         best = quantized.with_low_rank(nothing)
         best_error = weighted_error(weight - quantized.dequantize(), statistics)
         for _ in range(self.max_iterations):
             if best_error == 0:
                 break
-            low_rank = fit_low_rank(weight - quantized.dequantize(), statistics, self.rank)
+            low_rank = fit_low_rank(weight - quantized.dequantize(), statistics, self.rank, self.factor_bits)
             corrected = quantized.with_low_rank(low_rank)
             error = weighted_error(weight - corrected.dequantize(), statistics)
             requantized = self.quantizer.quantize(weight - low_rank.product(), statistics)
@@ -83,10 +85,25 @@ class LowRankPlus(AbstractQuantizer):
         return best
 
 
-def fit_low_rank(residual: Float32[Tensor, "out in"], statistics: LayerStatistics | None, rank: int) -> LowRank:
-    """Factors of `residual`, weighted with the row and column means of the Fisher, rounded as stored."""
+def fit_low_rank(
+    residual: Float32[Tensor, "out in"], statistics: LayerStatistics | None, rank: int, bits: int = 16
+) -> LowRank:
+    """The best factors of `residual` in the metric of `statistics`, fitted as they will be stored in `bits` bits.
+
+    A Fisher diagonal stands for its row and column means, as in the paper; Kronecker factors are whitened exactly.
+    """
+    rows, columns = whitening_factors(statistics)
+    rounds = ROUNDS if bits < 16 else 0
+    stored = refit_factors(residual, FactorFormat(bits), rank, row_factor=rows, column_factor=columns, rounds=rounds)
+    return LowRank(stored.tensors, bits, rank, (residual.shape[0], residual.shape[1]))
+
+
+def whitening_factors(statistics: LayerStatistics | None) -> tuple[Factor, Factor]:
+    """A and B with H_O = A A^T and H_I = B B^T, as solvers/whitening.py wants them."""
     if statistics is None:
-        factors = truncated_svd(residual, rank)
-    else:
-        factors = two_sided_svd(residual, statistics.row_scale, statistics.column_scale, rank)
-    return LowRank(factors.out.to(LOW_RANK_DTYPE).contiguous(), factors.into.to(LOW_RANK_DTYPE).contiguous())
+        return None, None
+    if statistics.fisher_diag is not None:
+        return statistics.row_scale, statistics.column_scale
+    assert statistics.input_curvature is not None
+    outputs = statistics.output_curvature
+    return None if outputs is None else lower_factor(outputs), lower_factor(statistics.input_curvature)

@@ -3,22 +3,35 @@
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import BFloat16, Float, Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
+from quantizers.factors import FactorFormat, dequantize_factors
 from quantizers.format import StorageFormat
+from solvers.low_rank import Factors
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """L1 [out, rank] and L2 [rank, in], as they are stored."""
+    """L1 [out, rank] and L2 [rank, in], as they are stored.
 
-    out: BFloat16[Tensor, "out rank"]
-    into: BFloat16[Tensor, "rank in"]
+    Attributes:
+        tensors: of `FactorFormat.tensor_specs`.
+        bits: of a number, see factors.py.
+    """
+
+    tensors: dict[str, Tensor]
+    bits: int
+    rank: int
+    shape: tuple[int, int]
+
+    def factors(self) -> Factors:
+        """L1 and L2 in float32."""
+        return dequantize_factors(self.tensors, FactorFormat(self.bits), self.shape, self.rank)
 
     def product(self) -> Float32[Tensor, "out in"]:
         """L1 L2 in float32."""
-        return self.out.float() @ self.into.float()
+        return self.factors().product()
 
 
 @dataclass(frozen=True)
@@ -52,13 +65,14 @@ class QuantizedTensor:
 
     def with_low_rank(self, low_rank: LowRank) -> "QuantizedTensor":
         """The same codes with other factors."""
-        return replace(self, format=replace(self.format, rank=low_rank.out.shape[1]), low_rank=low_rank)
+        form = replace(self.format, rank=low_rank.rank, factor_bits=low_rank.bits)
+        return replace(self, format=form, low_rank=low_rank)
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, named as in `StorageFormat.tensor_specs`."""
         if self.low_rank is None:
             return dict(self.plain)
-        return self.plain | {"low_rank_out": self.low_rank.out, "low_rank_in": self.low_rank.into}
+        return self.plain | self.low_rank.tensors
 
     @staticmethod
     def from_tensors(
@@ -69,7 +83,10 @@ class QuantizedTensor:
     ) -> "QuantizedTensor":
         """Undo `tensors`."""
         plain = {name: stored[name] for name in form.plain_names}
-        low_rank = LowRank(stored["low_rank_out"], stored["low_rank_in"]) if form.rank else None
+        if not form.rank:
+            return QuantizedTensor(form, shape, plain, levels)
+        tensors = {name: stored[name] for name in form.factors.tensor_specs(shape, form.rank)}
+        low_rank = LowRank(tensors, form.factor_bits, form.rank, shape)
         return QuantizedTensor(form, shape, plain, levels, low_rank)
 
     @property

@@ -1,8 +1,9 @@
 """QUANTIZERS: name -> class, and the short labels by which people name a quantizer on the command line.
 
-    lloyd3              3 bits, everything else at its default
-    nf4-g32-s4          4-bit NormalFloat, blocks (groups) of 32, 4-bit scales
-    lloyd2-g64-s8-r16   with a low-rank part of rank 16
+    lloyd3                 3 bits, everything else at its default
+    nf4-g32-s4             4-bit NormalFloat, blocks (groups) of 32, 4-bit scales
+    trellis2-l10           2-bit trellis with states of 10 bits
+    lloyd2-g64-s8-r16-f8   with a low-rank part of rank 16, its factors in 8 bits
 
 A new quantizer is one file and one row here. Packages of others add theirs through the entry point
 group `bitsmith.quantizers` (name -> class).
@@ -16,13 +17,15 @@ from quantizers.base import AbstractQuantizer
 from quantizers.lloyd_max import LloydMax
 from quantizers.lq import LowRankPlus
 from quantizers.normal_float import NormalFloat
+from quantizers.trellis_coded import TrellisCoded
 
-_LABEL = re.compile(r"(?P<name>[a-z]+)(?P<bits>\d+)(?:-g(?P<block>\d+))?(?:-s(?P<scale>\d+))?(?:-r(?P<rank>\d+))?")
+_LABEL = re.compile(r"(?P<name>[a-z][a-z0-9]*?)(?P<bits>\d+)(?P<settings>(?:-[a-z]\d+)*)")
+_SETTINGS = {"g": "block_size", "s": "scale_bits", "l": "state_bits", "r": "rank", "f": "factor_bits"}
 
 
 @cache
 def _all() -> dict[str, type]:
-    ours: dict[str, type] = {"lloyd": LloydMax, "nf": NormalFloat}
+    ours: dict[str, type] = {"lloyd": LloydMax, "nf": NormalFloat, "trellis": TrellisCoded}
     theirs = {entry.name: entry.load() for entry in entry_points(group="bitsmith.quantizers")}
     return theirs | ours
 
@@ -37,14 +40,16 @@ def quantizer_from_label(label: str) -> AbstractQuantizer:
         ValueError: the label is malformed, or a setting is out of range.
     """
     match = _LABEL.fullmatch(label.strip().lower())
-    if match is None or match["name"] not in QUANTIZERS:
+    given = {part[0]: int(part[1:]) for part in match["settings"].split("-")[1:]} if match else {}
+    if match is None or match["name"] not in QUANTIZERS or not given.keys() <= _SETTINGS.keys():
         raise ValueError(
-            f"{label!r} is not a quantizer; expected NAME and BITS, then optionally -gBLOCK, -sSCALEBITS and "
-            f"-rRANK, as in lloyd3-g64-s8-r8, with NAME one of {', '.join(sorted(QUANTIZERS))}"
+            f"{label!r} is not a quantizer; expected NAME and BITS, then optionally -gBLOCK, -sSCALEBITS, -lSTATEBITS, "
+            f"-rRANK and -fFACTORBITS, as in lloyd3-g64-s8-r8, with NAME one of {', '.join(sorted(QUANTIZERS))}"
         )
-    settings = {"block_size": match["block"], "scale_bits": match["scale"]}
-    quantizer = QUANTIZERS[match["name"]](
-        bits=int(match["bits"]), **{key: int(value) for key, value in settings.items() if value}
-    )
-    rank = int(match["rank"] or 0)
-    return LowRankPlus(quantizer, rank) if rank else quantizer
+    settings = {_SETTINGS[letter]: value for letter, value in given.items()}
+    rank, factor_bits = settings.pop("rank", 0), settings.pop("factor_bits", 16)
+    try:
+        quantizer = QUANTIZERS[match["name"]](bits=int(match["bits"]), **settings)
+    except TypeError:
+        raise ValueError(f"{label!r} has a setting that {match['name']} does not know") from None
+    return LowRankPlus(quantizer, rank, factor_bits) if rank else quantizer

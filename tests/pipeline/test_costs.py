@@ -14,7 +14,7 @@ def example(rows: int = 96, columns: int = 80) -> tuple[torch.Tensor, LayerStati
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(rows, columns, generator=generator)
     fisher = torch.randn(rows, columns, generator=generator).exp() ** 2 * torch.linspace(0.1, 10, rows)[:, None]
-    return weight, LayerStatistics(fisher, None, 1, 1)
+    return weight, LayerStatistics(fisher)
 
 
 def named(*labels: str) -> dict[str, AbstractQuantizer]:
@@ -74,15 +74,17 @@ def test_measured_matrices_survive_an_interruption(tiny_model_dir: Path, tmp_pat
 
 
 def test_choices_and_their_errors(tiny_model_dir: Path) -> None:
-    assert choices_of(("nf4", "lloyd3-g32"), 8) == [
+    assert choices_of(("nf4", "lloyd3-g32", "trellis2"), 8, 6) == [
         "nf4-g64-s8",
         "lloyd3-g32-s8",
-        "nf4-g64-s8-r8",
-        "lloyd3-g32-s8-r8",
+        "trellis2-l8",
+        "nf4-g64-s8-r8-f6",
+        "lloyd3-g32-s8-r8-f6",
+        "trellis2-l8-r8-f6",
     ]
-    assert choices_of(("nf4",), 0) == ["nf4-g64-s8"]
+    assert choices_of(("nf4",), 0, 16) == ["nf4-g64-s8"]
     with pytest.raises(RecipeError, match=r"'int4' cannot be offered.*lloyd"):
-        choices_of(("int4",), 0)
+        choices_of(("int4",), 0, 16)
     with pytest.raises(RecipeError, match=r"Rank 33 is above .*k_proj.* \(32\)"):
         check_ranks(open_model(str(tiny_model_dir)).matrices, 33)
 

@@ -6,61 +6,110 @@ from torch import nn
 
 from pipeline import statistics
 from pipeline.calibration import token_windows
+from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
 from pipeline.model import Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
+from quantizers import weighted_error
 
 
 def windows_of(model: Model, num: int = 3):
     return token_windows(None, model.tokenizer(), num_windows=num, seq_len=24, seed=0)
 
 
-def collect(model: Model, work: Path, num: int = 3) -> Statistics:
-    collect_statistics(model, windows_of(model, num), work, device="cpu")
+def collect(model: Model, work: Path, metric: Metric = "fisher") -> Statistics:
+    work.mkdir(exist_ok=True)
+    collect_statistics(model, windows_of(model), metric, work, seed=7, device="cpu")
     return Statistics.open(lambda name: work / "out" / name)
 
 
-@pytest.mark.parametrize("folder", ["tiny_model_dir", "odd_model_dir", "tiny_gpt2_dir"])
-def test_fisher_and_moments_equal_plain_autograd(folder: str, request, tmp_path: Path) -> None:
-    model = open_model(str(request.getfixturevalue(folder)))
-    found = collect(model, tmp_path)
+def plain_autograd(model: Model, *, drawn: bool) -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    """For each window: input [tokens, in], gradient of the output [tokens, out] and of the weight [out, in]."""
     network = model.load()
-    inputs: dict[str, list[torch.Tensor]] = {}
+    seen: dict[str, list[torch.Tensor]] = {}
     for matrix in model.matrices:
-        network.get_submodule(matrix.module).register_forward_hook(
-            lambda _, args, __, name=matrix.name: inputs.setdefault(name, []).append(args[0].detach())
-        )
-    expected = {matrix.name: torch.zeros(matrix.shape) for matrix in model.matrices}
-    for tokens in windows_of(model).tokens:
+
+        def keep(_, args, output, name=matrix.name):
+            output.retain_grad()
+            seen[name] = [args[0].detach()[0], output]
+
+        network.get_submodule(matrix.module).register_forward_hook(keep)
+    found: dict[str, list[tuple[torch.Tensor, ...]]] = {matrix.name: [] for matrix in model.matrices}
+    for index, tokens in enumerate(windows_of(model).tokens):
         network.zero_grad()
         logits = network(tokens[None]).logits[0, :-1]
-        nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").backward()
+        labels = statistics._drawn(logits.detach(), 7 + index) if drawn else tokens[1:]
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for matrix in model.matrices:
             gradient = network.get_parameter(matrix.name).grad
-            expected[matrix.name] += (gradient.T if matrix.transposed else gradient) ** 2
+            x, output = seen[matrix.name]
+            found[matrix.name].append((x, output.grad[0], gradient.T if matrix.transposed else gradient.clone()))
+    return found
+
+
+@pytest.mark.parametrize("folder", ["tiny_model_dir", "odd_model_dir", "tiny_gpt2_dir"])
+@pytest.mark.parametrize("metric", ["fisher", "input", "kronecker", "sequence"])
+def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_path: Path) -> None:
+    model = open_model(str(request.getfixturevalue(folder)))
+    found = collect(model, tmp_path, metric)
+    expected = plain_autograd(model, drawn=metric in ("kronecker", "sequence"))
     for matrix in model.matrices:
+        x, g = (torch.cat(parts) for parts in list(zip(*expected[matrix.name], strict=True))[:2])
+        gradients = torch.stack([gradient for _, _, gradient in expected[matrix.name]])
+        wanted = {
+            "fisher": {"fisher_diag": gradients.square().sum(0) / 144},
+            "input": {"input_curvature": x.T @ x / 72},
+            "kronecker": {
+                "input_curvature": torch.einsum("t,ti,tj->ij", g.square().sum(1), x, x) / 144,
+                "output_curvature": torch.einsum("t,ti,tj->ij", x.square().sum(1), g, g),
+            },
+            "sequence": {
+                "input_curvature": torch.einsum("soi,soj->ij", gradients, gradients) / 144,
+                "output_curvature": torch.einsum("soi,spi->op", gradients, gradients),
+            },
+        }[metric]
+        if "output_curvature" in wanted:
+            wanted["output_curvature"] /= wanted["output_curvature"].trace()
         learnt = found.of(matrix)
-        torch.testing.assert_close(learnt.fisher_diag, expected[matrix.name], rtol=1e-4, atol=1e-8)
-        x = torch.cat([batch[0] for batch in inputs[matrix.name]])
-        torch.testing.assert_close(learnt.input_second_moment, x.T @ x, rtol=1e-4, atol=1e-5)
-        assert (learnt.num_sequences, learnt.num_tokens) == (3, 72)
-        assert learnt.fisher_diag.shape == matrix.shape
+        for name in ("fisher_diag", "input_curvature", "output_curvature"):
+            value = getattr(learnt, name)
+            assert (value is None) == (name not in wanted)
+            if value is not None:
+                scale = float(wanted[name].abs().max())
+                torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_kronecker_error_of_a_rank_one_curvature_is_the_divergence_of_autograd(tiny_model_dir: Path) -> None:
+    """With one token the factors are exact: tr(H_O E H_I E^T) = (g^T E x)^2 / 2."""
+    sums = sums_of("kronecker")
+    generator = torch.Generator().manual_seed(0)
+    x, g, residual = (torch.randn(shape, generator=generator) for shape in ((1, 5), (1, 7), (7, 5)))
+    held = {name: torch.zeros(shape) for name, shape in sums.shapes((7, 5)).items()}
+    sums.add(held, x, g)
+    error = weighted_error(residual, sums.statistics(held, 1))
+    assert error == pytest.approx(float((g @ residual @ x.T).square()) / 2, rel=1e-4)
+
+
+def test_labels_are_drawn_in_proportion() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
+    shares = torch.bincount(statistics._drawn(logits, 0), minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
+    assert torch.equal(statistics._drawn(logits, 1), statistics._drawn(logits, 1))
+    assert not torch.equal(statistics._drawn(logits, 1), statistics._drawn(logits, 2))
 
 
 def test_finished_windows_survive_an_interruption(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     model = open_model(str(tiny_model_dir))
-    (tmp_path / "whole").mkdir()
     whole = collect(model, tmp_path / "whole")
     calls, real = [], statistics._one_window
 
-    def stop_at_third(network, tokens, running):
+    def stop_at_third(network, tokens, *others):
         calls.append(tokens)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        real(network, tokens, running)
+        real(network, tokens, *others)
 
     work = tmp_path / "cut"
-    work.mkdir()
     monkeypatch.setattr(statistics, "SAVE_SHARE", 1e9)  # save after every window
     monkeypatch.setattr(statistics, "_one_window", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
@@ -69,7 +118,6 @@ def test_finished_windows_survive_an_interruption(tiny_model_dir: Path, tmp_path
     assert len(calls) == 4  # two before, the interrupted one, and only that one again
     for matrix in model.matrices:
         assert torch.equal(resumed.of(matrix).fisher_diag, whole.of(matrix).fisher_diag)
-        assert torch.equal(resumed.of(matrix).input_second_moment, whole.of(matrix).input_second_moment)
 
 
 def test_a_non_finite_activation_names_the_layer(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:

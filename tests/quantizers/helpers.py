@@ -74,9 +74,9 @@ def uneven_statistics(shape: tuple[int, int], seed: int = 0) -> LayerStatistics:
         torch.randn(1, shape[1], generator=generator),
     )
     noise = torch.randn(shape, generator=generator)
-    return LayerStatistics(torch.exp(rows + columns + noise / 2), None, 8, 4096)
+    return LayerStatistics(torch.exp(rows + columns + noise / 2))
 
 
 def statistics_of(fisher: Tensor) -> LayerStatistics:
     """Statistics with this Fisher diagonal."""
-    return LayerStatistics(fisher, None, 1, 1)
+    return LayerStatistics(fisher)

@@ -85,9 +85,9 @@ def test_a_matrix_on_the_levels_needs_no_correction(weighted: bool) -> None:
 def test_the_factors_are_stored_in_bfloat16() -> None:
     quantized = LowRankPlus(LloydMax(2), 4).quantize(normal_weight(SHAPE))
     assert quantized.low_rank is not None
-    assert quantized.low_rank.out.dtype == quantized.low_rank.into.dtype == torch.bfloat16
-    assert quantized.low_rank.out.shape == (24, 4)
-    assert quantized.low_rank.into.shape == (4, 72)
+    assert {tensor.dtype for tensor in quantized.low_rank.tensors.values()} == {torch.bfloat16}
+    assert quantized.low_rank.factors().out.shape == (24, 4)
+    assert quantized.low_rank.factors().into.shape == (4, 72)
     assert quantized.format.rank == 4
     assert quantized.size_bits == LloydMax(2).size_bits(SHAPE) + 16 * 4 * (24 + 72)
 

@@ -1,0 +1,140 @@
+"""What calibration sums up over windows, for each metric that the error can be weighted with.
+
+With x [tokens, in] a layer's input, g [tokens, out] the gradient of the window's summed loss with respect to the
+layer's output, and G = g^T x the weight's gradient:
+
+    fisher     F   = sum over windows of G * G                 true labels (LQ-LoRA, arXiv:2311.12023)
+    input      H_I = sum over tokens of x x^T                  (GPTQ, arXiv:2210.17323)
+    kronecker  H_I = sum over tokens of |g|^2 x x^T,
+               H_O = sum over tokens of |x|^2 g g^T            (GuidedQuant, arXiv:2505.07004, on both sides)
+    sequence   H_I = sum over windows of G^T G,
+               H_O = sum over windows of G G^T                 (YAQA's sketch B, arXiv:2505.22988)
+
+The last two take labels drawn from the model, so that they estimate the curvature of the divergence from the
+original itself. Both are the first power iteration towards the best Kronecker factors of the Fisher information; a
+window is one sample for `sequence` and hundreds for `kronecker`, which neglects how tokens of a window act together.
+"""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from quantizers import LayerStatistics
+
+Metric = Literal["fisher", "input", "kronecker", "sequence"]
+
+
+class Sums(ABC):
+    """One metric: which sums it keeps of a matrix, how a window adds to them, and what they mean in the end.
+
+    Attributes:
+        title: of the work, for a progress bar.
+        labels_are_drawn: labels come from the model's own prediction instead of from the text.
+        of_input_alone: matrices that read the same input share the sums.
+    """
+
+    title: ClassVar[str]
+    labels_are_drawn: ClassVar[bool] = False
+    of_input_alone: ClassVar[bool] = False
+
+    @abstractmethod
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """Name and shape of each sum, for a matrix of this shape (out, in)."""
+
+    @abstractmethod
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """Add one window's x [tokens, in] and g [tokens, out]."""
+
+    @abstractmethod
+    def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
+        """The metric, scaled so that a weighted error estimates the divergence from the original in nats a token."""
+
+
+class FisherSums(Sums):
+    """See the module."""
+
+    title = "Fisher information"
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """See Sums."""
+        return {"fisher_diag": shape}
+
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """See Sums."""
+        G = g.T @ x
+        held["fisher_diag"].addcmul_(G, G)
+
+    def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
+        """See Sums: the second-order term is half of the curvature."""
+        return LayerStatistics(fisher_diag=held["fisher_diag"] / (2 * num_tokens))
+
+
+class InputSums(Sums):
+    """See the module. Its errors are squared output errors a token, not nats."""
+
+    title = "Second moments of the inputs"
+    of_input_alone = True
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """See Sums."""
+        return {"input_curvature": (shape[1], shape[1])}
+
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """See Sums."""
+        held["input_curvature"].addmm_(x.T, x)
+
+    def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
+        """See Sums."""
+        return LayerStatistics(input_curvature=held["input_curvature"] / num_tokens)
+
+
+class KroneckerSums(Sums):
+    """See the module."""
+
+    title = "Curvature of the loss"
+    labels_are_drawn = True
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """See Sums."""
+        return {"input_curvature": (shape[1], shape[1]), "output_curvature": (shape[0], shape[0])}
+
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """See Sums."""
+        weighted_x = x * g.norm(dim=1, keepdim=True)
+        weighted_g = g * x.norm(dim=1, keepdim=True)
+        held["input_curvature"].addmm_(weighted_x.T, weighted_x)
+        held["output_curvature"].addmm_(weighted_g.T, weighted_g)
+
+    def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
+        """See Sums: both sums have the trace of the whole curvature, which may count only once."""
+        inputs, outputs = held["input_curvature"], held["output_curvature"]
+        trace = float(outputs.double().trace())
+        return LayerStatistics(
+            input_curvature=inputs / (2 * num_tokens), output_curvature=outputs / trace if trace > 0 else outputs
+        )
+
+
+class SequenceSums(KroneckerSums):
+    """See the module."""
+
+    title = "Curvature of the loss, by windows"
+
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """See Sums."""
+        G = g.T @ x
+        held["input_curvature"].addmm_(G.T, G)
+        held["output_curvature"].addmm_(G, G.T)
+
+
+_SUMS: dict[Metric, Sums] = {
+    "fisher": FisherSums(),
+    "input": InputSums(),
+    "kronecker": KroneckerSums(),
+    "sequence": SequenceSums(),
+}
+
+
+def sums_of(metric: Metric) -> Sums:
+    """The sums that a metric is made of."""
+    return _SUMS[metric]

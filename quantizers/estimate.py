@@ -1,0 +1,155 @@
+"""What a quantizer would lose on one matrix, without quantizing the matrix: the entries of a cost table.
+
+Three savings, checked against real quantization by benchmarks/cost_table.py:
+
+1. Errors of a quantizer with feedback are independent in the curvature's triangular basis (curvature.py). So its
+   weighted error is that of plain rounding with the factors' pivots as weights, and no feedback need be run.
+2. A sample of rows: plain rounding is tried on some rows only. Rows are drawn with probability proportional to their
+   expected error, so that a few dozen give a percent or two, and they are the same for all quantizers, whose order
+   then hardly depends on the draw.
+3. A rotated weight looks normal, so a trellis loses its known distortion times the weight's mean square.
+
+What a low-rank part wins back is the share of the whitened residual's energy that lies in its leading singular
+values, from one spectrum for all ranks. After feedback the residual is white, and so is the matrix that stands for it.
+"""
+
+import functools
+
+import torch
+from jaxtyping import Float, Float32, Float64, Int64
+from torch import Tensor
+
+from quantizers.base import AbstractQuantizer
+from quantizers.block_codebook import block_factors
+from quantizers.lq import LowRankPlus, whitening_factors
+from quantizers.statistics import LayerStatistics
+from quantizers.trellis import decode, encode
+from quantizers.trellis_coded import TrellisCoded
+from quantizers.trellis_format import TILE
+from solvers.low_rank import whiten_both
+
+# Share of a low-rank part's gain that is left when its factors are rounded (BENCHMARKS.md, factor bits).
+KEPT_GAIN = {16: 1.0, 8: 0.999, 6: 0.995, 4: 0.97, 3: 0.92}
+POWER_ITERATIONS = 4
+OVERSAMPLING = 8
+
+
+class ErrorEstimator:
+    """Estimates for one matrix.
+
+    Args:
+        weight: [out, in], finite.
+        statistics: the metric; None for the plain squared error.
+        num_rows: rows to sample; a matrix with fewer is measured whole.
+        seed: of the draw.
+    """
+
+    def __init__(
+        self, weight: Float32[Tensor, "out in"], statistics: LayerStatistics | None, *, num_rows: int, seed: int
+    ) -> None:
+        self.weight, self.statistics = weight, statistics
+        self.has_feedback = statistics is not None and statistics.input_curvature is not None
+        importance = _importance(weight, statistics)
+        self.importance_sum = float(importance.sum(dtype=torch.float64))
+        rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
+        self.sampled = weight[rows]
+        self.sampled_importance = importance[rows].contiguous()
+        self._rotated_sums: dict[int, float] = {}
+        self._captured: dict[str, Float64[Tensor, " ranks"]] = {}
+
+    def error(self, quantizer: AbstractQuantizer) -> float:
+        """The expected `weighted_error` of what `quantizer` leaves."""
+        if isinstance(quantizer, LowRankPlus):
+            plain = self.error(quantizer.quantizer)
+            return plain * (1 - KEPT_GAIN[quantizer.factor_bits] * self._captured_share(quantizer))
+        if isinstance(quantizer, TrellisCoded):
+            return self._trellis_error(quantizer)
+        statistics = None if self.statistics is None else LayerStatistics(fisher_diag=self.sampled_importance)
+        residual = self.sampled - quantizer.quantize(self.sampled, statistics).dequantize()
+        errors = (residual.square() * self.sampled_importance).sum(dim=1, dtype=torch.float64)
+        return float(errors @ self.times)
+
+    def _trellis_error(self, quantizer: TrellisCoded) -> float:
+        mean_square = float(self.weight.square().mean(dtype=torch.float64))
+        seed = quantizer.seed
+        if not self.has_feedback:
+            return distortion(quantizer.bits, quantizer.state_bits) * mean_square * self.importance_sum
+        if seed not in self._rotated_sums:
+            outputs, inputs = quantizer.factors(self.weight, self.statistics)
+            rows = len(self.weight) if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
+            self._rotated_sums[seed] = rows * float(inputs.pivots.sum(dtype=torch.float64))
+        return distortion(quantizer.bits, quantizer.state_bits) * mean_square * self._rotated_sums[seed]
+
+    def _captured_share(self, quantizer: LowRankPlus) -> float:
+        """Of the whitened residual's energy, what the leading `rank` components hold."""
+        plain, rank = quantizer.quantizer, quantizer.rank
+        white = self.has_feedback or isinstance(plain, TrellisCoded)
+        key = "white" if white else plain.format.codebook_name
+        if key not in self._captured or len(self._captured[key]) < rank:
+            if white:
+                residual = _normal(self.weight.shape[0], self.weight.shape[1]).to(self.weight.device)
+            else:
+                rows, columns = whitening_factors(self.statistics)
+                residual = self.weight - plain.quantize(self.weight, self.statistics).dequantize()
+                residual = whiten_both(residual, rows, columns)
+            self._captured[key] = _leading_shares(residual, rank)
+        return float(self._captured[key][rank - 1])
+
+
+@functools.cache
+def distortion(bits: int, state_bits: int) -> float:
+    """Mean squared error of the trellis for standard normal values."""
+    quantizer = TrellisCoded(bits, state_bits)
+    values = _normal(64, TILE * TILE)
+    levels = quantizer.format.levels
+    return float((values - decode(encode(values, levels, bits), levels, bits)).square().mean())
+
+
+def sample_rows(
+    expected: Float[Tensor, " out"], num_rows: int, seed: int
+) -> tuple[Int64[Tensor, " rows"], Float64[Tensor, " rows"]]:
+    """Systematic sampling with probability proportional to `expected` (plus a floor for rows of zeros).
+
+    Returns:
+        Distinct row indices, and the factor by which each one's error enters the sum.
+    """
+    total = len(expected)
+    if num_rows >= total:
+        return torch.arange(total), torch.ones(total, dtype=torch.float64)
+    share = expected.double() / expected.double().sum().clamp_min(1e-300)
+    share = 0.9 * share + 0.1 / total
+    share = share / share.sum()
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.rand(1, generator=generator, dtype=torch.float64)
+    points = (torch.arange(num_rows, dtype=torch.float64) + start) / num_rows
+    drawn = torch.searchsorted(share.cumsum(0), points).clamp_max(total - 1)
+    rows, counts = drawn.unique(return_counts=True)
+    return rows, counts / (num_rows * share[rows])
+
+
+def _importance(weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
+    """Weights of independent errors: of plain rounding, or of rounding with feedback in the triangular basis."""
+    if statistics is None:
+        return torch.ones_like(weight)
+    if statistics.input_curvature is None:
+        return statistics.importance(len(weight))
+    outputs, inputs = block_factors(statistics)
+    rows = weight.new_ones(len(weight)) if outputs is None else outputs.pivots
+    return rows[:, None] * inputs.pivots
+
+
+def _leading_shares(residual: Tensor, rank: int) -> Float64[Tensor, " ranks"]:
+    """Share of the energy in the first 1, 2 ... `rank` singular values."""
+    energy = residual.square().sum(dtype=torch.float64)
+    if energy == 0:
+        return torch.zeros(rank, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        size = min(rank + OVERSAMPLING, *residual.shape)
+        values = torch.svd_lowrank(residual, q=size, niter=POWER_ITERATIONS)[1]
+    return (values[:rank].double().square().cumsum(0) / energy).clamp_max(1.0).cpu()
+
+
+@functools.lru_cache(maxsize=4)
+def _normal(rows: int, columns: int) -> Float32[Tensor, "rows columns"]:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))

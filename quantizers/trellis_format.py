@@ -1,0 +1,112 @@
+"""A rotated weight in tiles of 16 x 16, each a tail-biting path through a trellis.
+
+    <module>.weight_packed    int32 [words]    symbols of `bits` bits, tile by tile (row of tiles by row of tiles)
+    <module>.weight_scale     float32 [1]      what the levels are multiplied by
+
+    Q = R_out^T (scale * levels[states]) R_in,   R the rotations of hadamard.py by `seed` (out) and `seed + 1` (in)
+
+Rotated weights look normal and alike everywhere, so one scale is enough. Where a side is no multiple of 16, the
+last tiles are padded, and the padding is stored.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from quantizers.format import StorageFormat, TensorSpecs
+from quantizers.hadamard import rotate, unrotate
+from quantizers.packing import num_words, unpack
+from quantizers.trellis import decode, trellis_levels
+
+TILE = 16
+
+
+@dataclass(frozen=True)
+class TrellisFormat(StorageFormat):
+    """See the module.
+
+    Attributes:
+        bits: of a symbol, 1 to 5.
+        state_bits: of a state, which is a window over the latest symbols.
+        seed: of the rotations.
+    """
+
+    kind: ClassVar[str] = "trellis"
+    plain_names: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale")
+    bits: int
+    state_bits: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = trellis_levels(self.bits, self.state_bits)  # raises where there are none
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+    @property
+    def plain_label(self) -> str:
+        """See StorageFormat."""
+        return f"trellis{self.bits}-l{self.state_bits}"
+
+    @property
+    def codebook_name(self) -> str:
+        """See StorageFormat."""
+        return f"trellis{self.bits}-l{self.state_bits}"
+
+    @property
+    def levels(self) -> Float32[Tensor, " states"]:
+        """The level of each of the 2**state_bits states, for standard normal values."""
+        return trellis_levels(self.bits, self.state_bits)
+
+    @property
+    def meaning(self) -> str:
+        """See StorageFormat."""
+        return f"{self.bits} bits, rotated and trellis-coded with {2**self.state_bits} states"
+
+    def plain_specs(self, shape: tuple[int, int]) -> TensorSpecs:
+        """See StorageFormat."""
+        rows, columns = num_tiles(shape)
+        return {
+            "weight_packed": ((num_words(rows * columns * TILE * TILE, self.bits),), torch.int32),
+            "weight_scale": ((1,), torch.float32),
+        }
+
+    def decode(
+        self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " states"]
+    ) -> Float32[Tensor, "out in"]:
+        """See StorageFormat."""
+        rows, columns = num_tiles(shape)
+        symbols = unpack(stored["weight_packed"], self.bits, rows * columns * TILE * TILE)
+        tiles = decode(symbols.view(-1, TILE * TILE), levels, self.bits) * stored["weight_scale"]
+        return self.unrotate(from_tiles(tiles.view(rows, columns, TILE, TILE))[: shape[0], : shape[1]])
+
+    def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        """R_out W R_in^T."""
+        return self.rotate_rows(self.rotate_rows(weight, self.seed + 1).T, self.seed).T
+
+    def unrotate(self, rotated: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        """R_out^T W' R_in"""
+        return unrotate(unrotate(rotated.contiguous(), self.seed + 1).T.contiguous(), self.seed).T.contiguous()
+
+    @staticmethod
+    def rotate_rows(matrix: Float32[Tensor, "rows n"], seed: int) -> Float32[Tensor, "rows n"]:
+        """Each row in the rotated basis."""
+        return rotate(matrix.contiguous(), seed)
+
+    def rotate_curvature(self, curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
+        """The same quadratic form in the rotated basis."""
+        return self.rotate_rows(self.rotate_rows(curvature, seed).T, seed)
+
+
+def num_tiles(shape: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of tiles of a matrix."""
+    return -(-shape[0] // TILE), -(-shape[1] // TILE)
+
+
+def from_tiles(tiles: Float32[Tensor, "rows columns height width"]) -> Float32[Tensor, "out in"]:
+    """Tiles in their places, the padding included."""
+    rows, columns, height, width = tiles.shape
+    return tiles.transpose(1, 2).reshape(rows * height, columns * width)
