@@ -112,11 +112,11 @@ class _RunningSums:
         if saves:
             sums = {name: tensor.to(device) for name, tensor in load_file(saves[-1]).items()}
             return _RunningSums(work, sums, int(saves[-1].stem.removeprefix("sums-")))
-        sums: dict[str, Tensor] = {}
+        zeros: dict[str, Tensor] = {}
         for matrix in model.matrices:
             for name, shape in kind.shapes(matrix.shape).items():
-                sums.setdefault(f"{_owner(matrix, kind)}.{name}", torch.zeros(shape, device=device))
-        return _RunningSums(work, sums, 0)
+                zeros.setdefault(f"{_owner(matrix, kind)}.{name}", torch.zeros(shape, device=device))
+        return _RunningSums(work, zeros, 0)
 
     def save_if_due(self) -> None:
         if time.monotonic() - self._saved_at > self._save_seconds / SAVE_SHARE:

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantizers.block_format import BlockFormat
-from quantizers.block_rounding import TILE_ROWS, BlockRounder
+from quantizers.block_rounding import BlockRounder
 from quantizers.blocks import spread, to_blocks
-from quantizers.curvature import Triangular, factorize
+from quantizers.curvature import factorize
 from quantizers.double_quant import double_quantize
 from quantizers.feedback import round_with_feedback
 from quantizers.packing import pack
@@ -21,7 +21,6 @@ from quantizers.quantized import QuantizedTensor
 from quantizers.scale_search import TYPICAL_MULTIPLES, level_of, nearest, search_scales
 from quantizers.statistics import LayerStatistics
 
-OUTPUT_DAMPING = 0.1  # scales of few bits cannot follow the large targets that a less damped factor makes
 ScaleRule = Literal["search", "absmax"]
 
 
@@ -36,8 +35,9 @@ def quantize_blocks(
 ) -> QuantizedTensor:
     """Find the scales, round them to `scale_bits`, then give each weight the level nearest under them.
 
-    With a curvature in `statistics` errors are passed on to the weights after them, and scales are found in between;
-    else weights are rounded one by one.
+    With a curvature in `statistics` errors are passed on to the columns after them, and scales are found in between;
+    else weights are rounded one by one. (Feedback between rows too makes targets that outgrow scales of few bits: a
+    model came out worse by it, see LOG.md.)
 
     Raises:
         ValueError: `weight` has a NaN or an infinity.
@@ -48,9 +48,9 @@ def quantize_blocks(
     shape, levels = (weight.shape[0], weight.shape[1]), form.levels.to(weight.device)
     find = partial(_scales, levels=levels, rule=scale)
     if statistics is not None and statistics.input_curvature is not None:
-        outputs, inputs = block_factors(statistics)
-        rounder = BlockRounder(weight, form, inputs.pivots, find, two_sided=outputs is not None)
-        round_with_feedback(weight, outputs, inputs, (TILE_ROWS, form.block_size), rounder)
+        inputs = factorize(statistics.input_curvature)
+        rounder = BlockRounder(weight, form, inputs.pivots, find)
+        round_with_feedback(weight, None, inputs, (1, form.block_size), rounder)
         return QuantizedTensor(form, shape, rounder.plain(), levels)
     blocks = to_blocks(weight, form.block_size).reshape(-1, form.block_size)
     fisher = None if statistics is None else statistics.fisher_diag
@@ -65,13 +65,6 @@ def quantize_blocks(
     codes = nearest(weight / scales.clamp_min(torch.finfo(torch.float32).tiny), levels)
     plain = {"weight_packed": pack(codes.view(-1), form.bits)} | stored.tensors()
     return QuantizedTensor(form, shape, plain, levels)
-
-
-def block_factors(statistics: LayerStatistics) -> tuple[Triangular | None, Triangular]:
-    """Factors of H_O and H_I for rounding block by block."""
-    assert statistics.input_curvature is not None
-    outputs = statistics.output_curvature
-    return None if outputs is None else factorize(outputs, OUTPUT_DAMPING), factorize(statistics.input_curvature)
 
 
 def _scales(blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule) -> Tensor:

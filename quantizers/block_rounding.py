@@ -7,7 +7,7 @@ level of the scales (offset and steps) has to be known before the first tile: it
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from quantizers.block_format import BlockFormat
@@ -17,7 +17,6 @@ from quantizers.packing import pack
 
 FindScales = Callable[[Tensor, Tensor], Tensor]  # blocks and the importance of their weights -> a scale for each block
 TINY = torch.finfo(torch.float32).tiny
-TILE_ROWS = 4  # more rows at a time are faster; their scales know less of the errors above them
 
 
 class BlockRounder:
@@ -29,8 +28,6 @@ class BlockRounder:
         form: BlockFormat,
         pivots: Float32[Tensor, " in"],
         find_scales: FindScales,
-        *,
-        two_sided: bool,
     ) -> None:
         size = form.block_size
         blocks = to_blocks(weight, size)
@@ -40,11 +37,8 @@ class BlockRounder:
         self.importance = to_blocks(pivots[None], size)[0]  # 0 for the padding
         first = find_scales(blocks.reshape(-1, size), self.importance.expand(blocks.shape).reshape(-1, size))
         self.second = double_quantize(first, form.scale_bits, form.super_block)
-        num_rows = -(-len(weight) // TILE_ROWS) * TILE_ROWS
         steps = self.second.steps.repeat_interleave(form.super_block)[: len(first)].view(blocks.shape[:2])
-        steps = torch.nn.functional.pad(steps, (0, 0, 0, num_rows - len(weight)))
-        height = TILE_ROWS if two_sided else num_rows
-        self.steps = steps.view(-1, height, steps.shape[1])
+        self.steps = steps[None]
         self.scale_codes = torch.zeros_like(self.steps, dtype=torch.uint8)
         self.codes = torch.zeros((*self.steps.shape, size), dtype=torch.uint8, device=weight.device)
 
@@ -53,13 +47,11 @@ class BlockRounder:
         rows: Int64[Tensor, " tiles"],
         columns: Int64[Tensor, " tiles"],
         target: Float32[Tensor, "tiles height width"],
-        below: Float32[Tensor, "tiles height height"] | None,
         right: Float32[Tensor, "tiles width width"],
     ) -> Float32[Tensor, "tiles height width"]:
         """See TileRounder: weights of a tile in turn, each one's error passed on to those after it."""
         scales = self._scales(rows, columns, target)
-        turn = _columns_in_turn if below is None else _anti_diagonals_in_turn
-        codes, values = turn(target, scales, below, right, self.levels)
+        codes, values = _columns_in_turn(target, scales, right, self.levels)
         self.codes[rows, :, columns] = codes
         return values
 
@@ -83,8 +75,13 @@ class BlockRounder:
         return torch.addcmul(self.second.offset, codes, steps)
 
 
-def _columns_in_turn(target, scales, below, right, levels):
-    """Without feedback between rows all rows of a column go together."""
+def _columns_in_turn(
+    target: Float32[Tensor, "tiles height width"],
+    scales: Float32[Tensor, "tiles height"],
+    right: Float32[Tensor, "tiles width width"],
+    levels: Float32[Tensor, " levels"],
+) -> tuple[UInt8[Tensor, "tiles height width"], Float32[Tensor, "tiles height width"]]:
+    """Codes and values; each column's error is passed on to those after it."""
     middles = (levels[1:] + levels[:-1]) / 2
     inverse = 1 / scales.clamp_min(TINY)
     work = target.clone()
@@ -98,27 +95,4 @@ def _columns_in_turn(target, scales, below, right, levels):
         if column < last:
             error = target[:, :, column] - value
             work[:, :, column + 1 :] += error[:, :, None] * right[:, None, column, column + 1 :]
-    return codes, values
-
-
-def _anti_diagonals_in_turn(target, scales, below, right, levels):
-    """Weights that do not wait for one another, those with equal row + column, go together."""
-    middles = (levels[1:] + levels[:-1]) / 2
-    inverse = 1 / scales.clamp_min(TINY)
-    _, height, width = target.shape
-    codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
-    values = torch.empty_like(target)
-    passed = torch.zeros_like(target)  # V^T E
-    across = right.mT.contiguous()
-    for diagonal in range(height + width - 1):
-        rows = torch.arange(max(0, diagonal - width + 1), min(height, diagonal + 1), device=target.device)
-        columns = diagonal - rows
-        wanted = target[:, rows, columns]
-        if diagonal:
-            wanted = wanted + (passed[:, rows] * across[:, columns]).sum(dim=2)
-        code = torch.bucketize(wanted * inverse[:, rows], middles, out_int32=True)
-        value = levels[code] * scales[:, rows]
-        codes[:, rows, columns], values[:, rows, columns] = code.to(torch.uint8), value
-        error = target[:, rows, columns] - value
-        passed[:, :, columns] += below[:, rows].mT * error[:, None]
     return codes, values

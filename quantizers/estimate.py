@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from quantizers.base import AbstractQuantizer
-from quantizers.block_codebook import block_factors
+from quantizers.curvature import factorize
 from quantizers.lq import LowRankPlus, whitening_factors
 from quantizers.statistics import LayerStatistics
 from quantizers.trellis import decode, encode
@@ -133,9 +133,9 @@ def _importance(weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
         return torch.ones_like(weight)
     if statistics.input_curvature is None:
         return statistics.importance(len(weight))
-    outputs, inputs = block_factors(statistics)
-    rows = weight.new_ones(len(weight)) if outputs is None else outputs.pivots
-    return rows[:, None] * inputs.pivots
+    outputs = statistics.output_curvature
+    rows = weight.new_ones(len(weight)) if outputs is None else outputs.diagonal()  # rows get no feedback
+    return rows[:, None] * factorize(statistics.input_curvature).pivots
 
 
 def _leading_shares(residual: Tensor, rank: int) -> Float64[Tensor, " ranks"]:

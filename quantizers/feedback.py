@@ -11,7 +11,7 @@ tile is as high as the weight. This is GPTQ (arXiv:2210.17323) for V = 1 and til
 Hessians (YAQA, arXiv:2505.22988) otherwise.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32, Int64
@@ -20,6 +20,7 @@ from torch import Tensor
 from quantizers.curvature import Triangular
 
 
+@runtime_checkable
 class TileRounder(Protocol):
     """What a quantizer does with tiles; it keeps codes and scales to itself."""
 
@@ -28,7 +29,6 @@ class TileRounder(Protocol):
         rows: Int64[Tensor, " tiles"],
         columns: Int64[Tensor, " tiles"],
         target: Float32[Tensor, "tiles height width"],
-        below: Float32[Tensor, "tiles height height"] | None,
         right: Float32[Tensor, "tiles width width"],
     ) -> Float32[Tensor, "tiles height width"]:
         """Rounded values of each tile.
@@ -36,7 +36,7 @@ class TileRounder(Protocol):
         Args:
             rows, columns: each tile's place, counted in tiles.
             target: what to approximate.
-            below, right: the tile's own blocks of V and U, unit upper triangular, for feedback inside of it.
+            right: the tile's own block of U, unit upper triangular, for feedback from column to column inside of it.
         """
         ...
 
@@ -60,40 +60,31 @@ def round_with_feedback(
     padded = _pad(weight, height, width)
     num_rows, num_columns = padded.shape[0] // height, padded.shape[1] // width
     upper = _pad_unit(inputs.unit_upper, padded.shape[1])
-    upper_columns = upper.view(-1, num_columns, width).transpose(0, 1).contiguous()  # [columns, in, width]
-    right = torch.stack([upper_columns[c, c * width : (c + 1) * width] for c in range(num_columns)])
-    lower_rows = below = None
+    upper = upper.view(-1, num_columns, width).transpose(0, 1).contiguous()  # U [columns, in, width]
+    lower = None
     if outputs is not None:
-        lower_rows = _pad_unit(outputs.unit_upper, padded.shape[0]).T.reshape(
+        lower = _pad_unit(outputs.unit_upper, padded.shape[0]).T.reshape(
             num_rows, height, -1
-        )  # [rows, height, out]
-        below = torch.stack([lower_rows[r, :, r * height : (r + 1) * height].T for r in range(num_rows)])
+        )  # V^T [rows, height, out]
     tiles = padded.view(num_rows, height, num_columns, width).transpose(1, 2)  # [rows, columns, height, width]
     values = torch.zeros_like(tiles, memory_format=torch.contiguous_format)
-    errors = padded.new_zeros(num_columns, padded.shape[0], width)  # E, by columns of tiles
-    carried = padded.new_zeros(num_rows, height, padded.shape[1])  # X = V^T E, by rows of tiles
+    errors = padded.new_zeros(num_columns, num_rows, height, width)  # E
+    passed = padded.new_zeros(num_rows, height, num_columns, width)  # X = V^T E
     for diagonal in range(num_rows + num_columns - 1):
         rows = torch.arange(max(0, diagonal - num_columns + 1), min(num_rows, diagonal + 1), device=weight.device)
         columns = diagonal - rows
-        target = tiles[rows, columns]
-        own = None if lower_rows is None else lower_rows[rows] @ errors[columns]
-        here = carried.view(num_rows, height, num_columns, width)
-        if own is not None:
-            here[rows, :, columns] = own
-        rounded = rounder.round_tiles(
-            rows,
-            columns,
-            target + carried[rows] @ upper_columns[columns],
-            None if below is None else below[rows],
-            right[columns],
-        )
-        values[rows, columns] = rounded
-        error = target - rounded
-        if own is not None and below is not None:
-            errors.view(num_columns, num_rows, height, width)[columns, rows] = error
-            here[rows, :, columns] = own + below[rows].mT @ error
+        if lower is not None:  # from the rows above; the tile's own error is still zero
+            passed[rows, :, columns] = lower[rows] @ errors[columns].flatten(1, 2)
+        taken_up = passed[rows].flatten(2) @ upper[columns]
+        own = upper.view(num_columns, num_columns, width, width)[columns, columns]
+        values[rows, columns] = rounder.round_tiles(rows, columns, tiles[rows, columns] + taken_up, own)
+        error = tiles[rows, columns] - values[rows, columns]
+        errors[columns, rows] = error
+        if lower is None:
+            passed[rows, :, columns] = error
         else:
-            here[rows, :, columns] = error
+            below = lower.view(num_rows, height, num_rows, height)[rows, :, rows]
+            passed[rows, :, columns] += below @ error
     return values.transpose(1, 2).reshape(padded.shape)
 
 

@@ -19,8 +19,10 @@ from quantizers.lq import LowRankPlus
 from quantizers.normal_float import NormalFloat
 from quantizers.trellis_coded import TrellisCoded
 
-_LABEL = re.compile(r"(?P<name>[a-z][a-z0-9]*?)(?P<bits>\d+)(?P<settings>(?:-[a-z]\d+)*)")
 _SETTINGS = {"g": "block_size", "s": "scale_bits", "l": "state_bits", "r": "rank", "f": "factor_bits"}
+_LABEL = re.compile(
+    r"(?P<name>[a-z][a-z0-9]*?)(?P<bits>\d+)" + "".join(rf"(?:-{letter}(?P<{letter}>\d+))?" for letter in _SETTINGS)
+)
 
 
 @cache
@@ -40,13 +42,12 @@ def quantizer_from_label(label: str) -> AbstractQuantizer:
         ValueError: the label is malformed, or a setting is out of range.
     """
     match = _LABEL.fullmatch(label.strip().lower())
-    given = {part[0]: int(part[1:]) for part in match["settings"].split("-")[1:]} if match else {}
-    if match is None or match["name"] not in QUANTIZERS or not given.keys() <= _SETTINGS.keys():
+    if match is None or match["name"] not in QUANTIZERS:
         raise ValueError(
             f"{label!r} is not a quantizer; expected NAME and BITS, then optionally -gBLOCK, -sSCALEBITS, -lSTATEBITS, "
             f"-rRANK and -fFACTORBITS, as in lloyd3-g64-s8-r8, with NAME one of {', '.join(sorted(QUANTIZERS))}"
         )
-    settings = {_SETTINGS[letter]: value for letter, value in given.items()}
+    settings = {name: int(match[letter]) for letter, name in _SETTINGS.items() if match[letter]}
     rank, factor_bits = settings.pop("rank", 0), settings.pop("factor_bits", 16)
     try:
         quantizer = QUANTIZERS[match["name"]](bits=int(match["bits"]), **settings)

@@ -54,9 +54,10 @@ class TrellisCoded(AbstractQuantizer):
         form = self.format
         rotated = form.rotate(weight)
         outputs, inputs = self.factors(weight, statistics)
-        rounder = _TrellisRounder(form, tuple(weight.shape), rotated.square().mean().sqrt())
+        shape = (weight.shape[0], weight.shape[1])
+        rounder = _TrellisRounder(form, shape, rotated.square().mean().sqrt())
         round_with_feedback(rotated, outputs, inputs, (TILE, TILE), rounder)
-        return QuantizedTensor(form, tuple(weight.shape), rounder.plain(), form.levels.to(weight.device))
+        return QuantizedTensor(form, shape, rounder.plain(), form.levels.to(weight.device))
 
     def factors(
         self, weight: Float32[Tensor, "out in"], statistics: LayerStatistics | None
@@ -84,7 +85,6 @@ class _TrellisRounder:
         rows: Int64[Tensor, " tiles"],
         columns: Int64[Tensor, " tiles"],
         target: Float32[Tensor, "tiles height width"],
-        below: Float32[Tensor, "tiles height height"] | None,
         right: Float32[Tensor, "tiles width width"],
     ) -> Float32[Tensor, "tiles height width"]:
         """See TileRounder; there is no feedback within a tile."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantizers import AbstractQuantizer, LayerStatistics, LloydMax, LowRankPlus, NormalFloat
+from quantizers import AbstractQuantizer, BlockFormat, LayerStatistics, LloydMax, LowRankPlus, NormalFloat, TrellisCoded
 
 # bits, block_size, scale_bits, super_block: every code width, block size and scale width at least once.
 SETTINGS = [
@@ -33,7 +33,13 @@ LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
     LowRankPlus(LloydMax(2, 16, 6, 16), 3),
     LowRankPlus(LloydMax(8, 128), 2),
 ]
-ALL_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS
+TRELLIS_QUANTIZERS: list[AbstractQuantizer] = [
+    *(TrellisCoded(bits) for bits in (1, 2, 3, 4, 5)),
+    TrellisCoded(2, 10, seed=7),
+    LowRankPlus(TrellisCoded(2), 2, 8, max_iterations=1),
+]
+LOW_RANK_QUANTIZERS += [LowRankPlus(LloydMax(3), 3, bits) for bits in (8, 6, 4, 3)]
+ALL_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS + TRELLIS_QUANTIZERS
 
 SHAPES = [(1, 1), (3, 5), (7, 64), (16, 100), (5, 129), (64, 576)]
 
@@ -42,7 +48,8 @@ def quantizer_id(quantizer: AbstractQuantizer) -> str:
     """Its label, and what the label does not tell."""
     plain = quantizer.quantizer if isinstance(quantizer, LowRankPlus) else quantizer
     scale = f"-{plain.scale}" if isinstance(plain, NormalFloat | LloydMax) else ""
-    return f"{quantizer.format.label}-q{quantizer.format.super_block}{scale}"
+    rest = f"-q{plain.format.super_block}" if isinstance(plain.format, BlockFormat) else f"-seed{plain.format.seed}"
+    return f"{quantizer.format.label}{rest}{scale}"
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_a_planted_low_rank_part_is_found(quantizer: AbstractQuantizer, weighted
 @weighting
 def test_more_iterations_never_cost_more(weighted: bool) -> None:
     weight, statistics = normal_weight(SHAPE), statistics_for(weighted)
-    errors = [error_of(LowRankPlus(LloydMax(2), 4, num), weight, statistics) for num in (1, 2, 3, 5, 8)]
+    errors = [error_of(LowRankPlus(LloydMax(2), 4, max_iterations=num), weight, statistics) for num in (1, 2, 3, 5, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0]
 

@@ -10,6 +10,7 @@ from quantizers import (
     LloydMax,
     LowRankPlus,
     NormalFloat,
+    TrellisCoded,
     quantizer_from_label,
     registered,
 )
@@ -100,5 +101,10 @@ def test_an_entry_point_adds_a_quantizer_and_cannot_replace_ours(monkeypatch: py
         return [EntryPoint("theirs", LloydMax), EntryPoint("nf", LloydMax)]
 
     monkeypatch.setattr(registered, "entry_points", entry_points)
-    assert registered._all.__wrapped__() == {"theirs": LloydMax, "nf": NormalFloat, "lloyd": LloydMax}
+    assert registered._all.__wrapped__() == {
+        "theirs": LloydMax,
+        "nf": NormalFloat,
+        "lloyd": LloydMax,
+        "trellis": TrellisCoded,
+    }
     assert asked == ["bitsmith.quantizers"]
