@@ -1,4 +1,4 @@
-"""Adam (Kingma and Ba, arXiv:1412.6980, Algorithm 1) with its whole state in plain dictionaries, which save as they are.
+"""Adam (Kingma and Ba, arXiv:1412.6980, Algorithm 1), its whole state in plain dictionaries that save as they are.
 
 AdamW (arXiv:1711.05101) without weight decay is the same.
 """

@@ -1,6 +1,6 @@
 """Recovery: train the small parts of a packed network until it answers like its original.
 
-The codes stay; what is trained is stored in 16 bits anyway (pipeline/trainable.py), so the size does not change.
+The codes stay; what is trained is stored anyway (pipeline/trainable.py), so the size does not change.
 AdamW moves float32 master copies. Each forward pass runs with their values as they will be stored, and the gradient is
 taken as if that rounding were not there (straight-through), so training sees what the reader of the checkpoint will.
 
@@ -76,8 +76,8 @@ def recover(
 ) -> Recovered:
     """Train `network` on all but the last of the windows, and say which stored tensors should change.
 
-    `network` is left as it was; `network.load_state_dict(recovered.tensors, strict=False)` puts the result in. A call in
-    the `work` of one that was killed goes on from its last save and ends with the same result.
+    `network` is left as it was; `network.load_state_dict(recovered.tensors, strict=False)` puts the result in. A call
+    in the `work` of one that was killed goes on from its last save and ends with the same result.
 
     Args:
         network: a packed causal language model, on any device.
@@ -219,17 +219,17 @@ class _Training:
 
     def diverged(self, what: str, step: int) -> NonFiniteError:
         return NonFiniteError(
-            f"{what} at step {step} of the recovery. If it is the first step, the packed model is damaged: check it with "
-            f"`bitsmith evaluate`. Else the learning rate of {self.settings.learning_rate} is too high: try a tenth of "
-            "it. Nothing was changed."
+            f"{what} at step {step} of the recovery. If it is the first step, the packed model is damaged: check it "
+            f"with `bitsmith evaluate`. Else the learning rate of {self.settings.learning_rate} is too high: try a "
+            "tenth of it. Nothing was changed."
         )
 
 
 def _require_windows(tokens: Tensor) -> None:
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] < 2 or tokens.shape[1] < 2:
         raise CalibrationError(
-            f"The calibration tokens are {tokens.dtype} {list(tokens.shape)}, but recovery needs int64 [windows, seq_len] "
-            "with two windows of two tokens or more: one is held out to measure on. Give a longer text or more windows."
+            f"The calibration tokens are {tokens.dtype} {list(tokens.shape)}, but recovery needs int64 [windows, "
+            "seq_len] with two windows of two tokens or more: one is held out to measure on. Give a longer text or more windows."
         )
 
 

@@ -36,7 +36,10 @@ def coarse_kl(logits: Tensor, top_tokens: Tensor, log_probs: Tensor) -> Tensor:
 
 
 def mean_kl(logits: Tensor, teacher: TeacherWindow) -> Tensor:
-    """The mean of `coarse_kl` over a window; `logits` is [seq_len - 1, vocab]. Keeps one slice for the backward pass."""
+    """The mean of `coarse_kl` over a window.
+
+    `logits` is [seq_len - 1, vocab]. Each slice is computed again for its gradient.
+    """
     slices = (part.split(SLICE_TOKENS) for part in (logits, teacher.top_tokens, teacher.log_probs))
     parts = [checkpoint(coarse_kl, *rows, use_reentrant=False) for rows in zip(*slices, strict=True)]
     return torch.cat(parts).mean()

@@ -30,8 +30,8 @@ class RecoverySettings(BaseModel):
     seed: int = Field(0, ge=0, description="of the order of the windows")
 
     def num_held_out(self, num_windows: int) -> int:
-        """Windows that are never trained on: the share, at least one."""
-        return max(1, round(self.held_out_share * num_windows))
+        """Windows that are never trained on: the share, at least one, and one less than all at most."""
+        return min(max(1, round(self.held_out_share * num_windows)), num_windows - 1)
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""

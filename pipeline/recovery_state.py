@@ -1,9 +1,9 @@
 """A recovery between two steps: everything that the next step depends on, kept on disk over kills.
 
-    work/recovery.safetensors
-        master/<name>, mean/<name>, square/<name>   float32, the trained values and AdamW's two moments
-        best/<name>                                 as stored, once a measurement was better than the start
-        metadata: {"state": JSON with step, losses, checks and what the recovery was started with}
+work/recovery.safetensors
+    master/<name>, mean/<name>, square/<name>   float32, the trained values and AdamW's two moments
+    best/<name>                                 as stored, once a measurement was better than the start
+    metadata: {"state": JSON with step, losses, checks and what the recovery was started with}
 """
 
 import json
@@ -62,8 +62,8 @@ class RecoveryState:
         if (work / FILE).exists():
             return RecoveryState._read(work, started_with, next(iter(start.values())).device)
         master = {name: value.detach().to(torch.float32, copy=True) for name, value in start.items()}
-        zeros = [{name: torch.zeros_like(value) for name, value in master.items()} for _ in range(2)]
-        return RecoveryState(work, started_with, master, *zeros)
+        mean, square = ({name: torch.zeros_like(value) for name, value in master.items()} for _ in range(2))
+        return RecoveryState(work, started_with, master, mean, square)
 
     @property
     def checks_without_gain(self) -> int:
@@ -102,7 +102,10 @@ class RecoveryState:
         return RecoveryState(
             work,
             started_with,
-            **parts,
+            parts["master"],
+            parts["mean"],
+            parts["square"],
+            parts["best"],
             step=facts["step"],
             losses=facts["losses"],
             checks=[Check(**check) for check in facts["checks"]],

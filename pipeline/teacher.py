@@ -12,6 +12,7 @@ With k = 64 a token costs 386 bytes where all probabilities of 49,152 tokens wou
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,8 +50,8 @@ class TeacherWindows:
 
     def window(self, index: int, device: torch.device) -> TeacherWindow:
         """The answer to window `index`."""
-        stored = {name: tensor.to(device) for name, tensor in load_file(_path(self.folder, index)).items()}
-        return TeacherWindow(**({"hidden": None} | stored))
+        stored = load_file(_path(self.folder, index), device=str(device))
+        return TeacherWindow(stored["tokens"], stored["top_tokens"], stored["log_probs"], stored.get("hidden"))
 
 
 def teacher_windows(
@@ -80,7 +81,7 @@ def teacher_windows(
         with inference_only(teacher):
             for index in progress.track(missing, "The original's predictions", total=len(tokens), done=done):
                 answer = _ask(teacher, tokens[index], index, num_top, with_hidden)
-                replace_file(_path(folder, index), lambda path, answer=answer: save_file(answer, path))
+                replace_file(_path(folder, index), partial(save_file, answer))
     return TeacherWindows(folder, len(tokens))
 
 

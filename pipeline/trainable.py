@@ -80,8 +80,8 @@ def _parameters(
     chosen = {name: parameter for name, parameter in network.named_parameters() if name in wanted}
     if not chosen:
         raise RecipeError(
-            f"Nothing can be trained: of {', '.join(kinds) or 'no kind at all'}, this model with its {len(packed)} packed "
-            "layers has none. Train `norms` too, or compress with a rank above 0 so that there are factors."
+            f"Nothing can be trained: of {', '.join(kinds) or 'no kind at all'}, this model with its {len(packed)} "
+            "packed layers has none. Train `norms` too, or compress with a rank above 0 so that there are factors."
         )
     return chosen
 

@@ -17,8 +17,8 @@ class TrainableLinear(nn.Module):
 
     Args:
         layer: filled.
-        dense_dtype: keep Q dense in this dtype, the one in which the products are made, instead of dequantizing it for every product, which takes
-            out * in * itemsize bytes for as long as this layer lives; None keeps it packed.
+        dense_dtype: keep Q dense in this dtype, the one in which the products are made, instead of dequantizing it
+            for every product: out * in * itemsize bytes for as long as this layer lives. None keeps it packed.
     """
 
     low_rank_out: nn.Parameter | None
@@ -38,10 +38,7 @@ class TrainableLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product, in the dtype of `x` or of autocast."""
-        if self.dense is None:
-            y = self.layer.quantized_product(x)
-        else:
-            y = nn.functional.linear(x, self.dense)
+        y = self.layer.quantized_product(x) if self.dense is None else nn.functional.linear(x, self.dense)
         if self.low_rank_out is not None and self.low_rank_in is not None:
             low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
             y = y + nn.functional.linear(low, self.low_rank_out.to(x.dtype))
