@@ -229,7 +229,8 @@ def _require_windows(tokens: Tensor) -> None:
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] < 2 or tokens.shape[1] < 2:
         raise CalibrationError(
             f"The calibration tokens are {tokens.dtype} {list(tokens.shape)}, but recovery needs int64 [windows, "
-            "seq_len] with two windows of two tokens or more: one is held out to measure on. Give a longer text or more windows."
+            "seq_len] with two windows of two tokens or more: one is held out to measure on. Give a longer text or "
+            "more windows."
         )
 
 
