@@ -4,7 +4,7 @@
     norms      weights (and shifts) of the normalizations
     biases     of the packed layers
 
-Codes, scales, embeddings and head stay frozen.
+Codes, scales, embeddings and head stay frozen. Two zero factors stay zero: neither gives the other a gradient.
 """
 
 from collections.abc import Iterator
