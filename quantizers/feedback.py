@@ -63,9 +63,8 @@ def round_with_feedback(
     upper = upper.view(-1, num_columns, width).transpose(0, 1).contiguous()  # U [columns, in, width]
     lower = None
     if outputs is not None:
-        lower = _pad_unit(outputs.unit_upper, padded.shape[0]).T.reshape(
-            num_rows, height, -1
-        )  # V^T [rows, height, out]
+        lower = _pad_unit(outputs.unit_upper, padded.shape[0]).T  # V^T [rows, height, out]
+        lower = lower.reshape(num_rows, height, -1)
     tiles = padded.view(num_rows, height, num_columns, width).transpose(1, 2)  # [rows, columns, height, width]
     values = torch.zeros_like(tiles, memory_format=torch.contiguous_format)
     errors = padded.new_zeros(num_columns, num_rows, height, width)  # E

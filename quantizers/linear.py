@@ -81,13 +81,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
-        y = _PackedMatmul.apply(x, self)
+        y = self.quantized_product(x)
         low_rank = self.quantized().low_rank
         if low_rank is not None:
             factors = low_rank.factors()
             low = nn.functional.linear(x, factors.into.to(x.dtype))
             y = y + nn.functional.linear(low, factors.out.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def quantized_product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """x Q^T alone, in the dtype of `x`: no low-rank part, no bias. The gradient goes to `x`."""
+        return _PackedMatmul.apply(x, self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""

@@ -1,0 +1,242 @@
+"""Recovery: train the small parts of a packed network until it answers like its original.
+
+The codes stay; what is trained is stored anyway (pipeline/trainable.py), so the size does not change.
+AdamW moves float32 master copies. Each forward pass runs with their values as they will be stored, and the gradient is
+taken as if that rounding were not there (straight-through), so training sees what the reader of the checkpoint will.
+
+The last windows are never trained on. Every few steps the divergence from the original is measured on them, the best
+values are kept, and where none was better than the start, nothing is changed.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pipeline.adam import adam_step
+from pipeline.calibration import tokens_sha256
+from pipeline.errors import CalibrationError, NonFiniteError
+from pipeline.progress import SILENT, Progress
+from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
+from pipeline.recovery_settings import RecoverySettings
+from pipeline.recovery_state import Check, RecoveryState
+from pipeline.teacher import TeacherWindow, TeacherWindows, head_inputs, teacher_windows
+from pipeline.trainable import opened_for_training
+
+EPOCHS_A_SEED = 2**20  # no two seeds share the order of an epoch
+AsStored = Callable[[str, Tensor], Tensor]
+
+
+def stored_in_bfloat16(name: str, value: Tensor) -> Tensor:
+    """How factors are stored, and norms of a model in bfloat16."""
+    return value.to(torch.bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Recovered:
+    """Result of `recover`.
+
+    Attributes:
+        tensors: the changed tensors by their names in the state dict, as `as_stored` gave them; empty where nothing was
+            better than the start.
+        checks: all measurements on the held-out windows, the first before any training.
+        steps: that were taken.
+    """
+
+    tensors: dict[str, Tensor]
+    checks: tuple[Check, ...]
+    steps: int
+
+    @property
+    def start_kl(self) -> float:
+        """On the held-out windows before any training, in nats a token."""
+        return self.checks[0].kl_divergence
+
+    @property
+    def best_kl(self) -> float:
+        """The same with `tensors`; never above `start_kl`."""
+        return min(check.kl_divergence for check in self.checks)
+
+
+def recover(
+    network: PreTrainedModel,
+    load_teacher: Callable[[], PreTrainedModel],
+    tokens: Tensor,
+    settings: RecoverySettings,
+    work: Path,
+    *,
+    as_stored: AsStored = stored_in_bfloat16,
+    dense_bytes: int = 0,
+    progress: Progress = SILENT,
+) -> Recovered:
+    """Train `network` on all but the last of the windows, and say which stored tensors should change.
+
+    `network` is left as it was; `network.load_state_dict(recovered.tensors, strict=False)` puts the result in. A call
+    in the `work` of one that was killed goes on from its last save and ends with the same result.
+
+    Args:
+        network: a packed causal language model, on any device.
+        load_teacher: opens the original; called only if one of its answers is not in `work`.
+        tokens: int64 [windows, seq_len], two windows or more.
+        work: an existing folder, kept by the caller over kills.
+        as_stored: name and float32 value of a tensor -> the value as it will be stored, in any float dtype.
+        dense_bytes: memory for dense copies of packed weights, which are then not dequantized for each product.
+    Raises:
+        CalibrationError: `tokens` has another shape or dtype.
+        NonFiniteError: the loss, its gradient or the original's logits are NaN or infinite.
+        RecipeChangedError: `work` holds an unfinished recovery with other settings, tokens or starting values.
+        RecipeError: the network has nothing of what `settings.train` names.
+    """
+    _require_windows(tokens)
+    teacher = teacher_windows(
+        load_teacher,
+        tokens,
+        work / "teacher",
+        num_top=settings.num_top,
+        with_hidden=settings.hidden_weight > 0,
+        progress=progress,
+    )
+    dense_dtype = torch.bfloat16 if settings.compute == "bfloat16" else network.dtype
+    opened = opened_for_training(network, settings.train, dense_bytes=dense_bytes, dense_dtype=dense_dtype)
+    with opened as live:
+        started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": _sha256(live)}
+        state = RecoveryState.begin(work, started_with, dict(live))
+        _Training(network, live, teacher, settings, as_stored, state).run(progress)
+    return Recovered(state.best, tuple(state.checks), state.step)
+
+
+@dataclass(frozen=True)
+class _Training:
+    network: PreTrainedModel
+    live: dict[str, nn.Parameter]
+    teacher: TeacherWindows
+    settings: RecoverySettings
+    as_stored: AsStored
+    state: RecoveryState
+
+    def run(self, progress: Progress) -> None:
+        state, settings = self.state, self.settings
+        if state.checks:
+            self.put_in()
+        else:
+            state.checks.append(Check(0, self.held_out_kl(), None))
+        steps = range(state.step, settings.steps)
+        for step in progress.track(steps, "Recovery", total=settings.steps, done=state.step):
+            if state.checks_without_gain >= settings.patience:
+                break
+            state.losses.append(self.add_gradients(step))
+            self.move(step)
+            state.step = step + 1
+            if state.step % settings.check_every == 0 or state.step == settings.steps:
+                self.check()
+            state.save_if_due()
+        state.save()
+
+    def add_gradients(self, step: int) -> float:
+        """Mean loss of the step's windows; its gradient is added to the live parameters."""
+        total = 0.0
+        for index in self.windows_of(step):
+            loss = self.loss(index) / self.settings.batch_windows
+            if not math.isfinite(loss.item()):
+                raise self.diverged(f"The loss of calibration window {index} is {loss.item()}", step)
+            loss.backward()
+            total += loss.item()
+        return total
+
+    def windows_of(self, step: int) -> list[int]:
+        """The step's windows: each epoch has them all in an order of its own, so no state is needed to go on."""
+        num_train = len(self.teacher) - self.settings.num_held_out(len(self.teacher))
+        batch = self.settings.batch_windows
+        chosen = []
+        for position in range(step * batch, (step + 1) * batch):
+            epoch, place = divmod(position, num_train)
+            generator = torch.Generator().manual_seed(EPOCHS_A_SEED * self.settings.seed + epoch)
+            chosen.append(int(torch.randperm(num_train, generator=generator)[place]))
+        return chosen
+
+    def loss(self, index: int) -> Tensor:
+        logits, hidden, window = self.answer(index)
+        weights = self.settings
+        loss = weights.kl_weight * mean_kl(logits, window)
+        if weights.hidden_weight:
+            loss = loss + weights.hidden_weight * hidden_error(hidden, window)
+        if weights.ce_weight:
+            loss = loss + weights.ce_weight * next_token_loss(logits, window)
+        return loss
+
+    def answer(self, index: int) -> tuple[Tensor, Tensor, TeacherWindow]:
+        """The network's logits and head inputs [seq_len - 1, ...] for a window, and the original's answer."""
+        device = self.network.device
+        window = self.teacher.window(index, device)
+        in_bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.compute == "bfloat16")
+        with in_bfloat16, head_inputs(self.network) as seen:
+            logits = self.network(input_ids=window.tokens[None], use_cache=False).logits
+        return logits[0, :-1], seen[-1][0, :-1], window
+
+    def move(self, step: int) -> None:
+        """One step of AdamW on the masters with the live parameters' gradients, which are used up."""
+        norm = nn.utils.clip_grad_norm_(self.live.values(), self.settings.clip_norm).item()
+        if not math.isfinite(norm):
+            raise self.diverged(f"The norm of the gradient is {norm}", step)
+        gradients = {name: parameter.grad for name, parameter in self.live.items() if parameter.grad is not None}
+        state, rate = self.state, self.settings.rate(step)
+        adam_step(state.master, gradients, state.mean, state.square, num_before=step, learning_rate=rate)
+        for parameter in self.live.values():
+            parameter.grad = None
+        self.put_in()
+
+    @torch.no_grad()
+    def put_in(self) -> None:
+        """Give the network the masters' values as they would be stored."""
+        for name, parameter in self.live.items():
+            parameter.copy_(self.as_stored(name, self.state.master[name]))
+
+    def check(self) -> None:
+        """Measure, and keep the values if they are the best so far."""
+        state = self.state
+        recent = state.losses[state.checks[-1].step :]
+        kl = self.held_out_kl()
+        if kl < min(check.kl_divergence for check in state.checks):
+            state.best = {name: self.as_stored(name, value).clone() for name, value in state.master.items()}
+        state.checks.append(Check(state.step, kl, sum(recent) / len(recent)))
+
+    @torch.no_grad()
+    def held_out_kl(self) -> float:
+        total = 0.0
+        first = len(self.teacher) - self.settings.num_held_out(len(self.teacher))
+        for index in range(first, len(self.teacher)):
+            logits, _, window = self.answer(index)
+            total += mean_kl(logits, window).item()
+        kl = total / (len(self.teacher) - first)
+        if not math.isfinite(kl):
+            raise self.diverged(f"The divergence on the held-out windows is {kl}", self.state.step)
+        return kl
+
+    def diverged(self, what: str, step: int) -> NonFiniteError:
+        return NonFiniteError(
+            f"{what} at step {step} of the recovery. If it is the first step, the packed model is damaged: check it "
+            f"with `bitsmith evaluate`. Else the learning rate of {self.settings.learning_rate} is too high: try a "
+            "tenth of it. Nothing was changed."
+        )
+
+
+def _require_windows(tokens: Tensor) -> None:
+    if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] < 2 or tokens.shape[1] < 2:
+        raise CalibrationError(
+            f"The calibration tokens are {tokens.dtype} {list(tokens.shape)}, but recovery needs int64 [windows, "
+            "seq_len] with two windows of two tokens or more: one is held out to measure on. Give a longer text or "
+            "more windows."
+        )
+
+
+def _sha256(tensors: dict[str, nn.Parameter]) -> str:
+    """Of names and values, in their order."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

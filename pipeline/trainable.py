@@ -1,0 +1,95 @@
+"""What of a packed network can be trained without changing its size, and the network opened for it.
+
+    factors    L1 and L2 of every layer with a low-rank part
+    norms      weights (and shifts) of the normalizations
+    biases     of the packed layers
+
+Codes, scales, embeddings and head stay frozen. Two zero factors stay zero: neither gives the other a gradient.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.errors import RecipeError
+from quantizers import QuantizedLinear
+from quantizers.trainable import TrainableLinear
+
+Kind = Literal["factors", "norms", "biases"]
+
+
+@contextmanager
+def opened_for_training(
+    network: PreTrainedModel, kinds: tuple[Kind, ...], *, dense_bytes: int, dense_dtype: torch.dtype
+) -> Iterator[dict[str, nn.Parameter]]:
+    """Yield the parameters to train by the names of their stored tensors; afterwards the network is as before.
+
+    Inside, every packed layer is a `TrainableLinear`, nothing but the yielded parameters takes a gradient, there is
+    no dropout, and each block's activations are computed again in the backward pass (gradient checkpointing).
+
+    Args:
+        dense_bytes: memory that dense copies of weights may take; the layers that come first get them.
+        dense_dtype: of those copies.
+    Raises:
+        RecipeError: the network has nothing of these kinds.
+    """
+    requires_grad = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    training = {module: module.training for module in network.modules()}
+    packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    values: dict[nn.Parameter, torch.Tensor] = {}
+    try:
+        network.requires_grad_(False)
+        for name, layer in packed.items():
+            copy_bytes = layer.out_features * layer.in_features * dense_dtype.itemsize
+            dense_bytes -= copy_bytes
+            network.set_submodule(name, TrainableLinear(layer, dense_dtype if dense_bytes >= 0 else None))
+        chosen = _parameters(network, kinds, packed)
+        values = {parameter: parameter.detach().clone() for parameter in chosen.values()}
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        _checkpoint_activations(network)
+        yield chosen
+    finally:
+        for name, layer in packed.items():
+            network.set_submodule(name, layer)
+        for parameter, value in values.items():
+            parameter.grad = None
+            with torch.no_grad():
+                parameter.copy_(value)
+        getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)()
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def _parameters(
+    network: PreTrainedModel, kinds: tuple[Kind, ...], packed: dict[str, QuantizedLinear]
+) -> dict[str, nn.Parameter]:
+    norms = [name for name, module in network.named_modules() if "norm" in type(module).__name__.lower()]
+    found: dict[Kind, set[str]] = {
+        "factors": {f"{name}.{factor}" for name in packed for factor in ("low_rank_out", "low_rank_in")},
+        "norms": {f"{name}.{parameter}" for name in norms for parameter in ("weight", "bias")},
+        "biases": {f"{name}.bias" for name in packed},
+    }
+    wanted = set().union(*(found[kind] for kind in kinds))
+    chosen = {name: parameter for name, parameter in network.named_parameters() if name in wanted}
+    if not chosen:
+        raise RecipeError(
+            f"Nothing can be trained: of {', '.join(kinds) or 'no kind at all'}, this model with its {len(packed)} "
+            "packed layers has none. Train `norms` too, or compress with a rank above 0 so that there are factors."
+        )
+    return chosen
+
+
+def _checkpoint_activations(network: PreTrainedModel) -> None:
+    """Gradient checkpointing without dropout: transformers checkpoints a block if that block itself is in training."""
+    # transformers 5.23 renamed it
+    enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})  # that kind takes frozen embeddings, and a gradient for parameters only
+    for module in network.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))

@@ -1,0 +1,200 @@
+"""Recovery lowers the held-out divergence or changes nothing, and a kill changes nothing either."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from pipeline import recover as recover_module
+from pipeline import recovery_state
+from pipeline.errors import CalibrationError, NonFiniteError, RecipeChangedError
+from pipeline.recover import Recovered, recover
+from pipeline.recovery_loss import mean_kl
+from pipeline.recovery_settings import RecoverySettings
+from pipeline.teacher import teacher_windows
+from tests.pipeline.tiny_packed import original_llama, packed_llama, random_windows
+
+SETTINGS = RecoverySettings(steps=6, batch_windows=2, check_every=2, num_top=16, compute="float32", learning_rate=3e-3)
+TOKENS = random_windows(8)
+
+
+def run(work: Path, settings: RecoverySettings = SETTINGS, network=None, **options) -> Recovered:
+    work.mkdir(exist_ok=True)
+    return recover(network or packed_llama(), original_llama, TOKENS, settings, work, **options)
+
+
+def held_out_kl(network, work: Path) -> float:
+    teacher = teacher_windows(original_llama, TOKENS, work / "teacher", num_top=16, with_hidden=False)
+    window = teacher.window(7, torch.device("cpu"))
+    with torch.no_grad():
+        return mean_kl(network(TOKENS[7:], use_cache=False).logits[0, :-1], window).item()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train": ("factors",)},
+        {"train": ("norms",)},
+        {"compute": "bfloat16"},
+        {"hidden_weight": 1.0, "ce_weight": 0.01},
+    ],
+    ids=str,
+)
+def test_the_held_out_divergence_falls(changes: dict, tmp_path: Path) -> None:
+    found = run(tmp_path, SETTINGS.model_copy(update=changes))
+    assert found.best_kl < found.start_kl
+    assert found.tensors
+    assert [check.step for check in found.checks] == [0, 2, 4, 6]
+    assert found.steps == 6
+    assert all(math.isfinite(check.train_loss) for check in found.checks[1:] if check.train_loss is not None)
+
+
+def test_the_tensors_put_in_give_exactly_what_was_measured(tmp_path: Path) -> None:
+    network = packed_llama()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert held_out_kl(network, tmp_path) == pytest.approx(run(tmp_path, network=network).start_kl, rel=1e-5)
+    found = run(tmp_path, network=network)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    missing = network.load_state_dict(found.tensors, strict=False)
+    assert not missing.unexpected_keys
+    assert held_out_kl(network, tmp_path) == pytest.approx(found.best_kl, rel=1e-5)
+    for name, tensor in network.state_dict().items():
+        changed = not torch.equal(tensor, before[name])
+        assert not changed or name in found.tensors
+
+
+def test_values_are_as_they_will_be_stored(tmp_path: Path) -> None:
+    def coarse(name: str, value: Tensor) -> Tensor:
+        return (value * 64).round() / 64 if "low_rank" in name else value.to(torch.float16)
+
+    found = run(tmp_path, as_stored=coarse)
+    assert found.tensors
+    for name, tensor in found.tensors.items():
+        if "low_rank" in name:
+            assert torch.equal(tensor * 64, (tensor * 64).round())
+        else:
+            assert tensor.dtype == torch.float16
+    network = packed_llama()
+    network.load_state_dict(found.tensors, strict=False)
+    assert held_out_kl(network, tmp_path) == pytest.approx(found.best_kl, rel=1e-5)
+
+
+def test_without_a_gain_nothing_changes(tmp_path: Path) -> None:
+    found = run(tmp_path, SETTINGS.model_copy(update={"learning_rate": 100.0, "patience": 2, "check_every": 1}))
+    assert found.tensors == {}
+    assert found.best_kl == found.start_kl
+    assert found.steps == 2, "patience was not kept"
+
+
+def test_the_held_out_windows_are_never_trained_on(tmp_path: Path, monkeypatch) -> None:
+    seen: list[int] = []
+    loss = recover_module._Training.loss
+    monkeypatch.setattr(
+        recover_module._Training, "loss", lambda self, index: (seen.append(index), loss(self, index))[1]
+    )
+    run(tmp_path, SETTINGS.model_copy(update={"held_out_share": 0.25}))
+    assert sorted(seen) == sorted(2 * list(range(6))), "each epoch has every training window once"
+    assert seen[:6] != seen[6:]
+
+
+@pytest.mark.parametrize("num_windows", [2, 7, 8, 64])
+@pytest.mark.parametrize("share", [0.01, 0.125, 0.99])
+def test_there_is_always_something_to_train_and_to_measure_on(num_windows: int, share: float) -> None:
+    held_out = RecoverySettings(held_out_share=share).num_held_out(num_windows)
+    assert 1 <= held_out < num_windows
+
+
+def test_the_rate_rises_and_falls() -> None:
+    settings = RecoverySettings(steps=20)
+    rates = [settings.rate(step) for step in range(20)]
+    assert rates[0] < rates[1] == settings.learning_rate
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert min(rates) > 0
+    assert RecoverySettings(warmup_share=0, steps=1).rate(0) == RecoverySettings().learning_rate
+
+
+@pytest.mark.parametrize("stopped_at", [0, 1, 4, 5])
+def test_a_kill_anywhere_ends_in_the_same_result(stopped_at: int, tmp_path: Path, monkeypatch) -> None:
+    whole = run(tmp_path / "whole")
+    monkeypatch.setattr(recovery_state, "SAVE_SHARE", 1e9)  # save after every step
+    move = recover_module._Training.move
+
+    def killed(self, step: int) -> None:
+        if step == stopped_at:
+            raise KeyboardInterrupt
+        move(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recover_module._Training, "move", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut")
+    steps: list[int] = []
+    monkeypatch.setattr(recover_module._Training, "move", lambda self, step: (steps.append(step), move(self, step)))
+    resumed = run(tmp_path / "cut")
+    assert steps == list(range(stopped_at, 6))
+    assert resumed.checks == whole.checks
+    assert resumed.tensors.keys() == whole.tensors.keys()
+    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
+
+
+def test_a_finished_recovery_is_not_done_again(tmp_path: Path, monkeypatch) -> None:
+    first = run(tmp_path)
+    monkeypatch.setattr(recover_module._Training, "add_gradients", None)
+    again = run(tmp_path)
+    assert again.checks == first.checks
+    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
+
+
+def test_the_seed_decides_the_order(tmp_path: Path) -> None:
+    one, same = run(tmp_path / "one"), run(tmp_path / "same")
+    other = run(tmp_path / "other", SETTINGS.model_copy(update={"seed": 1}))
+    assert one.checks == same.checks
+    assert one.checks[1:] != other.checks[1:]
+
+
+def test_another_recovery_in_the_same_place_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(RecipeChangedError, match=r"learning_rate was 0\.003 and is now 0\.1"):
+        run(tmp_path, SETTINGS.model_copy(update={"learning_rate": 0.1}))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_stops_and_leaves_the_last_save(where: str, tmp_path: Path, monkeypatch) -> None:
+    network, add = packed_llama(), recover_module._Training.add_gradients
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    def broken(self, step: int) -> float:
+        if step == 3 and where == "loss":
+            next(iter(self.live.values())).data.fill_(torch.nan)
+        total = add(self, step)
+        if step == 3:
+            next(iter(self.live.values())).grad[0] = torch.inf
+        return total
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recovery_state, "SAVE_SHARE", 1e9)
+        patch.setattr(recover_module._Training, "add_gradients", broken)
+        with pytest.raises(NonFiniteError, match=rf"{where}.* at step 3 .*learning rate of 0\.003"):
+            run(tmp_path, network=network)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    resumed, whole = run(tmp_path, network=network), run(tmp_path / "whole")
+    assert resumed.checks == whole.checks
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS[:1], TOKENS[0], TOKENS.float(), TOKENS[:, :1]], ids=lambda t: str(t.shape))
+def test_unusable_windows_are_refused(tokens: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="held out"):
+        recover(packed_llama(), original_llama, tokens, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": 0}, {"learning_rate": 0}, {"held_out_share": 1.0}, {"train": ("codes",)}, {"speed": 1}], ids=str
+)
+def test_wrong_settings_are_named(wrong: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        RecoverySettings(**wrong)
