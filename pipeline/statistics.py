@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from pipeline.atomic import replace_file, write_json
 from pipeline.calibration import TokenWindows
+from pipeline.curvature_scale import measure_scales
 from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
@@ -33,6 +35,8 @@ from pipeline.progress import SILENT, Progress
 from quantizers import LayerStatistics
 
 SAVE_SHARE = 0.05  # of the time may go into saving the running sums
+CHECKED_SHARE = 1 / 8  # of the windows, the last ones, only check the scale of what the others say
+SCALE_DIGITS = 4  # the last digits of a sum are not the same from run to run
 
 
 @dataclass(frozen=True)
@@ -42,19 +46,20 @@ class Statistics:
     file: Callable[[str], Path]
     metric: Metric
     num_tokens: int
+    scales: dict[str, float]
 
     @staticmethod
     def open(file: Callable[[str], Path]) -> "Statistics":
         """The statistics that `collect_statistics` left; `file` tells where each of its files is now."""
         facts = json.loads(file("statistics.json").read_text())
-        return Statistics(file, facts["metric"], facts["num_tokens"])
+        return Statistics(file, facts["metric"], facts["num_tokens"], facts["scales"])
 
     def of(self, matrix: Matrix) -> LayerStatistics:
         """Statistics of one matrix, oriented as `matrix.shape`, scaled so that errors are in nats a token."""
         sums = sums_of(self.metric)
         with safe_open(self.file(_layer_file(matrix.layer)), framework="pt") as stored:
             found = {name: stored.get_tensor(f"{_owner(matrix, sums)}.{name}") for name in sums.shapes(matrix.shape)}
-        return sums.statistics(found, self.num_tokens)
+        return sums.statistics(found, self.num_tokens).times(self.scales.get(matrix.name, 1.0))
 
 
 def collect_statistics(
@@ -78,25 +83,43 @@ def collect_statistics(
         NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and window.
     """
     sums = sums_of(metric)
+    num_checked = max(1, round(CHECKED_SHARE * len(windows.tokens))) if sums.labels_are_drawn else 0
+    if num_checked == len(windows.tokens):
+        num_checked = 0  # a single window
+    used, checked = windows.tokens.split([len(windows.tokens) - num_checked, num_checked])
     running = _RunningSums.restore(work, model, sums, device)
-    if running.num_done < len(windows.tokens):
+    network = None
+    if running.num_done < len(used) or num_checked:
         network = model.load(device=device, dtype=torch.float32)
         network.requires_grad_(False)
-        todo = windows.tokens[running.num_done :]
+    if network is not None and running.num_done < len(used):
         with _collecting(network, model, sums, running):
-            for tokens in progress.track(todo, sums.title, total=len(windows.tokens), done=running.num_done):
-                _one_window(network, tokens.to(device), sums, running, seed)
+            todo = used[running.num_done :]
+            for tokens in progress.track(todo, sums.title, total=len(used), done=running.num_done):
+                _one_window(network, tokens.to(device), sums, running.num_done, seed)
                 running.num_done += 1
                 running.save_if_due()
         running.save()
-        del network
-    facts: dict[str, int | str] = {
+    facts: dict[str, Any] = {
         "metric": metric,
-        "num_sequences": len(windows.tokens),
-        "num_tokens": windows.tokens.numel(),
+        "num_sequences": len(used),
+        "num_tokens": used.numel(),
         "tokens_sha256": windows.sha256,
+        "scales": {},
     }
     _write(model, running, work / "out", facts)
+    if network is not None and num_checked:
+
+        def run_windows() -> Iterator[int]:
+            titled = progress.track(checked, "Scale of the curvature", total=num_checked)
+            for index, tokens in enumerate(titled, start=len(used)):
+                _one_window(network, tokens.to(device), sums, index, seed)
+                yield tokens.numel()
+
+        found = Statistics.open(lambda name: work / "out" / name)
+        scales = measure_scales(network, model, found.of, run_windows, seed=seed, device=device)
+        facts["scales"] = {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()}
+        write_json(work / "out" / "statistics.json", facts)
 
 
 class _RunningSums:
@@ -134,14 +157,14 @@ class _RunningSums:
         self._save_seconds = self._saved_at - started
 
 
-def _one_window(network: PreTrainedModel, tokens: Tensor, sums: Sums, running: _RunningSums, seed: int) -> None:
+def _one_window(network: PreTrainedModel, tokens: Tensor, sums: Sums, index: int, seed: int) -> None:
     embedded = network.get_input_embeddings()(tokens[None]).requires_grad_(True)
     logits = network(inputs_embeds=embedded, use_cache=False).logits[0, :-1].float()
-    labels = _drawn(logits.detach(), seed + running.num_done) if sums.labels_are_drawn else tokens[1:]
+    labels = _drawn(logits.detach(), seed + index) if sums.labels_are_drawn else tokens[1:]
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     if not math.isfinite(loss.item()):
         raise NonFiniteError(
-            f"The loss of calibration window {running.num_done} is {loss.item()}. The model overflows or its weights "
+            f"The loss of calibration window {index} is {loss.item()}. The model overflows or its weights "
             "are damaged; check the model with its own text first."
         )
     loss.backward()
@@ -199,7 +222,7 @@ def _owner(matrix: Matrix, sums: Sums) -> str:
     return matrix.group if sums.of_input_alone else matrix.name
 
 
-def _write(model: Model, running: _RunningSums, out: Path, facts: dict[str, int | str]) -> None:
+def _write(model: Model, running: _RunningSums, out: Path, facts: dict[str, Any]) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     for layer in sorted({matrix.layer for matrix in model.matrices}):

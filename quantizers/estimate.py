@@ -75,9 +75,10 @@ class ErrorEstimator:
         if not self.has_feedback:
             return distortion(quantizer.bits, quantizer.state_bits) * mean_square * self.importance_sum
         if seed not in self._rotated_sums:
-            outputs, inputs = quantizer.factors(self.weight, self.statistics)
-            rows = len(self.weight) if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
-            self._rotated_sums[seed] = rows * float(inputs.pivots.sum(dtype=torch.float64))
+            rows, columns = self.weight.shape
+            outputs, inputs = quantizer.factors((rows, columns), self.statistics, self.weight.device)
+            by_rows = rows if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
+            self._rotated_sums[seed] = by_rows * float(inputs.pivots.sum(dtype=torch.float64))
         return distortion(quantizer.bits, quantizer.state_bits) * mean_square * self._rotated_sums[seed]
 
     def _captured_share(self, quantizer: LowRankPlus) -> float:

@@ -42,6 +42,13 @@ class LayerStatistics:
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return LayerStatistics(**{name: None if held is None else held.to(device) for name, held in moved.items()})
 
+    def times(self, factor: float) -> "LayerStatistics":
+        """The metric multiplied by a number."""
+        if self.fisher_diag is not None:
+            return LayerStatistics(fisher_diag=self.fisher_diag * factor)
+        assert self.input_curvature is not None
+        return LayerStatistics(input_curvature=self.input_curvature * factor, output_curvature=self.output_curvature)
+
     def importance(self, num_rows: int) -> Float32[Tensor, "out in"]:
         """The metric's diagonal, for a weight of `num_rows`: what each error weighs where errors are independent."""
         if self.fisher_diag is not None:

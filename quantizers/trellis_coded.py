@@ -52,20 +52,19 @@ class TrellisCoded(AbstractQuantizer):
         if not torch.isfinite(weight).all():
             raise ValueError("the weight has a NaN or an infinity; a quantizer needs finite numbers")
         form = self.format
-        rotated = form.rotate(weight)
-        outputs, inputs = self.factors(weight, statistics)
-        shape = (weight.shape[0], weight.shape[1])
+        rotated, shape = form.rotate(weight), (weight.shape[0], weight.shape[1])
+        outputs, inputs = self.factors(shape, statistics, weight.device)
         rounder = _TrellisRounder(form, shape, rotated.square().mean().sqrt())
         round_with_feedback(rotated, outputs, inputs, (TILE, TILE), rounder)
         return QuantizedTensor(form, shape, rounder.plain(), form.levels.to(weight.device))
 
     def factors(
-        self, weight: Float32[Tensor, "out in"], statistics: LayerStatistics | None
+        self, shape: tuple[int, int], statistics: LayerStatistics | None, device: torch.device
     ) -> tuple[Triangular | None, Triangular]:
         """The curvature's factors in the rotated basis, in blocks of a tile: a tile is rounded at one go."""
         form = self.format
         if statistics is None or statistics.input_curvature is None:
-            return None, Triangular.identity(weight.shape[1], weight.device)
+            return None, Triangular.identity(shape[1], device)
         inputs = factorize(form.rotate_curvature(statistics.input_curvature, form.seed + 1)).in_blocks(TILE)
         if statistics.output_curvature is None:
             return None, inputs
