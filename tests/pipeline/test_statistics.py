@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import statistics
+from pipeline import curvature_scale, statistics
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
-from pipeline.model import Model, open_model
+from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
-from quantizers import weighted_error
+from quantizers import LayerStatistics, weighted_error
 
 
 def windows_of(model: Model, num: int = 3):
@@ -52,24 +52,27 @@ def plain_autograd(model: Model, *, drawn: bool) -> dict[str, list[tuple[torch.T
 def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_path: Path) -> None:
     model = open_model(str(request.getfixturevalue(folder)))
     found = collect(model, tmp_path, metric)
-    expected = plain_autograd(model, drawn=metric in ("kronecker", "sequence"))
+    drawn = metric in ("kronecker", "sequence")
+    expected = plain_autograd(model, drawn=drawn)
     for matrix in model.matrices:
-        x, g = (torch.cat(parts) for parts in list(zip(*expected[matrix.name], strict=True))[:2])
-        gradients = torch.stack([gradient for _, _, gradient in expected[matrix.name]])
+        used = expected[matrix.name][: 2 if drawn else 3]  # the last window checks the scale
+        x, g = (torch.cat(parts) for parts in list(zip(*used, strict=True))[:2])
+        gradients = torch.stack([gradient for _, _, gradient in used])
         wanted = {
             "fisher": {"fisher_diag": gradients.square().sum(0) / 144},
             "input": {"input_curvature": x.T @ x / 72},
             "kronecker": {
-                "input_curvature": torch.einsum("t,ti,tj->ij", g.square().sum(1), x, x) / 144,
+                "input_curvature": torch.einsum("t,ti,tj->ij", g.square().sum(1), x, x) / 96,
                 "output_curvature": torch.einsum("t,ti,tj->ij", x.square().sum(1), g, g),
             },
             "sequence": {
-                "input_curvature": torch.einsum("soi,soj->ij", gradients, gradients) / 144,
+                "input_curvature": torch.einsum("soi,soj->ij", gradients, gradients) / 96,
                 "output_curvature": torch.einsum("soi,spi->op", gradients, gradients),
             },
         }[metric]
         if "output_curvature" in wanted:
             wanted["output_curvature"] /= wanted["output_curvature"].trace()
+            wanted["input_curvature"] *= found.scales[matrix.name]
         learnt = found.of(matrix)
         for name in ("fisher_diag", "input_curvature", "output_curvature"):
             value = getattr(learnt, name)
@@ -77,6 +80,28 @@ def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_pat
             if value is not None:
                 scale = float(wanted[name].abs().max())
                 torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_scales_are_what_probes_do_to_the_last_window(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    real = curvature_scale._probes
+
+    def kept(matrix: Matrix, learnt: LayerStatistics, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        made[matrix.name] = real(matrix, learnt, seed)
+        return made[matrix.name]
+
+    monkeypatch.setattr(curvature_scale, "_probes", kept)
+    model = open_model(str(tiny_model_dir))
+    found = collect(model, tmp_path, "kronecker")
+    expected = plain_autograd(model, drawn=True)
+    for matrix in model.matrices:
+        out, into = made[matrix.name]
+        *_, (_, _, gradient) = expected[matrix.name]
+        answers = torch.einsum("op,oi,ip->p", out, gradient, into).square().sum() / 48
+        unscaled = found.of(matrix).times(1 / found.scales[matrix.name])
+        promised = sum(weighted_error(torch.outer(p, q), unscaled) for p, q in zip(out.T, into.T, strict=True))
+        assert found.scales[matrix.name] == pytest.approx(min(max(float(answers) / promised, 0.1), 100), rel=2e-3)
+    assert len(set(found.scales.values())) > 1
 
 
 def test_kronecker_error_of_a_rank_one_curvature_is_the_divergence_of_autograd(tiny_model_dir: Path) -> None:
