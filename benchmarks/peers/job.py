@@ -8,6 +8,7 @@ TOKENS holds `tokens`, int64 [windows, tokens]. The facts that every peer record
     stored_bits     the same by kind of tensor ("qweight", "scales" ...), as the peer's own format holds them
     num_params      parameters of the quantized matrices
     seconds         reading the model, quantizing, dequantizing; without imports
+    cpu_seconds     the same in processor time of all threads, which other programs on the machine change less
     peak_bytes      most resident memory of the process
     forward_error   largest difference between the peer's own layer and a product with the dequantized weight,
                     for one matrix and random inputs, over the largest output
@@ -105,7 +106,7 @@ def main(peer: str, packages: tuple[str, ...], quantize: Callable[[Request], Qua
     request = Request(asked.model.resolve(), asked.tokens.resolve(), asked.bits, asked.group, asked.rank)
     out = asked.out.resolve()
     torch.manual_seed(0)
-    started = time.monotonic()
+    started, cpu_started = time.monotonic(), time.process_time()
     # some peers leave logs where they run
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         quantized = quantize(request)
@@ -120,6 +121,7 @@ def main(peer: str, packages: tuple[str, ...], quantize: Callable[[Request], Qua
         "stored_bits": quantized.stored_bits,
         "num_params": sum(weight.numel() for weight in quantized.weights.values()),
         "seconds": time.monotonic() - started,
+        "cpu_seconds": time.process_time() - cpu_started,
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         "num_threads": torch.get_num_threads(),
         "forward_error": quantized.forward_error,

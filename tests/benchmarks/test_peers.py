@@ -70,6 +70,7 @@ def test_a_run_writes_weights_and_facts(model, tokens, tmp_path, monkeypatch):
     assert facts["settings"] == {"grid": 0.5}
     assert facts["inputs"] == inputs_digest(model, tokens)
     assert facts["seconds"] > 0
+    assert facts["cpu_seconds"] > 0
     assert facts["peak_bytes"] > 2**20
     assert facts["forward_error"] < 1e-6
     assert facts["versions"]["torch"] == torch.__version__
