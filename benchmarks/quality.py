@@ -1,183 +1,240 @@
-"""What each part is worth: quality of the demo model at equal stored bits. Prints a block for BENCHMARKS.md.
+"""Quality at equal stored bits: ours by preset, the published recipe, and other quantizers as installed.
 
-    python -m benchmarks.quality [--budgets 2.5 3 3.5 4 4.5]
+    python -m benchmarks.quality [--model demo] [--budgets 2.25 2.5 ...] [--presets default] [--peers] [--dither]
 
-Rows, each adding one thing, all bits counted, same calibration and evaluation windows:
+Prints one Markdown table. All rows have the same calibration text (64 x 512 tokens), the same evaluation windows and
+count every stored bit. What was made before, with the same settings and code, is taken from the registry; seconds are
+then those of the making, kept beside it.
 
-    uniform NF                 absmax NormalFloat, the largest single choice that fits
-    uniform NF + rank 8        the same with a low-rank part (LoftQ-like), the largest that fits
-    ILP, no Fisher             NormalFloat choices, rank 8, integer program over unweighted errors (LQ-LoRA, data-free)
-    ILP + Fisher               the same weighted with the Fisher diagonal: LQ-LoRA as published
-    ours                       the default recipe: Lloyd-Max levels, searched scales, rank as a choice
-    bitsandbytes NF4           as installed: double-quantized NF4, at its own size (`pip install bitsandbytes`)
+    ours, PRESET     `compress` as a user runs it: statistics, cost table, plan, matrices, recovery
+    LQ-LoRA          the published recipe with our parts: absmax NormalFloat, integer program over Fisher-weighted
+                     errors, rank 8 in 16 bits for every matrix, no recovery
+    others           see benchmarks/peers: each in a process of its own, dequantized by itself
 """
 
 import argparse
+import json
+import time
 from collections.abc import Callable
 from datetime import date
+from pathlib import Path
 
-import numpy as np
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
-from benchmarks.demo import demo_run
+from benchmarks.dither import dithered_copy
+from benchmarks.peers.result import load_weights
+from benchmarks.peers.rows import ROWS
+from benchmarks.peers.run import run as run_peers
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.costs import CostTable, cost_table, measure_matrix
+from pipeline.decompose import matrix_file, read_matrix
 from pipeline.display import Bars
 from pipeline.evaluate import evaluate
 from pipeline.home import home
-from pipeline.model import Matrix
+from pipeline.model import Matrix, open_model
 from pipeline.parallel import map_in_order
+from pipeline.recipe import Recipe
 from pipeline.run import Run
+from pipeline.stages import StageLog
 from pipeline.statistics import Statistics
-from quantizers import AbstractQuantizer, LowRankPlus, NormalFloat, quantizer_from_label
-from solvers import AllocationProblem, solve
+from quantizers import AbstractQuantizer, LowRankPlus, NormalFloat
+from registry import Artifact, Registry
+from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
+BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.25)
+NUM_SAMPLES = 64
 RANK = 8
-NF = {f"nf{b}-g{g}": NormalFloat(b, g, scale="absmax") for b in (2, 3, 4, 8) for g in (16, 32, 64)}
-NF_LOW_RANK: dict[str, AbstractQuantizer] = {name: LowRankPlus(quantizer, RANK) for name, quantizer in NF.items()}
+PUBLISHED = [LowRankPlus(NormalFloat(b, g, scale="absmax"), RANK) for b in (2, 3, 4, 8) for g in (16, 32, 64)]
 
 
 class Bench:
-    """The model in memory, the original's predictions, and one way to measure anything."""
+    """The original in memory, its predictions, and one way to measure anything."""
 
-    def __init__(self, run: Run, statistics: Statistics) -> None:
-        self.run, self.statistics = run, statistics
-        self.matrices = run.model.matrices
-        self.weights = {matrix.name: run.model.weight(matrix) for matrix in self.matrices}
-        tokens = run.eval_windows.tokens
+    def __init__(self, model: str) -> None:
+        self.registry = Registry(home() / "registry")
+        self.spec = model
+        run = self.run_of("default", 3.0)
+        self.model, self.tokens, self.calibration = run.model, run.eval_windows.tokens, run.calibration.tokens
+        self.network = self.model.load()
+        self.weights = {matrix.name: self.model.weight(matrix) for matrix in self.model.matrices}
         self.original: BaseLogits = base_log_probs(
-            run.model.load,
-            tokens,
+            self.model.load,
+            self.tokens,
             cache_dir=home() / "logits",
-            key=cache_key(run.model.digest, tokens, torch.float32),
+            key=cache_key(self.model.digest, self.tokens, torch.float32),
             progress=Bars(),
         )
-        self.network = run.model.load()
 
-    def row(self, name: str, chosen: dict[str, AbstractQuantizer], statistics: Statistics | None) -> None:
-        """Quantize every matrix as chosen, evaluate, print."""
+    def run_of(self, preset: str, budget: float, **settings: object) -> Run:
+        """A prepared run."""
+        recipe = Recipe.of(
+            preset,
+            model=self.spec,
+            budget=f"{budget}bpw",
+            num_samples=NUM_SAMPLES,
+            eval_windows=24,
+            **settings,
+        )
+        return Run.prepare(recipe, self.registry, device="cpu", resume=True, log=StageLog(), progress=Bars())
 
-        def dense(matrix: Matrix) -> tuple[Matrix, torch.Tensor, int]:
-            learnt = statistics.of(matrix) if statistics else None
-            quantized = chosen[matrix.name].quantize(self.weights[matrix.name], learnt)
-            return matrix, quantized.dequantize(), quantized.size_bits
+    def put(self, weights: dict[str, Tensor]) -> None:
+        """Give the model in memory these weights [out, in], by parameter name."""
+        for matrix in self.model.matrices:
+            weight = weights[matrix.name]
+            parameter = self.network.get_parameter(matrix.name)
+            parameter.data.copy_(weight.T if matrix.transposed else weight)
 
-        size_bits = 0
-        for matrix, weight, bits in map_in_order(dense, self.matrices):
-            self.put(matrix, weight)
-            size_bits += bits
-        self.print_row(name, size_bits)
-
-    def put(self, matrix: Matrix, weight: torch.Tensor) -> None:
-        """Replace one weight of the model in memory."""
-        self.network.get_submodule(matrix.module).weight.data.copy_(weight)
-
-    def print_row(self, name: str, size_bits: float) -> None:
-        """Evaluate the model as it is now."""
-        report = evaluate(self.network, self.original, self.run.eval_windows.tokens)
-        bits = size_bits / self.run.model.num_matrix_params
+    def row(self, name: str, size_bits: float, seconds: float | None, peak_bytes: float | None) -> None:
+        """Evaluate the model as it is now, and print."""
+        report = evaluate(self.network, self.original, self.tokens)
+        spent = "" if seconds is None else f"{seconds:.0f}"
+        peak = "" if peak_bytes is None else f"{peak_bytes / 1e9:.1f}"
         print(
-            f"| {name} | {bits:.3f} | {report.perplexity.text()} | {report.kl_divergence.text()} | "
-            f"{100 * report.top1_agreement.mean:.1f} |",
+            f"| {name} | {size_bits / self.model.num_matrix_params:.3f} | {report.perplexity.text()} | "
+            f"{report.kl_divergence.text()} | {100 * report.top1_agreement.mean:.1f} | {spent} | {peak} |",
             flush=True,
         )
 
-    def table(self, choices: dict[str, AbstractQuantizer], statistics: Statistics | None) -> CostTable:
-        """The cheap cost table over `choices`."""
+
+class Seconds:
+    """Seconds and peak bytes of each artifact's making, kept beside the registry for later calls."""
+
+    def __init__(self) -> None:
+        self.path = home() / "benchmark-seconds.json"
+        self.known: dict[str, list[float]] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def of(self, make: Callable[[], Artifact | None], log: StageLog) -> tuple[Artifact | None, float, float]:
+        """Make the artifact, or find it made."""
+        with log.stage("made"):
+            artifact = make()
+        stage = log.stages[-1]
+        if artifact is None:
+            return None, 0.0, 0.0
+        if not stage.reused:
+            self.known[artifact.digest] = [stage.seconds, stage.peak_memory_bytes]
+            self.path.write_text(json.dumps(self.known))
+        seconds, peak_bytes = self.known.get(artifact.digest, [float("nan"), float("nan")])
+        return artifact, seconds, peak_bytes
+
+
+def ours(bench: Bench, seconds: Seconds, preset: str, budget: float) -> None:
+    """What `compress --preset PRESET` makes of the budget."""
+    run = bench.run_of(preset, budget)
+    statistics, *first = seconds.of(run.statistics, run.log)
+    costs, *second = seconds.of(lambda: run.costs(statistics), run.log)
+    assert costs is not None
+    plan = run.plan(costs)
+    matrices, *third = seconds.of(lambda: run.matrices(plan, statistics), run.log)
+    assert matrices is not None
+    chosen = run.read_plan(plan)
+    path = lambda module: bench.registry.path(matrices, matrix_file(module))  # noqa: E731
+    bench.put({m.name: read_matrix(path(m.module), chosen, m.module).dequantize() for m in bench.model.matrices})
+    spent = (first, second, third)
+    bench.row(f"ours, {preset}", chosen.size_bits, sum(s for s, _ in spent), max(peak for _, peak in spent))
+
+
+def quantized(
+    bench: Bench, name: str, chosen: Callable[[Matrix], AbstractQuantizer], statistics: Statistics | None
+) -> None:
+    """Quantize every matrix as chosen, evaluate, print."""
+    started = time.monotonic()
+
+    def dense(matrix: Matrix) -> tuple[Matrix, Tensor, int]:
+        learnt = statistics.of(matrix) if statistics else None
+        result = chosen(matrix).quantize(bench.weights[matrix.name], learnt)
+        return matrix, result.dequantize(), result.size_bits
+
+    size_bits, weights = 0, {}
+    for matrix, weight, bits in map_in_order(dense, bench.model.matrices):
+        weights[matrix.name] = weight
+        size_bits += bits
+    seconds = time.monotonic() - started
+    bench.put(weights)
+    bench.row(name, size_bits, seconds, None)
+
+
+class Published:
+    """LQ-LoRA's recipe, its cost table measured once."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        run = bench.run_of("default", 3.0, sensitivity="fisher")
+        artifact = run.statistics()
+        assert artifact is not None
+        self.statistics = Statistics.open(lambda name: bench.registry.path(artifact, name))
+        self.by_label = {quantizer.format.label: quantizer for quantizer in PUBLISHED}
+        self.table = self._table(run.recipe.cost_rows)
+
+    def row(self, budget: float) -> None:
+        """The plan for a budget, quantized and evaluated."""
+        problem = AllocationProblem(self.table.cost, self.table.size_bits, int(budget * self.table.num_params.sum()))
+        try:
+            choice = solve(problem).choice
+        except InfeasibleBudgetError:
+            print(f"| LQ-LoRA, published recipe | nothing fits {budget} | | | | | |", flush=True)
+            return
+        chosen = {name: self.table.choices[c] for name, c in zip(self.table.matrices, choice, strict=True)}
+        name = "LQ-LoRA, published recipe"
+        quantized(self.bench, name, lambda matrix: self.by_label[chosen[matrix.name]], self.statistics)
+
+    def _table(self, num_rows: int) -> CostTable:
+        matrices = self.bench.model.matrices
 
         def measure(matrix: Matrix) -> dict[str, float]:
-            learnt = statistics.of(matrix) if statistics else None
-            rows = self.run.recipe.cost_rows
-            return measure_matrix(self.weights[matrix.name], learnt, choices, num_rows=rows, seed=0)
+            weight, learnt = self.bench.weights[matrix.name], self.statistics.of(matrix)
+            return measure_matrix(weight, learnt, self.by_label, num_rows=num_rows, seed=0)
 
-        bars = Bars().track(map_in_order(measure, self.matrices), "Cost table", total=len(self.matrices))
-        found = dict(zip((matrix.name for matrix in self.matrices), bars, strict=True))
-        labels = {name: quantizer.format.label for name, quantizer in choices.items()}
-        by_label = {labels[name]: name for name in choices}
-        offered = {matrix.name: list(by_label) for matrix in self.matrices}
-        return cost_table(self.matrices, offered, cost=lambda name, label: found[name][by_label[label]])
-
-    def allocated(
-        self, table: CostTable, budget: float, quantizer_of: Callable[[str], AbstractQuantizer]
-    ) -> dict[str, AbstractQuantizer]:
-        """Matrix -> quantizer that the integer program chooses."""
-        problem = AllocationProblem(table.cost, table.size_bits, int(budget * table.num_params.sum()))
-        choice = solve(problem).choice
-        return {name: quantizer_of(table.choices[c]) for name, c in zip(table.matrices, choice, strict=True)}
-
-    def uniform(self, choices: dict[str, AbstractQuantizer], budget: float) -> dict[str, AbstractQuantizer] | None:
-        """The largest single choice that fits everywhere together."""
-        sizes = {name: sum(q.size_bits(m.shape) for m in self.matrices) for name, q in choices.items()}
-        fitting = {name: size for name, size in sizes.items() if size <= budget * self.run.model.num_matrix_params}
-        if not fitting:
-            return None
-        best = choices[max(fitting, key=lambda name: fitting[name])]
-        return {matrix.name: best for matrix in self.matrices}
+        bars = Bars().track(map_in_order(measure, matrices), "Cost table", total=len(matrices))
+        found = dict(zip((matrix.name for matrix in matrices), bars, strict=True))
+        offered = {matrix.name: list(self.by_label) for matrix in matrices}
+        return cost_table(matrices, offered, cost=lambda name, label: found[name][label])
 
 
-def bitsandbytes_row(bench: Bench) -> None:
-    """bitsandbytes' own NF4 with nested scales, dequantized by itself."""
-    try:
-        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    except ImportError as error:
-        print(f"| bitsandbytes NF4 | not installed: {error} | | | |")
-        return
-    size_bits = 0
-    for matrix in bench.matrices:
-        weight = bench.weights[matrix.name]
-        packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
-        bench.put(matrix, dequantize_4bit(packed, state).view(weight.shape))
-        stored = (packed, state.absmax, state.state2.absmax)
-        size_bits += sum(8 * tensor.numel() * tensor.element_size() for tensor in stored) + 32
-    bench.print_row("bitsandbytes NF4, double quant", size_bits)
+def others(bench: Bench, only: list[str]) -> None:
+    """The peers, each as installed."""
+    folder = home() / "peers" / bench.model.digest[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = folder / "tokens.safetensors"
+    save_file({"tokens": bench.calibration.contiguous()}, tokens)
+    rows = [row for row in ROWS if not only or {row.peer, row.label} & set(only)]
+    for outcome in run_peers(bench.model.path, tokens, folder, rows):
+        if outcome.weights is None or outcome.facts is None:
+            print(f"| {outcome.row.label} | failed: {outcome.error} | | | | | |", flush=True)
+            continue
+        weights, facts = load_weights(outcome.weights)
+        bench.put({name: weight.float() for name, weight in weights.items()})
+        bench.row(outcome.row.label, facts["size_bits"], facts["seconds"], facts["peak_bytes"])
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[2.5, 3.0, 3.5, 4.0, 4.5])
-    budgets = parser.parse_args().budgets
-    run, statistics = demo_run()
-    bench = Bench(run, statistics)
-    recipe = run.recipe
-    lq = {q.format.label: q for q in NF_LOW_RANK.values()}
-    tables = {
-        "unweighted": bench.table(NF_LOW_RANK, None),
-        "fisher": bench.table(NF_LOW_RANK, statistics),
-        "ours": bench.table({label: quantizer_from_label(label) for label in run.labels}, statistics),
-    }
-    print(f"\n### What each part is worth, {date.today()}\n")
-    print(
-        f"SmolLM2-135M-Instruct (`demo`), {recipe.num_samples} x {recipe.seq_len} calibration tokens, "
-        f"{len(run.eval_windows)} x {recipe.eval_seq_len} evaluation tokens (WikiText-2 raw test); original perplexity "
-        f"{original_perplexity(bench)}. Bits per parameter count codes, scales and factors.\n"
-    )
-    print("| method | bits | perplexity | KL, nats/token | top-1 % |\n| --- | --: | --: | --: | --: |")
-    for budget in budgets:
-        print(f"| **budget {budget}** | | | | |")
-        for name, choices in (("uniform NF", NF), (f"uniform NF + rank {RANK}", NF_LOW_RANK)):
-            chosen = bench.uniform(choices, budget)
-            if chosen is None:
-                print(f"| {name} | nothing fits | | | |")
-            else:
-                bench.row(name, chosen, None)
-        for name, key, weighted in (
-            ("ILP, no Fisher", "unweighted", None),
-            ("ILP + Fisher", "fisher", statistics),
-        ):
-            try:
-                bench.row(name, bench.allocated(tables[key], budget, lq.__getitem__), weighted)
-            except ValueError as error:
-                print(f"| {name} | {error} | | | |")
-        bench.row("ours", bench.allocated(tables["ours"], budget, quantizer_from_label), statistics)
-    bitsandbytes_row(bench)
-
-
-def original_perplexity(bench: Bench) -> str:
-    """Of the model as it was opened."""
-    report = evaluate(bench.network, bench.original, bench.run.eval_windows.tokens)
-    assert np.isclose(report.kl_divergence.mean, 0, atol=1e-4)
-    return report.base_perplexity.text()
+    parser.add_argument("--model", default="demo", help="as `compress` takes it")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
+    parser.add_argument("--presets", nargs="*", default=["fast", "default", "best"])
+    parser.add_argument("--peers", nargs="*", help="run them: all, or those named", metavar="PEER_OR_LABEL")
+    parser.add_argument("--dither", action="store_true", help="take a copy with uniform dither of one step")
+    asked = parser.parse_args()
+    model = asked.model
+    if asked.dither:
+        model = str(dithered_copy(open_model(model), home() / "dithered" / Path(model).name))
+    bench, seconds = Bench(model), Seconds()
+    print(f"\n### Quality at equal stored bits, {date.today()}{', dithered copy' if asked.dither else ''}\n")
+    bench.put(bench.weights)
+    print("| method | bits | perplexity | KL, nats/token | top-1 % | seconds | peak GB |")
+    print("| --- | --: | --: | --: | --: | --: | --: |", flush=True)
+    bench.row("original", 8 * sum(bench.model.tensors[m.name].size_bytes for m in bench.model.matrices), None, None)
+    published = Published(bench)
+    for budget in asked.budgets:
+        print(f"| **budget {budget}** | | | | | | |", flush=True)
+        published.row(budget)
+        for preset in asked.presets:
+            ours(bench, seconds, preset, budget)
+    if asked.peers is not None:
+        print("| **others, at their own sizes** | | | | | | |", flush=True)
+        others(bench, asked.peers)
 
 
 if __name__ == "__main__":
