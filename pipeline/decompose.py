@@ -1,5 +1,6 @@
 """Plan -> quantized matrices: each weight W ~ Q + L1 L2 as planned, one at a time, one file each."""
 
+from functools import partial
 from pathlib import Path
 
 from safetensors import safe_open
@@ -10,10 +11,12 @@ from pipeline.atomic import replace_file
 from pipeline.costs import SIGNIFICANT_DIGITS
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
-from pipeline.parallel import map_in_order
+from pipeline.parallel import map_in_order, map_in_processes
 from pipeline.progress import SILENT, Progress
 from pipeline.statistics import Statistics
 from quantizers import QuantizedTensor, quantizer_from_label, weighted_error
+
+PARAMS_FOR_PROCESSES = 2**23  # below, starting processes takes longer than the work
 
 
 def decompose(
@@ -35,24 +38,26 @@ def decompose(
     """
     out = work / "out"
     out.mkdir(exist_ok=True)
-
-    def quantize(matrix: Matrix) -> None:
-        target = out / matrix_file(matrix.module)
-        if target.exists():
-            return
-        weight = model.weight(matrix).to(device)
-        learnt = statistics.of(matrix).to(device) if statistics else None
-        quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
-        error = weighted_error(weight - quantized.dequantize(), learnt)
-        if not error < float("inf"):
-            raise NonFiniteError(f"The error of {matrix.name} after quantization is {error}. Its weights are damaged.")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
-        replace_file(
-            target, lambda path: save_file(tensors, path, metadata={"error": f"{error:.{SIGNIFICANT_DIGITS}g}"})
-        )
-
-    for _ in progress.track(map_in_order(quantize, model.matrices), "Decompose", total=len(model.matrices)):
+    quantize = partial(_quantize, model, plan, statistics, out, device)
+    in_processes = device == "cpu" and model.num_matrix_params >= PARAMS_FOR_PROCESSES
+    spread = map_in_processes if in_processes else map_in_order
+    for _ in progress.track(spread(quantize, model.matrices), "Decompose", total=len(model.matrices)):
         pass
+
+
+def _quantize(model: Model, plan: Plan, statistics: Statistics | None, out: Path, device: str, matrix: Matrix) -> None:
+    target = out / matrix_file(matrix.module)
+    if target.exists():
+        return
+    weight = model.weight(matrix).to(device)
+    learnt = statistics.of(matrix).to(device) if statistics else None
+    quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
+    error = weighted_error(weight - quantized.dequantize(), learnt)
+    if not error < float("inf"):
+        raise NonFiniteError(f"The error of {matrix.name} after quantization is {error}. Its weights are damaged.")
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
+    metadata = {"error": f"{error:.{SIGNIFICANT_DIGITS}g}"}
+    replace_file(target, lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def matrix_file(module: str) -> str:

@@ -41,5 +41,9 @@ class DiskSpaceError(PipelineError, OSError):
     """The disk cannot hold what the run would write; found before the work starts."""
 
 
+class WorkerError(PipelineError, RuntimeError):
+    """A worker process died."""
+
+
 class CheckpointError(PipelineError, ValueError):
     """A written checkpoint does not hold what the plan promised, or cannot be read."""

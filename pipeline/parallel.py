@@ -1,17 +1,24 @@
-"""Many small independent jobs on all cores: one job a thread, each with one thread of its own.
+"""Many small independent jobs on all cores: one job a core, each with one thread of its own.
 
 torch splits single operations over threads; for matrices of a few hundred rows that costs more than it gives,
 and its sums depend on the number of threads. One thread a job is faster and gives the same bytes on any number
-of cores.
+of cores. Jobs of few large operations share a process; jobs of many small ones hinder one another there, for Python
+runs in one thread at a time, and take processes of their own.
 """
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import TypeVar
 
 import torch
+
+from pipeline.errors import WorkerError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -22,16 +29,56 @@ def map_in_order(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iter
 
     The first exception ends it: jobs that have not started are dropped, and those under way are waited for.
     """
-    num_workers = os.cpu_count() or 1
     threads_before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(_num_workers(), initializer=torch.set_num_threads, initargs=(1,))
     torch.set_num_threads(1)
+    try:
+        yield from _in_order(pool, function, jobs)
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def map_in_processes(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    """The same in processes; `function` (of a module, or a `partial` of one), jobs and results must pickle.
+
+    Raises:
+        WorkerError: a process died.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    pool = ProcessPoolExecutor(_num_workers(), mp_context=context, initializer=_start_worker)
+    try:
+        yield from _in_order(pool, function, jobs)
+    except BrokenProcessPool:
+        raise WorkerError(
+            "A worker process died, most likely because the memory ran out. Close other programs and run the same "
+            "command again: finished matrices are kept."
+        ) from None
+
+
+def _in_order(pool: Executor, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
     remaining = iter(jobs)
     try:
-        running = [pool.submit(function, job) for job in islice(remaining, num_workers + 1)]
+        running = [pool.submit(function, job) for job in islice(remaining, _num_workers() + 1)]
         while running:
             yield running.pop(0).result()
             running += [pool.submit(function, job) for job in islice(remaining, 1)]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads_before)
+
+
+def _num_workers() -> int:
+    return os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    """One thread; Ctrl-C is the parent's to handle; and no worker outlives a parent that was killed."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

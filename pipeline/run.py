@@ -367,7 +367,10 @@ class Run:
         )
 
     def _statistics(self, artifact: Artifact | None) -> Statistics | None:
-        return Statistics.open(lambda name: self.registry.path(artifact, name)) if artifact else None
+        if artifact is None:
+            return None
+        paths = {name: self.registry.path(artifact, name) for name in artifact.files}
+        return Statistics.open(paths.__getitem__)  # unlike a lambda it travels to other processes
 
     def _cost_table(self, costs: Artifact) -> CostTable:
         return CostTable.read(self.registry.path(costs, "costs.json"))
