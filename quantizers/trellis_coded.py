@@ -55,7 +55,7 @@ class TrellisCoded(AbstractQuantizer):
         rotated = form.rotate(weight)
         outputs, inputs = self.factors(weight, statistics)
         shape = (weight.shape[0], weight.shape[1])
-        rounder = _TrellisRounder(form, shape, rotated.square().mean().sqrt())
+        rounder = _TrellisRounder(form, shape, _root_mean_square(rotated))
         round_with_feedback(rotated, outputs, inputs, (TILE, TILE), rounder)
         return QuantizedTensor(form, shape, rounder.plain(), form.levels.to(weight.device))
 
@@ -70,6 +70,11 @@ class TrellisCoded(AbstractQuantizer):
         if statistics.output_curvature is None:
             return None, inputs
         return factorize(form.rotate_curvature(statistics.output_curvature, form.seed)).in_blocks(TILE), inputs
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    largest = values.abs().amax().clamp_min(TINY)  # so that no square over- or underflows
+    return (values / largest).square().mean().sqrt() * largest
 
 
 class _TrellisRounder:
