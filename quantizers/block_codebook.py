@@ -18,7 +18,7 @@ from quantizers.double_quant import double_quantize
 from quantizers.feedback import round_with_feedback
 from quantizers.packing import pack
 from quantizers.quantized import QuantizedTensor
-from quantizers.scale_search import TYPICAL_MULTIPLES, level_of, nearest, search_scales
+from quantizers.scale_search import nearest, search_scales
 from quantizers.statistics import LayerStatistics
 
 ScaleRule = Literal["search", "absmax"]
@@ -69,16 +69,3 @@ def quantize_blocks(
 
 def _scales(blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule) -> Tensor:
     return blocks.abs().amax(dim=1) if rule == "absmax" else search_scales(blocks, weights, levels)
-
-
-def quantize_quickly(weight: Float[Tensor, "out in"], form: BlockFormat) -> Float[Tensor, "out in"]:
-    """Roughly what `quantize_blocks` dequantizes to, many times faster: a fixed multiple of the maximum.
-
-    Good for what depends on the residual's large features only, such as its leading singular vectors.
-    """
-    levels = form.levels.to(weight.device)
-    blocks = to_blocks(weight.float(), form.block_size)
-    scales = blocks.abs().amax(dim=2) * TYPICAL_MULTIPLES.get(form.bits, 1.0)
-    return (level_of(blocks.flatten(0, 1), scales.flatten(), levels) * scales.view(-1, 1)).view(weight.shape[0], -1)[
-        :, : weight.shape[1]
-    ]

@@ -48,7 +48,7 @@ def round_with_feedback(
     tile: tuple[int, int],
     rounder: TileRounder,
 ) -> Float32[Tensor, "out in"]:
-    """Round `weight`, padded with zeros to whole tiles, tile by tile; returns Q of the padded shape.
+    """Round `weight`, padded with zeros to whole tiles, tile by tile; returns Q without the padding.
 
     Args:
         outputs, inputs: factors of H_O (None: the identity) and H_I, of the weight's own size.
@@ -84,7 +84,7 @@ def round_with_feedback(
         else:
             below = lower.view(num_rows, height, num_rows, height)[rows, :, rows]
             passed[rows, :, columns] += below @ error
-    return values.transpose(1, 2).reshape(padded.shape)
+    return values.transpose(1, 2).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
 
 
 def _pad(weight: Tensor, height: int, width: int) -> Tensor:

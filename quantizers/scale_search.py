@@ -16,7 +16,6 @@ CHUNK = 2**16  # weights at a time: they stay in the processor's cache
 MULTIPLES = {2: (0.35, 0.45, 0.55, 0.65, 0.8, 1.0), 3: (0.55, 0.65, 0.75, 0.85, 1.0), 4: (0.7, 0.8, 0.9, 1.0)}
 FINE_MULTIPLES = (0.9, 0.96, 1.0)
 SMALLEST_SCALE = 1e-30  # below it a block counts as zeros while searching: 1 / scale would overflow
-TYPICAL_MULTIPLES = {2: 0.6, 3: 0.8, 4: 0.9, 5: 0.95}
 
 
 def search_scales(
@@ -43,15 +42,6 @@ def search_scales(
 def nearest(values: Tensor, levels: Float32[Tensor, " levels"]) -> Tensor:
     """Index of the level nearest to each value, as uint8."""
     return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
-
-
-def level_of(
-    blocks: Float32[Tensor, "blocks block_size"],
-    scales: Float32[Tensor, " blocks"],
-    levels: Float32[Tensor, " levels"],
-) -> Float32[Tensor, "blocks block_size"]:
-    """The level nearest to each weight over its block's scale, up to half a bin of the look-up table."""
-    return _level(blocks, scales, _table(levels))
 
 
 def _table(levels: Tensor) -> Tensor:

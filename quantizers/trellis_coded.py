@@ -54,7 +54,7 @@ class TrellisCoded(AbstractQuantizer):
         form = self.format
         rotated, shape = form.rotate(weight), (weight.shape[0], weight.shape[1])
         outputs, inputs = self.factors(shape, statistics, weight.device)
-        rounder = _TrellisRounder(form, shape, rotated.square().mean().sqrt())
+        rounder = _TrellisRounder(form, shape, _root_mean_square(rotated))
         round_with_feedback(rotated, outputs, inputs, (TILE, TILE), rounder)
         return QuantizedTensor(form, shape, rounder.plain(), form.levels.to(weight.device))
 
@@ -69,6 +69,11 @@ class TrellisCoded(AbstractQuantizer):
         if statistics.output_curvature is None:
             return None, inputs
         return factorize(form.rotate_curvature(statistics.output_curvature, form.seed)).in_blocks(TILE), inputs
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    largest = values.abs().amax().clamp_min(TINY)  # so that no square over- or underflows
+    return (values / largest).square().mean().sqrt() * largest
 
 
 class _TrellisRounder:

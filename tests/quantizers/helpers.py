@@ -32,14 +32,15 @@ LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
     LowRankPlus(LloydMax(2), 1),
     LowRankPlus(LloydMax(2, 16, 6, 16), 3),
     LowRankPlus(LloydMax(8, 128), 2),
+    *(LowRankPlus(LloydMax(3), 3, factor_bits) for factor_bits in (8, 6, 4, 3)),
 ]
-TRELLIS_QUANTIZERS: list[AbstractQuantizer] = [
+ROTATED_QUANTIZERS: list[AbstractQuantizer] = [
     *(TrellisCoded(bits) for bits in (1, 2, 3, 4, 5)),
     TrellisCoded(2, 10, seed=7),
-    LowRankPlus(TrellisCoded(2), 2, 8, max_iterations=1),
 ]
-LOW_RANK_QUANTIZERS += [LowRankPlus(LloydMax(3), 3, bits) for bits in (8, 6, 4, 3)]
-ALL_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS + TRELLIS_QUANTIZERS
+ROTATED_LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [LowRankPlus(TrellisCoded(2), 2, 8, max_iterations=1)]
+BLOCK_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS
+ALL_QUANTIZERS = BLOCK_QUANTIZERS + ROTATED_QUANTIZERS + ROTATED_LOW_RANK_QUANTIZERS
 
 SHAPES = [(1, 1), (3, 5), (7, 64), (16, 100), (5, 129), (64, 576)]
 

@@ -10,7 +10,7 @@ from quantizers.block_format import BITS, BlockFormat
 from quantizers.blocks import num_blocks, spread, to_blocks
 from quantizers.codebooks import lloyd_max, normal_float
 from quantizers.double_quant import double_quantize
-from quantizers.scale_search import BINS, level_of, nearest, search_scales
+from quantizers.scale_search import nearest, search_scales
 from tests.quantizers.helpers import SHAPES, normal_weight, uneven_statistics
 
 CODEBOOKS = [normal_float, lloyd_max]
@@ -40,18 +40,6 @@ def test_nearest_is_the_nearest(codebook, bits: int) -> None:
     distances = (values.double()[:, None] - levels.double()).abs()
     chosen = distances.gather(1, nearest(values, levels).long()[:, None])[:, 0]
     torch.testing.assert_close(chosen, distances.amin(dim=1), rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("codebook", CODEBOOKS)
-@pytest.mark.parametrize("bits", BITS)
-def test_the_look_up_table_errs_by_half_a_bin(codebook, bits: int) -> None:
-    levels = codebook(bits)
-    blocks = normal_weight((50, 64))
-    scales = blocks.abs().amax(dim=1)
-    scaled = (blocks / scales[:, None]).double()
-    found = (level_of(blocks, scales, levels).double() - scaled).abs()
-    best = (scaled[:, :, None] - levels.double()).abs().amin(dim=2)
-    assert ((found - best) <= 2 / (BINS - 1) + 1e-6).all()
 
 
 def errors(blocks: Tensor, fisher: Tensor | None, scales: Tensor, levels: Tensor) -> Tensor:

@@ -23,8 +23,10 @@ from quantizers.codebooks import normal_float
 from quantizers.packing import unpack
 from tests.quantizers.helpers import (
     ALL_QUANTIZERS,
+    BLOCK_QUANTIZERS,
     CASES,
     PLAIN_QUANTIZERS,
+    ROTATED_QUANTIZERS,
     Case,
     normal_weight,
     quantizer_id,
@@ -33,6 +35,7 @@ from tests.quantizers.helpers import (
 )
 
 for_all = pytest.mark.parametrize("quantizer", ALL_QUANTIZERS, ids=quantizer_id)
+for_all_block = pytest.mark.parametrize("quantizer", BLOCK_QUANTIZERS, ids=quantizer_id)
 for_all_plain = pytest.mark.parametrize("quantizer", PLAIN_QUANTIZERS, ids=quantizer_id)
 
 SHAPE = (24, 100)
@@ -81,7 +84,7 @@ def bytes_of_tensors(path: Path) -> int:
     return path.stat().st_size - 8 - header_bytes
 
 
-@for_all
+@for_all_block
 def test_dequantize_follows_the_documented_formula(quantizer: AbstractQuantizer) -> None:
     quantized = quantizer.quantize(normal_weight(SHAPE))
     expected = quantized.levels[codes_of(quantized)] * scales_of(quantized)
@@ -149,7 +152,7 @@ def test_more_bits_never_cost_more_error(family, scale: str, seed: int, weighted
     assert errors[-1] < errors[0] / 100
 
 
-@for_all
+@for_all_block
 def test_fisher_weights_reduce_the_fisher_weighted_error(quantizer: AbstractQuantizer) -> None:
     weight, statistics = normal_weight((64, 256)), uneven_statistics((64, 256))
     plain = weighted_error(weight - quantizer.quantize(weight).dequantize(), statistics)
@@ -161,6 +164,12 @@ def test_fisher_weights_reduce_the_fisher_weighted_error(quantizer: AbstractQuan
         assert informed == plain
     else:
         assert informed < 1.05 * plain
+
+
+@pytest.mark.parametrize("quantizer", ROTATED_QUANTIZERS, ids=quantizer_id)
+def test_a_fisher_diagonal_changes_nothing_in_a_rotated_basis(quantizer: AbstractQuantizer) -> None:
+    weight = normal_weight(SHAPE)
+    assert_same(quantizer.quantize(weight, uneven_statistics(SHAPE)), quantizer.quantize(weight))
 
 
 @for_all_plain
@@ -180,7 +189,7 @@ def test_a_matrix_of_zeros_stays_zero(quantizer: AbstractQuantizer, statistics) 
     assert (quantizer.quantize(torch.zeros(SHAPE), statistics).dequantize() == 0).all()
 
 
-@for_all
+@for_all_block
 def test_a_constant_matrix_is_kept(quantizer: AbstractQuantizer) -> None:
     for value in (0.37, -2.5, 1e-20, -1e20):
         weight = torch.full(SHAPE, value)
@@ -200,7 +209,7 @@ def test_one_huge_outlier_is_kept_and_nothing_breaks(quantizer: AbstractQuantize
         assert weighted_error(weight - dequantized, None) < weighted_error(weight, None)
 
 
-@for_all_plain
+@pytest.mark.parametrize("quantizer", PLAIN_QUANTIZERS + ROTATED_QUANTIZERS, ids=quantizer_id)
 def test_quantization_does_not_depend_on_the_unit(quantizer: AbstractQuantizer) -> None:
     weight = normal_weight(SHAPE)
     dequantized = quantizer.quantize(weight).dequantize()
