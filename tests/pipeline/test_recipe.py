@@ -33,8 +33,8 @@ def test_every_wrong_setting_is_named(settings: dict, expected: str) -> None:
 def test_budget_and_preset_have_their_own_words() -> None:
     with pytest.raises(BudgetError):
         Recipe.of(model="demo", budget="3")
-    with pytest.raises(RecipeError, match="no preset 'best'; choose one of default, fast"):
-        Recipe.of("best", model="demo", budget="3bpw")
+    with pytest.raises(RecipeError, match="no preset 'finest'; choose one of best, default, fast"):
+        Recipe.of("finest", model="demo", budget="3bpw")
 
 
 def test_changes_are_named() -> None:
