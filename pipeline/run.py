@@ -190,13 +190,14 @@ class Run:
     def recovery_settings(self) -> RecoverySettings:
         """Of the training that the recipe asks for, if it does."""
         recipe = self.recipe
-        return RecoverySettings(
-            train=recipe.recover_train,
-            steps=recipe.recover_steps,
-            learning_rate=recipe.recover_learning_rate,
-            compute="bfloat16" if self.device.startswith("cuda") else "float32",
-            seed=recipe.seed,
-        )
+        settings = {
+            "train": recipe.recover_train,
+            "steps": recipe.recover_steps,
+            "learning_rate": recipe.recover_learning_rate,
+            "compute": "bfloat16" if self.device.startswith("cuda") else "float32",
+            "seed": recipe.seed,
+        }
+        return RecoverySettings.model_validate(settings)
 
     def has_statistics(self) -> bool:
         """Are the statistics in the registry? True where the recipe wants none."""

@@ -136,7 +136,6 @@ def test_under_autocast(dense_dtype) -> None:
     x = inputs(4).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = training(x)
-    assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), layer(x), rtol=0.02, atol=0.05)
     y.float().sum().backward()
     assert x.grad is not None
