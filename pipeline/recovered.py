@@ -52,9 +52,9 @@ def recover_matrices(
 ) -> None:
     """Train what `settings` name and leave the files above in `work`/out; goes on from what a killed call saved.
 
-    Takes the memory of the packed model and a dense one beside it: at first the original in float32, then a copy of each
-    quantized part, since dequantizing a trellis for every product would take most of the time. The error of each changed
-    matrix is measured anew.
+    Takes the memory of the packed model and a dense one beside it: at first the original in float32, then a copy of
+    each quantized part, since dequantizing a trellis for every product would take most of the time. The error of each
+    changed matrix is measured anew.
 
     Args:
         matrix_path: module name -> file that `decompose` wrote for it.
