@@ -52,11 +52,15 @@ def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Out
     """From the cost table to the published version; `before` are the stages that the summary starts with."""
     plan = steps.allocate(job, costs)
     matrices = steps.decompose(job, plan, statistics)
+    before = [*before, plan, matrices]
+    if job["recipe"]["recover"]:
+        matrices = steps.recover(job, plan, matrices, statistics)
+        before.append(matrices)
     checkpoint = steps.write_checkpoint(job, plan, matrices)
     evaluation = steps.evaluate(job, checkpoint)
     report = steps.write_report(job, costs, plan, matrices, checkpoint, evaluation)
     version = steps.publish(job, checkpoint, report)
-    return steps.summarize(job, version, [*before, plan, matrices, checkpoint, evaluation, report])
+    return steps.summarize(job, version, [*before, checkpoint, evaluation, report])
 
 
 if __name__ == "__main__":

@@ -159,6 +159,7 @@ def read_outcome(outcome: Outcome) -> "Compressed":
         version=run.registry.version(outcome["version"]),
         plan=run.read_plan(artifact(run, made["plan"])),
         evaluation=run.read_evaluation(artifact_if_any(run, made["evaluate"])),
+        recovery=run.read_recovery(artifact(run, made.get("recover", made["decompose"]))),
         stages=tuple(_stage(done) for done in outcome["stages"]),
         size_bytes=artifact(run, made["checkpoint"]).size_bytes,
         original_bytes=run.model.folder_bytes,

@@ -84,6 +84,16 @@ def decompose(job: Job, plan: Done, statistics: Done) -> Done:
 
 
 @task(**PLAIN)
+def recover(job: Job, plan: Done, matrices: Done, statistics: Done) -> Done:
+    """The matrices after training, in the place of those before."""
+
+    def work(run: "Run") -> Artifact:
+        return run.recovered(artifact(run, plan), artifact(run, matrices), artifact_if_any(run, statistics))
+
+    return do(job, "recover", work)
+
+
+@task(**PLAIN)
 def write_checkpoint(job: Job, plan: Done, matrices: Done) -> Done:
     """The finished folder, in its place once a fresh process has audited it."""
 

@@ -124,7 +124,7 @@ def header_fields(
 def _datasets(recipe: dict[str, Any]) -> list[str]:
     """The calibration data, if they are on the Hub: a file's name ends in its kind, a path has a folder."""
     name = (recipe.get("dataset") or "").partition(":")[0]
-    used = recipe.get("sensitivity", "fisher") != "none"
+    used = recipe.get("sensitivity", "fisher") != "none" or recipe.get("recover", False)
     return [name] if used and _DATASET_ID.fullmatch(name) and not name.endswith(_TEXT_FILES) else []
 
 

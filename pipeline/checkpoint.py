@@ -11,10 +11,11 @@ Planning and writing share one description, so the forecast is exact and not an 
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -79,17 +80,25 @@ class Checkpoint:
         """Exact size of the whole folder."""
         return sum(self.sizes_bytes.values())
 
-    def write(self, folder: Path, matrix_path: Callable[[str], Path], *, progress: Progress = SILENT) -> None:
+    def write(
+        self,
+        folder: Path,
+        matrix_path: Callable[[str], Path],
+        kept: Mapping[str, Tensor] = MappingProxyType({}),
+        *,
+        progress: Progress = SILENT,
+    ) -> None:
         """Write every file into `folder`.
 
         Args:
             matrix_path: module name -> file that `decompose` wrote for it.
+            kept: parameter name -> tensor in place of the original's, of its shape and dtype.
         """
         for path in self.model.extra_files():
             replace_file(folder / path.name, partial(shutil.copyfile, path))
         for name, text in self.texts.items():
             replace_file(folder / name, partial(_write_text, text))
-        reader = _Reader(self.model, self.plan, matrix_path)
+        reader = _Reader(self.model, self.plan, matrix_path, kept)
         for name, file in progress.track(self.shards.items(), "Write checkpoint", total=len(self.shards)):
             replace_file(folder / name, partial(file.write, read=reader.tensor))
 
@@ -115,8 +124,10 @@ def _write_text(text: str, target: Path) -> None:
 class _Reader:
     """Gives each tensor of the checkpoint by its stored name; the matrix read last is kept."""
 
-    def __init__(self, model: Model, plan: Plan, matrix_path: Callable[[str], Path]) -> None:
-        self._model, self._plan, self._matrix_path = model, plan, matrix_path
+    def __init__(
+        self, model: Model, plan: Plan, matrix_path: Callable[[str], Path], kept: Mapping[str, Tensor]
+    ) -> None:
+        self._model, self._plan, self._matrix_path, self._kept = model, plan, matrix_path, kept
         self._parameter_of = {info.name: name for name, info in model.tensors.items()}
         self._module_of = {
             model.tensors[f"{module}.weight"].name.removesuffix(".weight"): module for module in plan.matrices
@@ -127,7 +138,8 @@ class _Reader:
         stored_module, _, key = name.rpartition(".")
         module = self._module_of.get(stored_module)
         if module is None or name in self._parameter_of:
-            return self._model.tensor(self._parameter_of[name])
+            parameter = self._parameter_of[name]
+            return self._kept[parameter] if parameter in self._kept else self._model.tensor(parameter)
         if self._last[0] != module:
             self._last = (module, read_matrix(self._matrix_path(module), self._plan, module).tensors())
         return self._last[1][key]

@@ -14,6 +14,7 @@ from pipeline.eval_report import EvalReport
 from pipeline.output import OutputFolder
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
+from pipeline.recovery_report import RecoveryReport
 from pipeline.run import Run
 from pipeline.stages import Stage, StageLog
 from registry import Artifact, Registry, Version, checked_name
@@ -28,6 +29,7 @@ class Compressed:
         version: where it stands in the registry.
         plan: what every matrix got.
         evaluation: None if the recipe asks for none.
+        recovery: likewise.
         stages: seconds and peak memory.
         size_bytes: of the checkpoint's files.
         original_bytes: of the same files of the original.
@@ -38,6 +40,7 @@ class Compressed:
     version: Version
     plan: Plan
     evaluation: EvalReport | None
+    recovery: RecoveryReport | None
     stages: tuple[Stage, ...]
     size_bytes: int
     original_bytes: int
@@ -56,6 +59,7 @@ class Compressed:
             "predicted_cost": self.plan.predicted_cost,
             "gap": self.plan.gap,
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
+            "recovery": self.recovery.to_json() if self.recovery else None,
             "stages": [asdict(stage) for stage in self.stages],
             "was_finished": self.was_finished,
         }
@@ -118,6 +122,9 @@ def complete(
         plan = run.plan(costs)
     with log.stage("decompose"):
         matrices = run.matrices(plan, statistics)
+    if run.recipe.recover:
+        with log.stage("recover"):
+            matrices = run.recovered(plan, matrices, statistics)
     with log.stage("checkpoint"):
         checkpoint = run.checkpoint(plan, matrices)
         run.deliver(checkpoint, plan, matrices, output)
@@ -132,6 +139,7 @@ def complete(
         version=version,
         plan=run.read_plan(plan),
         evaluation=run.read_evaluation(evaluation),
+        recovery=run.read_recovery(matrices),
         stages=tuple(log.stages),
         size_bytes=checkpoint.size_bytes,
         original_bytes=run.model.folder_bytes,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
@@ -14,7 +15,7 @@ from pipeline.model import Matrix, Model
 from pipeline.parallel import map_in_order, map_in_processes
 from pipeline.progress import SILENT, Progress
 from pipeline.statistics import Statistics
-from quantizers import QuantizedTensor, quantizer_from_label, weighted_error
+from quantizers import LayerStatistics, QuantizedTensor, quantizer_from_label, weighted_error
 
 PARAMS_FOR_PROCESSES = 2**23  # below, starting processes takes longer than the work
 
@@ -52,12 +53,22 @@ def _quantize(model: Model, plan: Plan, statistics: Statistics | None, out: Path
     weight = model.weight(matrix).to(device)
     learnt = statistics.of(matrix).to(device) if statistics else None
     quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
-    error = weighted_error(weight - quantized.dequantize(), learnt)
+    write_matrix(target, quantized, weight, learnt)
+
+
+def write_matrix(target: Path, quantized: QuantizedTensor, weight: Tensor, statistics: LayerStatistics | None) -> None:
+    """Write `quantized` with its error as metadata; `weight` is what it stands for, float32 [out, in].
+
+    Raises:
+        NonFiniteError: the error is not finite.
+    """
+    error = weighted_error(weight - quantized.dequantize(), statistics)
     if not error < float("inf"):
-        raise NonFiniteError(f"The error of {matrix.name} after quantization is {error}. Its weights are damaged.")
+        raise NonFiniteError(
+            f"The error of the weight for {target.name} after quantization is {error}. The original is damaged."
+        )
     tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
-    metadata = {"error": f"{error:.{SIGNIFICANT_DIGITS}g}"}
-    replace_file(target, lambda path: save_file(tensors, path, metadata=metadata))
+    replace_file(target, lambda path: save_file(tensors, path, metadata={"error": f"{error:.{SIGNIFICANT_DIGITS}g}"}))
 
 
 def matrix_file(module: str) -> str:

@@ -148,13 +148,19 @@ def add_run_rows(table: Table, run: "Run") -> None:
     if run.calibration:
         tokens = run.calibration.tokens
         table.add_row("calibration", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.calibration.source}")
+    if run.metric_windows:
         table.add_row("statistics", _reused(run.resume and run.has_statistics()))
     else:
-        table.add_row("calibration", "none: unweighted error")
+        table.add_row("statistics", "none: unweighted error")
     table.add_row("cost table", _reused(run.resume and run.has_costs()))
     if run.eval_windows:
         tokens = run.eval_windows.tokens
         table.add_row("evaluation", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.eval_windows.source}")
+    if recipe.recover and run.calibration:
+        settings, num_windows = run.recovery_settings, len(run.calibration)
+        held_out = settings.num_held_out(num_windows)
+        trained = f"{', '.join(settings.train)}, up to {settings.steps} steps"
+        table.add_row("recovery", f"{trained} on {num_windows - held_out} windows, {held_out} held out")
     table.add_row("device", run.device)
 
 
@@ -186,6 +192,8 @@ def show_result(done: "Compressed") -> None:
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
     table.add_row("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}")
     table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
+    if done.recovery is not None:
+        table.add_row("recovery", done.recovery.meaning)
     table.add_row("folder", str(done.folder))
     table.add_row("report", str(done.folder / "report" / "index.html"))
     table.add_row("registry", f"{done.version} ({done.version.digest[:12]})")

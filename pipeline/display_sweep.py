@@ -30,7 +30,7 @@ def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     ERRORS.print(each)
     ERRORS.print(
         "Statistics, cost table and the original's predictions serve all budgets. Each budget has its own plan, "
-        "decomposition, checkpoint, evaluation and report.",
+        "decomposition, recovery where it is asked for, checkpoint, evaluation and report.",
         style="dim",
     )
 

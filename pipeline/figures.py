@@ -16,6 +16,7 @@ from pipeline.command import compress_command
 from pipeline.costs import CostTable
 from pipeline.model import Matrix, Model
 from pipeline.origin import model_name, read_origin
+from pipeline.recovery_report import RecoveryReport
 from solvers import AllocationProblem, pareto
 
 FORMAT_VERSION = 1
@@ -36,6 +37,7 @@ class ReportFacts:
         checkpoint_digest: of its artifact.
         evaluation: None if there was none; else {"report": EvalReport.to_json(), "prompt": str,
             "samples": {"original": str, "compressed": str}, "text": source}.
+        recovery: None if there was none.
     """
 
     model: Model
@@ -46,6 +48,7 @@ class ReportFacts:
     size_bytes: int
     checkpoint_digest: str
     evaluation: dict[str, Any] | None
+    recovery: RecoveryReport | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
             "command": compress_command(recipe),
             "checkpoint_digest": facts.checkpoint_digest,
             "evaluation": facts.evaluation,
+            "recovery": facts.recovery.to_json() if facts.recovery else None,
         }
     )
 

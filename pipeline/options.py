@@ -29,7 +29,10 @@ Name = Annotated[
     str | None,
     typer.Option(help="name in the registry, the folder's by default; with several budgets, followed by the budget"),
 ]
-Preset = Annotated[str, typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe")]
+Preset = Annotated[
+    str,
+    typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe; best: more states, recovery"),
+]
 Rank = Annotated[int | None, typer.Option(help="rank of the low-rank part, where the program chooses one; 0: none")]
 Dataset = Annotated[str | None, typer.Option(help="calibration text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
 DatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
@@ -48,6 +51,12 @@ ShareGroups = Annotated[
 ]
 CostRows = Annotated[int | None, typer.Option(help="rows of a matrix that the cost table samples")]
 Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
+Recover = Annotated[
+    bool | None, typer.Option(help="train what is stored beside the codes on the calibration text; sizes stay")
+]
+RecoverSteps = Annotated[int | None, typer.Option(help="steps of that training, at most")]
+RecoverLearningRate = Annotated[float | None, typer.Option(help="of its AdamW, at its height")]
+RecoverTrain = Annotated[list[str] | None, typer.Option(help="factors, norms, scales or biases; repeat for several")]
 EvalDataset = Annotated[str | None, typer.Option(help="evaluation text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
 EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
 EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]

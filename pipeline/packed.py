@@ -1,9 +1,11 @@
 """A compressed model in memory: the original with its planned layers swapped for packed ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.allocation import Plan
@@ -15,8 +17,14 @@ from pipeline.quiet import quiet_transformers
 from quantizers import QuantizedLinear
 
 
-def packed_model(model: Model, plan: Plan, matrix_path: Callable[[str], Path]) -> PreTrainedModel:
-    """The original in float32 on the CPU, each planned layer replaced by what `decompose` wrote for it."""
+def packed_model(
+    model: Model, plan: Plan, matrix_path: Callable[[str], Path], kept: Mapping[str, Tensor] = MappingProxyType({})
+) -> PreTrainedModel:
+    """The original in float32 on the CPU, each planned layer replaced by what `decompose` wrote for it.
+
+    Args:
+        kept: parameter name -> value in place of the original's, of parameters that are not planned.
+    """
     network = model.load(device="cpu", dtype=torch.float32)
     for module in plan.matrices:
         parent, _, child = module.rpartition(".")
@@ -24,6 +32,7 @@ def packed_model(model: Model, plan: Plan, matrix_path: Callable[[str], Path]) -
         quantized = read_matrix(matrix_path(module), plan, module)
         layer = QuantizedLinear.from_quantized(quantized, getattr(old, "bias", None))
         setattr(network.get_submodule(parent), child, layer)
+    network.load_state_dict(kept, strict=False)
     return network
 
 

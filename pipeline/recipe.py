@@ -10,9 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.budget import Budget
 from pipeline.errors import RecipeChangedError, RecipeError
+from pipeline.recovery_settings import Kind
 
 # What the program chooses from. A trellis beats every scalar codebook at its width (BENCHMARKS.md).
 TRELLIS = (*(f"trellis{bits}" for bits in (1, 2, 3, 4, 5)), "lloyd6-g64-s6", "nf8-g64-s8")
+# The same with four times as many states, where there are levels for them: slower, and a little better.
+TRELLIS_1024 = ("trellis1", *(f"trellis{bits}-l10" for bits in (2, 3, 4)), "trellis5", "lloyd6-g64-s6", "nf8-g64-s8")
 # Blocks of 128 and 8-bit scales are hardly ever taken (LOG.md), so they are not there.
 SCALAR = (
     *(f"lloyd{bits}-g{group}-s{scale}" for bits in (2, 3, 4, 5) for group in (16, 32, 64) for scale in (4, 6)),
@@ -30,6 +33,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # Both factors of the curvature, error feedback, a trellis of 256 states.
     "default": {},
+    # A trellis of 1024 states for 2 to 4 bits, then training. Recovery wants more text than statistics do.
+    "best": {"candidates": TRELLIS_1024, "recover": True, "recover_steps": 200, "num_samples": 128},
 }
 
 
@@ -56,6 +61,12 @@ class Recipe(BaseModel):
     share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")
     cost_rows: int = Field(48, ge=1, description="rows of a matrix that the cost table samples")
+    recover: bool = Field(False, description="train what is stored beside the codes until it answers like the original")
+    recover_steps: int = Field(100, ge=1, description="of the optimizer, at most")
+    recover_learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its height")
+    recover_train: tuple[Kind, ...] = Field(
+        ("factors", "norms", "scales"), min_length=1, description="what is trained; `biases` too, where there are some"
+    )
     eval_dataset: str | None = Field(None, description="evaluation text; None for the bundled one")
     eval_dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
     eval_windows: int = Field(24, ge=0, description="windows to evaluate on; 0 to skip")
@@ -100,6 +111,15 @@ class Recipe(BaseModel):
     def from_json(stored: dict[str, Any]) -> "Recipe":
         """Undo `to_json`."""
         return Recipe.of(**stored)
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """Raise RecipeError if recovery would train factors alone and no plan can have any."""
+    if recipe.recover and recipe.rank == 0 and recipe.recover_train == ("factors",):
+        raise RecipeError(
+            "Recovery is to train factors alone, and with rank 0 there are none. Train `norms` and `scales` too "
+            "(--recover-train), or give a --rank above 0."
+        )
 
 
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: str, advice: str) -> None:

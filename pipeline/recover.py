@@ -32,23 +32,18 @@ EPOCHS_A_SEED = 2**20  # no two seeds share the order of an epoch
 AsStored = Callable[[str, Tensor], Tensor]
 
 
-def stored_in_bfloat16(name: str, value: Tensor) -> Tensor:
-    """How factors are stored, and norms of a model in bfloat16."""
-    return value.to(torch.bfloat16)
-
-
 @dataclass(frozen=True, eq=False)
 class Recovered:
     """Result of `recover`.
 
     Attributes:
-        tensors: the changed tensors by their names in the state dict, as `as_stored` gave them; empty where nothing was
-            better than the start.
+        values: the best float32 values by the names of pipeline/trainable.py, before `as_stored`; empty where nothing
+            was better than the start.
         checks: all measurements on the held-out windows, the first before any training.
         steps: that were taken.
     """
 
-    tensors: dict[str, Tensor]
+    values: dict[str, Tensor]
     checks: tuple[Check, ...]
     steps: int
 
@@ -59,7 +54,7 @@ class Recovered:
 
     @property
     def best_kl(self) -> float:
-        """The same with `tensors`; never above `start_kl`."""
+        """The same with `values` as they are stored; never above `start_kl`."""
         return min(check.kl_divergence for check in self.checks)
 
 
@@ -70,21 +65,22 @@ def recover(
     settings: RecoverySettings,
     work: Path,
     *,
-    as_stored: AsStored = stored_in_bfloat16,
+    as_stored: AsStored,
     dense_bytes: int = 0,
     progress: Progress = SILENT,
 ) -> Recovered:
-    """Train `network` on all but the last of the windows, and say which stored tensors should change.
+    """Train `network` on all but the last of the windows, and say what should change.
 
-    `network` is left as it was; `network.load_state_dict(recovered.tensors, strict=False)` puts the result in. A call
-    in the `work` of one that was killed goes on from its last save and ends with the same result.
+    `network` is left as it was; recovered.py puts the result in. A call in the `work` of one that was killed goes on
+    from its last save and ends with the same result.
 
     Args:
         network: a packed causal language model, on any device.
         load_teacher: opens the original; called only if one of its answers is not in `work`.
         tokens: int64 [windows, seq_len], two windows or more.
         work: an existing folder, kept by the caller over kills.
-        as_stored: name and float32 value of a tensor -> the value as it will be stored, in any float dtype.
+        as_stored: name and float32 value -> the value as it will be stored, in any float dtype; always the same for
+            the same value.
         dense_bytes: memory for dense copies of packed weights, which are then not dequantized for each product.
     Raises:
         CalibrationError: `tokens` has another shape or dtype.
@@ -92,7 +88,7 @@ def recover(
         RecipeChangedError: `work` holds an unfinished recovery with other settings, tokens or starting values.
         RecipeError: the network has nothing of what `settings.train` names.
     """
-    _require_windows(tokens)
+    require_windows(tokens)
     teacher = teacher_windows(
         load_teacher,
         tokens,
@@ -202,7 +198,7 @@ class _Training:
         recent = state.losses[state.checks[-1].step :]
         kl = self.held_out_kl()
         if kl < min(check.kl_divergence for check in state.checks):
-            state.best = {name: self.as_stored(name, value).clone() for name, value in state.master.items()}
+            state.best = {name: value.clone() for name, value in state.master.items()}
         state.checks.append(Check(state.step, kl, sum(recent) / len(recent)))
 
     @torch.no_grad()
@@ -225,7 +221,8 @@ class _Training:
         )
 
 
-def _require_windows(tokens: Tensor) -> None:
+def require_windows(tokens: Tensor) -> None:
+    """Raise CalibrationError unless there is a window to train on and one to measure on."""
     if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[0] < 2 or tokens.shape[1] < 2:
         raise CalibrationError(
             f"The calibration tokens are {tokens.dtype} {list(tokens.shape)}, but recovery needs int64 [windows, "

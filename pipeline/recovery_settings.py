@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.trainable import Kind
+Kind = Literal["factors", "norms", "scales", "biases"]
 
 
 class RecoverySettings(BaseModel):

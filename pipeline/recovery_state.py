@@ -2,7 +2,7 @@
 
 work/recovery.safetensors
     master/<name>, mean/<name>, square/<name>   float32, the trained values and AdamW's two moments
-    best/<name>                                 as stored, once a measurement was better than the start
+    best/<name>                                 float32, the values of the best measurement, if better than the start
     metadata: {"state": JSON with step, losses, checks and what the recovery was started with}
 """
 

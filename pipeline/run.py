@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.allocation import Plan, allocate_to_budget, offered_choices
 from pipeline.atomic import write_json
@@ -31,7 +32,11 @@ from pipeline.model import Model, open_model
 from pipeline.output import OutputFolder
 from pipeline.packed import load_packed, packed_model
 from pipeline.progress import Progress
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, check_trainable
+from pipeline.recover import require_windows
+from pipeline.recovered import KEPT_FILE, REPORT_FILE, read_kept, read_report, recover_matrices
+from pipeline.recovery_report import RecoveryReport
+from pipeline.recovery_settings import RecoverySettings
 from pipeline.report import ReportFacts, write_report
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics, collect_statistics
@@ -79,11 +84,12 @@ class Run:
         """`prepare` without a look at the budget and at the weights' values."""
         model = open_model(recipe.model, revision=recipe.revision, progress=progress)
         check_ranks(model.matrices, recipe.rank)
+        check_trainable(recipe)
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.rank, recipe.factor_bits)
         offered = offered_choices([matrix.name for matrix in model.matrices], labels, overrides)
         calibration = eval_windows = None
-        if recipe.sensitivity != "none":
+        if recipe.sensitivity != "none" or recipe.recover:
             calibration = token_windows(
                 recipe.dataset,
                 model.tokenizer(),
@@ -93,6 +99,8 @@ class Run:
                 revision=recipe.dataset_revision,
             )
             check_vocabulary(calibration, model.config.get_text_config().vocab_size)
+            if recipe.recover:
+                require_windows(calibration.tokens)
             if len(calibration) < recipe.num_samples:
                 progress.say(
                     f"The calibration text has {len(calibration)} windows of {recipe.seq_len} tokens, fewer than the "
@@ -138,15 +146,19 @@ class Run:
         return self.checkpoint_disk_bytes() + self.shared_disk_bytes()
 
     def checkpoint_disk_bytes(self) -> int:
-        """The part of it that every budget needs for itself: matrices, checkpoint, and the output folder."""
+        """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
         compressed = self.smallest_plan().size_bits // 8
         around = self.model.size_bytes - sum(self.model.tensors[m.name].size_bytes for m in self.model.matrices)
-        return 3 * (compressed + around)
+        total = 3 * (compressed + around)
+        if self.recipe.recover and self.calibration is not None:
+            bytes_a_token = 2 + 6 * self.recovery_settings.num_top  # see teacher.py
+            total += 2 * compressed + bytes_a_token * self.calibration.tokens.numel() + self._training_bytes()
+        return total
 
     def shared_disk_bytes(self) -> int:
         """The part that all budgets share: statistics, and the original's predictions."""
         total = 0
-        if self.calibration is not None:
+        if self.metric_windows is not None:
             widths = {matrix.group: matrix.shape[1] for matrix in self.model.matrices}
             total += 3 * 4 * (self.model.num_matrix_params + sum(width**2 for width in widths.values()))
         if self.eval_windows is not None:
@@ -169,20 +181,38 @@ class Run:
                     "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
                 )
 
+    @property
+    def metric_windows(self) -> TokenWindows | None:
+        """What statistics are collected on; None where the recipe wants none, though recovery may want the text."""
+        return None if self.recipe.sensitivity == "none" else self.calibration
+
+    @property
+    def recovery_settings(self) -> RecoverySettings:
+        """Of the training that the recipe asks for, if it does."""
+        recipe = self.recipe
+        settings = {
+            "train": recipe.recover_train,
+            "steps": recipe.recover_steps,
+            "learning_rate": recipe.recover_learning_rate,
+            "compute": "bfloat16" if self.device.startswith("cuda") else "float32",
+            "seed": recipe.seed,
+        }
+        return RecoverySettings.model_validate(settings)
+
     def has_statistics(self) -> bool:
         """Are the statistics in the registry? True where the recipe wants none."""
-        return self.calibration is None or self._found_statistics() is not None
+        return self.metric_windows is None or self._found_statistics() is not None
 
     def has_costs(self) -> bool:
         """Are statistics and cost table in the registry?"""
         statistics = self._found_statistics()
-        if self.calibration is not None and statistics is None:
+        if self.metric_windows is not None and statistics is None:
             return False
         return self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings())) is not None
 
     def statistics(self) -> Artifact | None:
         """The metric of every matrix; None for an unweighted error."""
-        windows, metric, seed = self.calibration, self.recipe.sensitivity, self.recipe.seed
+        windows, metric, seed = self.metric_windows, self.recipe.sensitivity, self.recipe.seed
         if windows is None or metric == "none":
             return None
 
@@ -233,13 +263,34 @@ class Run:
 
         return self._step("matrices", _digests(statistics), settings, build)
 
+    def recovered(self, plan: Artifact, matrices: Artifact, statistics: Artifact | None) -> Artifact:
+        """The matrices after recovery, to take their place, and the norms that were trained with them."""
+        windows, settings = self.calibration, self.recovery_settings
+        assert windows is not None, "a recipe with recovery has calibration windows"
+
+        def build(work: Path) -> None:
+            recover_matrices(
+                self.model,
+                self.read_plan(plan),
+                self._statistics(statistics),
+                self._matrix_path(matrices),
+                windows.tokens,
+                settings,
+                work,
+                device=self.device,
+                progress=self.progress,
+            )
+
+        keyed = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device}
+        return self._step("recovered", (matrices.digest,), keyed | settings.model_dump(mode="json"), build)
+
     def checkpoint(self, plan: Artifact, matrices: Artifact) -> Artifact:
         """The finished folder's files."""
         folder = Checkpoint(self.model, self.read_plan(plan), self.facts)
 
         def build(work: Path) -> dict[str, Any]:
             (work / "out").mkdir(exist_ok=True)
-            folder.write(work / "out", self._matrix_path(matrices), progress=self.progress)
+            folder.write(work / "out", self._matrix_path(matrices), self._kept(matrices), progress=self.progress)
             return {"bits_per_param": folder.plan.bits_per_param, "model": self.recipe.model}
 
         return self._step("checkpoint", (plan.digest, matrices.digest), self.facts, build)
@@ -251,7 +302,10 @@ class Run:
             return
         staged = output.stage(self.registry, checkpoint)
         for _ in self.progress.track(["audit"], "Audit in a fresh process", total=1):
-            audit(staged, packed_model(self.model, self.read_plan(plan), self._matrix_path(matrices)))
+            in_memory = packed_model(
+                self.model, self.read_plan(plan), self._matrix_path(matrices), self._kept(matrices)
+            )
+            audit(staged, in_memory)
         output.finish()
 
     def evaluation(self, checkpoint: Artifact, folder: Path) -> Artifact | None:
@@ -312,6 +366,7 @@ class Run:
                 size_bytes=checkpoint.size_bytes,
                 checkpoint_digest=checkpoint.digest,
                 evaluation=self._evaluation(evaluation),
+                recovery=self.read_recovery(matrices),
             )
             write_report(facts, work / "out", progress=self.progress)
 
@@ -326,6 +381,10 @@ class Run:
         content = self._evaluation(evaluation)
         return EvalReport.from_json(content["report"]) if content else None
 
+    def read_recovery(self, matrices: Artifact) -> RecoveryReport | None:
+        """What a recovery did to the matrices; None if there was none."""
+        return read_report(self.registry.path(matrices, REPORT_FILE)) if REPORT_FILE in matrices.files else None
+
     def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
         settings = self._keyed(settings)
         if self.resume and (done := self.registry.has_step(kind, parents, settings)):
@@ -338,12 +397,12 @@ class Run:
         return settings | {"bitsmith": VERSION}
 
     def _found_statistics(self) -> Artifact | None:
-        if self.calibration is None:
+        if self.metric_windows is None:
             return None
         return self.registry.has_step("statistics", (), self._keyed(self._statistics_settings()))
 
     def _statistics_settings(self) -> dict[str, Any]:
-        tokens = self.calibration.sha256 if self.calibration else None
+        tokens = self.metric_windows.sha256 if self.metric_windows else None
         metric, seed = self.recipe.sensitivity, self.recipe.seed
         return {"model": self.model.digest, "tokens": tokens, "device": self.device, "metric": metric, "seed": seed}
 
@@ -377,6 +436,14 @@ class Run:
 
     def _matrix_path(self, matrices: Artifact) -> Callable[[str], Path]:
         return lambda module: self.registry.path(matrices, matrix_file(module))
+
+    def _kept(self, matrices: Artifact) -> dict[str, Tensor]:
+        """Tensors beside the matrices that a recovery changed, by parameter name."""
+        return read_kept(self.registry.path(matrices, KEPT_FILE)) if KEPT_FILE in matrices.files else {}
+
+    def _training_bytes(self) -> int:
+        """Of two saves of a recovery at most: float32 values, moments and best values; norms and gains hardly count."""
+        return 2 * 4 * 4 * sum(self.recipe.rank * sum(matrix.shape) for matrix in self.model.matrices)
 
     def _evaluation(self, evaluation: Artifact | None) -> dict[str, Any] | None:
         if evaluation is None:

@@ -1,32 +1,33 @@
 """What of a packed network can be trained without changing its size, and the network opened for it.
 
-    factors    L1 and L2 of every layer with a low-rank part
-    norms      weights (and shifts) of the normalizations
+    factors    L1 and L2 of every layer with a low-rank part: `<module>.low_rank_out` and `.low_rank_in`
+    norms      weights (and shifts) of the normalizations, by their names in the original, like the biases
+    scales     of the codes: one gain a matrix, `<module>.weight_gain`, that all its stored scales are multiplied by
     biases     of the packed layers
 
-Codes, scales, embeddings and head stay frozen. Two zero factors stay zero: neither gives the other a gradient.
+Codes, embeddings and head stay frozen. Two zero factors stay zero: neither gives the other a gradient.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import RecipeError
+from pipeline.recovery_settings import Kind
 from quantizers import QuantizedLinear
 from quantizers.trainable import TrainableLinear
 
-Kind = Literal["factors", "norms", "biases"]
+GAIN = "weight_gain"
 
 
 @contextmanager
 def opened_for_training(
     network: PreTrainedModel, kinds: tuple[Kind, ...], *, dense_bytes: int, dense_dtype: torch.dtype
 ) -> Iterator[dict[str, nn.Parameter]]:
-    """Yield the parameters to train by the names of their stored tensors; afterwards the network is as before.
+    """Yield the parameters to train by their names; afterwards the network is as before.
 
     Inside, every packed layer is a `TrainableLinear`, nothing but the yielded parameters takes a gradient, there is
     no dropout, and each block's activations are computed again in the backward pass (gradient checkpointing).
@@ -74,6 +75,7 @@ def _parameters(
     found: dict[Kind, set[str]] = {
         "factors": {f"{name}.{factor}" for name in packed for factor in ("low_rank_out", "low_rank_in")},
         "norms": {f"{name}.{parameter}" for name in norms for parameter in ("weight", "bias")},
+        "scales": {f"{name}.{GAIN}" for name in packed},
         "biases": {f"{name}.bias" for name in packed},
     }
     wanted = set().union(*(found[kind] for kind in kinds))
@@ -81,7 +83,8 @@ def _parameters(
     if not chosen:
         raise RecipeError(
             f"Nothing can be trained: of {', '.join(kinds) or 'no kind at all'}, this model with its {len(packed)} "
-            "packed layers has none. Train `norms` too, or compress with a rank above 0 so that there are factors."
+            "packed layers has none. Train `norms` and `scales` too, or compress with a rank above 0 so that there are "
+            "factors."
         )
     return chosen
 

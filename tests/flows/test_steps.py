@@ -17,6 +17,7 @@ STEPS = (
         "measure_costs",
         "allocate",
         "decompose",
+        "recover",
         "write_checkpoint",
         "evaluate",
     ),
@@ -36,14 +37,15 @@ def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_p
     from flows import steps
     from registry import Registry
 
-    unweighted = recipe | {"sensitivity": "none", "eval_windows": 0}
+    unweighted = recipe | {"sensitivity": "none", "eval_windows": 0, "recover": True, "recover_steps": 2}
     registry, out = str(tmp_path / "registry"), str(tmp_path / "out")
     job = steps.prepare.fn(unweighted, registry, out, "tiny", "cpu", True)
     statistics = steps.collect_statistics.fn(_another_process(job))
     assert statistics["digest"] is None
     costs = steps.measure_costs.fn(*_another_process([job, statistics]))
     plan = steps.allocate.fn(*_another_process([job, costs]))
-    matrices = steps.decompose.fn(*_another_process([job, plan, statistics]))
+    quantized = steps.decompose.fn(*_another_process([job, plan, statistics]))
+    matrices = steps.recover.fn(*_another_process([job, plan, quantized, statistics]))
     checkpoint = steps.write_checkpoint.fn(*_another_process([job, plan, matrices]))
     evaluation = steps.evaluate.fn(*_another_process([job, checkpoint]))
     assert evaluation["digest"] is None
@@ -53,7 +55,7 @@ def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_p
     assert (version.digest, version.report_digest) == (checkpoint["digest"], report["digest"])
     assert (Path(out) / "report" / "index.html").is_file()
     lineage = {made.digest for made in Registry(Path(registry)).lineage(version.digest).artifacts}
-    assert {costs["digest"], plan["digest"], matrices["digest"]} <= lineage
+    assert {costs["digest"], plan["digest"], quantized["digest"], matrices["digest"]} <= lineage
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -19,6 +19,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "hub": {"dataset": "user/data:config", "dataset_revision": "abc", "revision": "main"},
     "choices": {"candidates": ("lloyd3-g64-s4", "nf4-g64-s8"), "rank": 0, "share_groups": True},
     "overrides": {"overrides": (("down_proj$", "nf4-g64-s8"), ("a=b", "lloyd2-g64-s4"))},
+    "recovery": {
+        "recover": True,
+        "recover_steps": 7,
+        "recover_learning_rate": 2e-4,
+        "recover_train": ("norms", "biases"),
+    },
+    "best": {"preset": "best"},
+    "best without recovery": {"preset": "best", "recover": False},
     "unweighted": {"sensitivity": "none", "eval_windows": 0, "solver": "cbc"},
 }
 

@@ -23,6 +23,8 @@ def test_presets_and_settings_on_top() -> None:
         ({"candidates": ()}, "candidates: "),
         ({"sensitivity": "hessian"}, "sensitivity: "),
         ({"seq_len": 1}, "seq_len: "),
+        ({"recover_train": ("codes",)}, "recover_train"),
+        ({"recover_steps": 0, "recover_learning_rate": 0}, "recover_steps: .*; recover_learning_rate: "),
     ],
 )
 def test_every_wrong_setting_is_named(settings: dict, expected: str) -> None:
@@ -30,11 +32,19 @@ def test_every_wrong_setting_is_named(settings: dict, expected: str) -> None:
         Recipe.of(model="demo", budget="3bpw", **settings)
 
 
+def test_the_best_preset_recovers_and_has_known_candidates() -> None:
+    best = Recipe.of("best", model="demo", budget="2.5bpw")
+    assert best.recover
+    assert {"trellis2-l10", "trellis3-l10", "trellis4-l10"} < set(best.candidates)
+    assert all(quantizer_from_label(label).format.rank == 0 for label in best.candidates)
+    assert not Recipe.of(model="demo", budget="3bpw").recover
+
+
 def test_budget_and_preset_have_their_own_words() -> None:
     with pytest.raises(BudgetError):
         Recipe.of(model="demo", budget="3")
-    with pytest.raises(RecipeError, match="no preset 'best'; choose one of default, fast"):
-        Recipe.of("best", model="demo", budget="3bpw")
+    with pytest.raises(RecipeError, match="no preset 'finest'; choose one of best, default, fast"):
+        Recipe.of("finest", model="demo", budget="3bpw")
 
 
 def test_changes_are_named() -> None:

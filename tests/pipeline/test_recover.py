@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import recover as recover_module
 from pipeline import recovery_state
 from pipeline.errors import CalibrationError, NonFiniteError, RecipeChangedError
-from pipeline.recover import Recovered, recover
+from pipeline.recover import AsStored, Recovered, recover
 from pipeline.recovery_loss import mean_kl
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.teacher import teacher_windows
@@ -21,9 +21,22 @@ SETTINGS = RecoverySettings(steps=6, batch_windows=2, check_every=2, num_top=16,
 TOKENS = random_windows(8)
 
 
-def run(work: Path, settings: RecoverySettings = SETTINGS, network=None, **options) -> Recovered:
+def in_bfloat16(name: str, value: Tensor) -> Tensor:
+    return value if name.endswith("weight_gain") else value.to(torch.bfloat16)
+
+
+def run(
+    work: Path, settings: RecoverySettings = SETTINGS, network=None, as_stored: AsStored = in_bfloat16, **options
+) -> Recovered:
     work.mkdir(exist_ok=True)
-    return recover(network or packed_llama(), original_llama, TOKENS, settings, work, **options)
+    return recover(network or packed_llama(), original_llama, TOKENS, settings, work, as_stored=as_stored, **options)
+
+
+def put_in(network, found: Recovered, as_stored: AsStored = in_bfloat16) -> None:
+    missing = network.load_state_dict(
+        {name: as_stored(name, value) for name, value in found.values.items()}, strict=False
+    )
+    assert not missing.unexpected_keys
 
 
 def held_out_kl(network, work: Path) -> float:
@@ -39,6 +52,7 @@ def held_out_kl(network, work: Path) -> float:
         {},
         {"train": ("factors",)},
         {"train": ("norms",)},
+        {"train": ("scales",)},
         {"compute": "bfloat16"},
         {"hidden_weight": 1.0, "ce_weight": 0.01},
     ],
@@ -47,45 +61,39 @@ def held_out_kl(network, work: Path) -> float:
 def test_the_held_out_divergence_falls(changes: dict, tmp_path: Path) -> None:
     found = run(tmp_path, SETTINGS.model_copy(update=changes))
     assert found.best_kl < found.start_kl
-    assert found.tensors
+    assert found.values
     assert [check.step for check in found.checks] == [0, 2, 4, 6]
     assert found.steps == 6
     assert all(math.isfinite(check.train_loss) for check in found.checks[1:] if check.train_loss is not None)
 
 
-def test_the_tensors_put_in_give_exactly_what_was_measured(tmp_path: Path) -> None:
+def test_the_values_put_in_give_exactly_what_was_measured(tmp_path: Path) -> None:
     network = packed_llama()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     assert held_out_kl(network, tmp_path) == pytest.approx(run(tmp_path, network=network).start_kl, rel=1e-5)
     found = run(tmp_path, network=network)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
-    missing = network.load_state_dict(found.tensors, strict=False)
-    assert not missing.unexpected_keys
+    put_in(network, found)
     assert held_out_kl(network, tmp_path) == pytest.approx(found.best_kl, rel=1e-5)
     for name, tensor in network.state_dict().items():
         changed = not torch.equal(tensor, before[name])
-        assert not changed or name in found.tensors
+        assert not changed or name in found.values
 
 
-def test_values_are_as_they_will_be_stored(tmp_path: Path) -> None:
+def test_what_is_measured_is_as_it_will_be_stored(tmp_path: Path) -> None:
     def coarse(name: str, value: Tensor) -> Tensor:
         return (value * 64).round() / 64 if "low_rank" in name else value.to(torch.float16)
 
     found = run(tmp_path, as_stored=coarse)
-    assert found.tensors
-    for name, tensor in found.tensors.items():
-        if "low_rank" in name:
-            assert torch.equal(tensor * 64, (tensor * 64).round())
-        else:
-            assert tensor.dtype == torch.float16
+    assert found.values
     network = packed_llama()
-    network.load_state_dict(found.tensors, strict=False)
+    put_in(network, found, coarse)
     assert held_out_kl(network, tmp_path) == pytest.approx(found.best_kl, rel=1e-5)
 
 
 def test_without_a_gain_nothing_changes(tmp_path: Path) -> None:
     found = run(tmp_path, SETTINGS.model_copy(update={"learning_rate": 100.0, "patience": 2, "check_every": 1}))
-    assert found.tensors == {}
+    assert found.values == {}
     assert found.best_kl == found.start_kl
     assert found.steps == 2, "patience was not kept"
 
@@ -137,8 +145,8 @@ def test_a_kill_anywhere_ends_in_the_same_result(stopped_at: int, tmp_path: Path
     resumed = run(tmp_path / "cut")
     assert steps == list(range(stopped_at, 6))
     assert resumed.checks == whole.checks
-    assert resumed.tensors.keys() == whole.tensors.keys()
-    assert all(torch.equal(tensor, whole.tensors[name]) for name, tensor in resumed.tensors.items())
+    assert resumed.values.keys() == whole.values.keys()
+    assert all(torch.equal(value, whole.values[name]) for name, value in resumed.values.items())
 
 
 def test_a_finished_recovery_is_not_done_again(tmp_path: Path, monkeypatch) -> None:
@@ -146,7 +154,7 @@ def test_a_finished_recovery_is_not_done_again(tmp_path: Path, monkeypatch) -> N
     monkeypatch.setattr(recover_module._Training, "add_gradients", None)
     again = run(tmp_path)
     assert again.checks == first.checks
-    assert all(torch.equal(again.tensors[name], tensor) for name, tensor in first.tensors.items())
+    assert all(torch.equal(again.values[name], value) for name, value in first.values.items())
 
 
 def test_the_seed_decides_the_order(tmp_path: Path) -> None:
@@ -189,7 +197,7 @@ def test_what_is_not_finite_stops_and_leaves_the_last_save(where: str, tmp_path:
 @pytest.mark.parametrize("tokens", [TOKENS[:1], TOKENS[0], TOKENS.float(), TOKENS[:, :1]], ids=lambda t: str(t.shape))
 def test_unusable_windows_are_refused(tokens: Tensor, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="held out"):
-        recover(packed_llama(), original_llama, tokens, SETTINGS, tmp_path)
+        recover(packed_llama(), original_llama, tokens, SETTINGS, tmp_path, as_stored=in_bfloat16)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from PIL import Image
 
 from pipeline.before_after import before_after
 from pipeline.figures import ReportFacts, figures
+from pipeline.recovery_report import RecoveryReport
 from pipeline.report import write_report
 from tests.pipeline.report_facts import made_up_facts
 
@@ -123,6 +124,27 @@ def test_without_an_evaluation(tiny_model_dir: Path, tmp_path: Path) -> None:
     assert "There is no sample" in text
     assert "perplexity" not in text
     assert json.loads((tmp_path / "report.json").read_text())["evaluation"] is None
+
+
+@pytest.mark.parametrize("has_gained", [True, False])
+def test_a_recovery_is_told(has_gained: bool, facts: ReportFacts, tmp_path: Path) -> None:
+    best = 0.25 if has_gained else 0.5
+    recovery = RecoveryReport(
+        train=("norms", "scales"),
+        steps=10,
+        num_train_windows=7,
+        num_held_out_windows=1,
+        has_gained=has_gained,
+        start_kl=0.5,
+        best_kl=best,
+        checks=((0, 0.5), (10, best)),
+    )
+    assert RecoveryReport.from_json(json.loads(json.dumps(recovery.to_json()))) == recovery
+    write_report(replace(facts, recovery=recovery), tmp_path)
+    text = " ".join(_page(tmp_path).text.split())
+    assert ("fell from 0.5 to 0.25 nats" in text) == has_gained
+    assert ("the one without recovery" in text) != has_gained
+    assert "10 steps on 7 windows" in text
 
 
 def test_one_choice_for_all_and_no_error_can_be_drawn(facts: ReportFacts, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
-from pipeline.trainable import opened_for_training
+from pipeline.trainable import GAIN, opened_for_training
 from quantizers import QuantizedLinear
 from quantizers.trainable import TrainableLinear
 from tests.models import build_gpt2
@@ -35,7 +35,7 @@ def test_dense_copies_keep_to_their_budget(dense_bytes: int) -> None:
         assert bool(copies) == (dense_bytes >= 64 * 64 * 4)
 
 
-@pytest.mark.parametrize("kinds", [("factors",), ("norms",), ("factors", "norms")])
+@pytest.mark.parametrize("kinds", [("factors",), ("norms",), ("scales",), ("factors", "norms", "scales")])
 def test_only_what_was_asked_for_takes_a_gradient(kinds) -> None:
     network = packed_llama()
     with opened(network, kinds) as live:
@@ -44,8 +44,10 @@ def test_only_what_was_asked_for_takes_a_gradient(kinds) -> None:
         assert moved == live.keys()
         assert any("low_rank_out" in name for name in live) == ("factors" in kinds)
         assert ("model.norm.weight" in live) == ("norms" in kinds)
-        assert live.keys() <= network.state_dict().keys() | packed_llama().state_dict().keys()
-    assert len(live) == 2 * 14 * ("factors" in kinds) + 5 * ("norms" in kinds)
+        gains = {name for name in live if name.endswith(GAIN)}
+        assert live.keys() - gains <= network.state_dict().keys() | packed_llama().state_dict().keys()
+    assert len(gains) == 14 * ("scales" in kinds)
+    assert len(live) == 2 * 14 * ("factors" in kinds) + 5 * ("norms" in kinds) + len(gains)
 
 
 def test_biases_of_packed_layers() -> None:

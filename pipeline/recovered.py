@@ -1,0 +1,160 @@
+"""Quantized matrices -> recovered ones: the same files with other small tensors in them, and the same sizes.
+
+    <module>.safetensors       of every matrix, as `decompose` writes it; codes unchanged
+    kept.safetensors           trained norms and biases by parameter name, in the original's dtype; only after a gain
+    recovery.json              recovery_report.py
+
+Without a gain on the held-out windows, the matrices are those before.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.allocation import Plan
+from pipeline.atomic import replace_file, write_json
+from pipeline.costs import SIGNIFICANT_DIGITS
+from pipeline.decompose import matrix_file, read_matrix, write_matrix
+from pipeline.model import Model
+from pipeline.packed import packed_model
+from pipeline.progress import SILENT, Progress
+from pipeline.recover import Recovered, recover
+from pipeline.recovery_report import RecoveryReport
+from pipeline.recovery_settings import RecoverySettings
+from pipeline.safetensors_file import DTYPES
+from pipeline.statistics import Statistics
+from pipeline.trainable import GAIN
+from quantizers.factors import INTO, OUT, FactorFormat, dequantize_factors, quantize_factors
+from quantizers.trainable import with_trained
+from solvers.low_rank import Factors
+
+KEPT_FILE = "kept.safetensors"
+REPORT_FILE = "recovery.json"
+
+
+def recover_matrices(
+    model: Model,
+    plan: Plan,
+    statistics: Statistics | None,
+    matrix_path: Callable[[str], Path],
+    tokens: Tensor,
+    settings: RecoverySettings,
+    work: Path,
+    *,
+    device: str,
+    progress: Progress = SILENT,
+) -> None:
+    """Train what `settings` name and leave the files above in `work`/out; goes on from what a killed call saved.
+
+    Takes the memory of the packed model and a dense one beside it: at first the original in float32, then a copy of
+    each quantized part, since dequantizing a trellis for every product would take most of the time. The error of each
+    changed matrix is measured anew.
+
+    Args:
+        matrix_path: module name -> file that `decompose` wrote for it.
+        tokens: int64 [windows, seq_len], two windows or more.
+    Raises:
+        CalibrationError, NonFiniteError, RecipeChangedError, RecipeError: see `recover`.
+    """
+    found = recover(
+        packed_model(model, plan, matrix_path).to(torch.device(device)),  # type: ignore[arg-type]
+        lambda: model.load(device=device),
+        tokens,
+        settings,
+        work,
+        as_stored=StoredValues(model, plan),
+        dense_bytes=4 * model.num_matrix_params,
+        progress=progress,
+    )
+    out = work / "out"
+    out.mkdir(exist_ok=True)
+    for matrix in progress.track(model.matrices, "Recovered matrices", total=len(model.matrices)):
+        source, target = matrix_path(matrix.module), out / matrix_file(matrix.module)
+        gain, factors = _trained(found.values, matrix.module)
+        if gain is None and factors is None:
+            replace_file(target, partial(shutil.copyfile, source))
+            continue
+        quantized = with_trained(read_matrix(source, plan, matrix.module), gain=gain, factors=factors)
+        write_matrix(target, quantized, model.weight(matrix), statistics.of(matrix) if statistics else None)
+    if kept := _kept(model, found.values):
+        replace_file(out / KEPT_FILE, lambda path: save_file(kept, path))
+    write_json(out / REPORT_FILE, _report(found, settings, len(tokens)).to_json())
+
+
+class StoredValues:
+    """Name and float32 value of a trained tensor -> its value once it has been stored and read again."""
+
+    def __init__(self, model: Model, plan: Plan) -> None:
+        self._model, self._plan = model, plan
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        """A factor goes through its format, a gain stays in float32 like the scales, all else takes its own dtype."""
+        module, _, kind = name.rpartition(".")
+        if kind == GAIN:
+            return value
+        if kind in (OUT, INTO):
+            return _stored_factor(kind, value, self._plan.matrices[module].format.factors)
+        return value.to(_stored_dtype(self._model, name))
+
+
+def read_kept(path: Path) -> dict[str, Tensor]:
+    """Trained norms and biases by parameter name, as `recover_matrices` wrote them."""
+    return load_file(path)
+
+
+def read_report(path: Path) -> RecoveryReport:
+    """The figures that `recover_matrices` wrote."""
+    return RecoveryReport.from_json(json.loads(path.read_text()))
+
+
+def _stored_factor(kind: str, value: Tensor, form: FactorFormat) -> Tensor:
+    """Each factor is rounded by itself, so zeros of the least size can stand for the other one."""
+    if kind == OUT:
+        rows, rank = value.shape
+        stored = quantize_factors(Factors(value, value.new_zeros(rank, 1)), form)
+        return dequantize_factors(stored, form, (rows, 1), rank).out
+    rank, columns = value.shape
+    stored = quantize_factors(Factors(value.new_zeros(1, rank), value), form)
+    return dequantize_factors(stored, form, (1, columns), rank).into
+
+
+def _trained(values: dict[str, Tensor], module: str) -> tuple[Tensor | None, Factors | None]:
+    gain, out, into = (values.get(f"{module}.{kind}") for kind in (GAIN, OUT, INTO))
+    factors = None if out is None or into is None else Factors(out.cpu(), into.cpu())
+    return None if gain is None else gain.cpu(), factors
+
+
+def _kept(model: Model, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What belongs to no packed weight, as it is stored."""
+    names = [name for name in values if name.rpartition(".")[2] not in (GAIN, OUT, INTO)]
+    return {name: values[name].to(_stored_dtype(model, name)).cpu().contiguous() for name in names}
+
+
+def _stored_dtype(model: Model, name: str) -> torch.dtype:
+    return DTYPES[model.tensors[name].dtype]
+
+
+def _report(found: Recovered, settings: RecoverySettings, num_windows: int) -> RecoveryReport:
+    held_out = settings.num_held_out(num_windows)
+    checks = tuple((check.step, _rounded(check.kl_divergence)) for check in found.checks)
+    return RecoveryReport(
+        train=settings.train,
+        steps=found.steps,
+        num_train_windows=num_windows - held_out,
+        num_held_out_windows=held_out,
+        has_gained=bool(found.values),
+        start_kl=checks[0][1],
+        best_kl=_rounded(found.best_kl),
+        checks=checks,
+    )
+
+
+def _rounded(value: float) -> float:
+    """Like the errors of matrices: the last bits of a sum are not the same from run to run."""
+    return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
