@@ -125,7 +125,7 @@ def ours(bench: Bench, seconds: Seconds, preset: str, budget: float) -> None:
     statistics, *first = seconds.of(run.statistics, run.log)
     costs, *second = seconds.of(lambda: run.costs(statistics), run.log)
     assert costs is not None
-    plan = run.plan(costs)
+    plan = run.plan(costs, statistics)
     matrices, *third = seconds.of(lambda: run.matrices(plan, statistics), run.log)
     assert matrices is not None
     chosen = run.read_plan(plan)

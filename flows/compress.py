@@ -50,7 +50,7 @@ def compress(
 
 def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Outcome:
     """From the cost table to the published version; `before` are the stages that the summary starts with."""
-    plan = steps.allocate(job, costs)
+    plan = steps.allocate(job, costs, statistics)
     matrices = steps.decompose(job, plan, statistics)
     before = [*before, plan, matrices]
     if job["recipe"]["recover"]:

@@ -72,9 +72,9 @@ def measure_costs(job: Job, statistics: Done) -> Done:
 
 
 @task(**PLAIN)
-def allocate(job: Job, costs: Done) -> Done:
+def allocate(job: Job, costs: Done, statistics: Done) -> Done:
     """The integer program's plan."""
-    return do(job, "plan", lambda run: run.plan(artifact(run, costs)))
+    return do(job, "plan", lambda run: run.plan(artifact(run, costs), artifact_if_any(run, statistics)))
 
 
 @task(**PLAIN)

@@ -119,7 +119,7 @@ def complete(
     """From the cost table to the published version: the part that every budget needs for itself."""
     log, registry = run.log, run.registry
     with log.stage("plan"):
-        plan = run.plan(costs)
+        plan = run.plan(costs, statistics)
     with log.stage("decompose"):
         matrices = run.matrices(plan, statistics)
     if run.recipe.recover:

@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Both factors of the curvature, error feedback, a trellis of 256 states.
     "default": {},
     # A trellis of 1024 states for 2 to 4 bits, then training. Recovery wants more text than statistics do.
-    "best": {"candidates": TRELLIS_1024, "recover": True, "recover_steps": 200, "num_samples": 128},
+    "best": {"candidates": TRELLIS_1024, "recover": True, "num_samples": 128},
 }
 
 
@@ -63,7 +63,7 @@ class Recipe(BaseModel):
     cost_rows: int = Field(48, ge=1, description="rows of a matrix that the cost table samples")
     recover: bool = Field(False, description="train what is stored beside the codes until it answers like the original")
     recover_steps: int = Field(100, ge=1, description="of the optimizer, at most")
-    recover_learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its height")
+    recover_learning_rate: float = Field(3e-3, gt=0, description="of AdamW, at its height")
     recover_train: tuple[Kind, ...] = Field(
         ("factors", "norms", "scales"), min_length=1, description="what is trained; `biases` too, where there are some"
     )

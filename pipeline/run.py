@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.allocation import Plan, allocate_to_budget, offered_choices
 from pipeline.atomic import write_json
 from pipeline.audit import audit
-from pipeline.base_logits import base_log_probs, cache_key
+from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget, human_bytes
 from pipeline.calibration import TokenWindows, check_vocabulary, token_windows
 from pipeline.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ from pipeline.recovered import KEPT_FILE, REPORT_FILE, read_kept, read_report, r
 from pipeline.recovery_report import RecoveryReport
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.report import ReportFacts, write_report
+from pipeline.rival import rival_of
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics, collect_statistics
 from pipeline.version import VERSION
@@ -238,14 +240,35 @@ class Run:
 
         return self._step("costs", _digests(statistics), self._costs_settings(), build)
 
-    def plan(self, costs: Artifact) -> Artifact:
-        """The integer program's answer."""
+    def plan(self, costs: Artifact, statistics: Artifact | None) -> Artifact:
+        """The integer program's answer, or its uniform rival where that was measured to be better (rival.py)."""
+        first = self._plan(costs, {}, lambda: self.allocate(costs))
+        rival = rival_of(self.read_plan(first), self._cost_table(costs))
+        if rival is None or self.eval_windows is None:
+            return first
+        second = self._plan(costs, {"uniform": rival.status}, lambda: rival)
+        quantized = [self.matrices(plan, statistics) for plan in (first, second)]
 
         def build(work: Path) -> None:
+            measured = [
+                self._divergence(packed_model(self.model, self.read_plan(plan), self._matrix_path(matrices)))
+                for plan, matrices in zip((first, second), quantized, strict=True)
+            ]
             (work / "out").mkdir(exist_ok=True)
-            self.allocate(costs).write(work / "out" / "plan.json")
+            write_json(work / "out" / "comparison.json", {"plan_kl": measured[0], "rival_kl": measured[1]})
 
-        return self._step("plan", (costs.digest,), self.facts, build)
+        settings = {"model": self.model.digest, "tokens": self.eval_windows.sha256, "device": self.device}
+        parents = (first.digest, second.digest, *(matrices.digest for matrices in quantized))
+        compared = self._step("comparison", parents, settings, build)
+        measured = json.loads(self.registry.path(compared, "comparison.json").read_text())
+        return second if measured["rival_kl"] < measured["plan_kl"] else first
+
+    def _plan(self, costs: Artifact, settings: dict[str, Any], make: Callable[[], Plan]) -> Artifact:
+        def build(work: Path) -> None:
+            (work / "out").mkdir(exist_ok=True)
+            make().write(work / "out" / "plan.json")
+
+        return self._step("plan", (costs.digest,), self.facts | settings, build)
 
     def allocate(self, costs: Artifact) -> Plan:
         """The same, not recorded."""
@@ -317,14 +340,7 @@ class Run:
 
         def build(work: Path) -> None:
             loader = lambda: self.model.load(device=self.device)  # noqa: E731
-            original = base_log_probs(
-                loader,
-                windows.tokens,
-                cache_dir=home() / "logits",
-                key=cache_key(self.model.digest, windows.tokens, torch.float32),
-                limit_bytes=EVAL_CACHE_BYTES,
-                progress=self.progress,
-            )
+            original = self._original(windows.tokens)
             network = load_packed(folder, self.device)
             report = evaluate(network, original, windows.tokens, progress=self.progress)
             original.release()
@@ -384,6 +400,23 @@ class Run:
     def read_recovery(self, matrices: Artifact) -> RecoveryReport | None:
         """What a recovery did to the matrices; None if there was none."""
         return read_report(self.registry.path(matrices, REPORT_FILE)) if REPORT_FILE in matrices.files else None
+
+    def _original(self, tokens: Tensor) -> BaseLogits:
+        return base_log_probs(
+            lambda: self.model.load(device=self.device),
+            tokens,
+            cache_dir=home() / "logits",
+            key=cache_key(self.model.digest, tokens, torch.float32),
+            limit_bytes=EVAL_CACHE_BYTES,
+            progress=self.progress,
+        )
+
+    def _divergence(self, network: PreTrainedModel) -> float:
+        """From the original, on the evaluation windows, in nats a token."""
+        assert self.eval_windows is not None
+        tokens = self.eval_windows.tokens
+        network.to(torch.device(self.device))  # type: ignore[arg-type]
+        return evaluate(network, self._original(tokens), tokens, progress=self.progress).kl_divergence.mean
 
     def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
         settings = self._keyed(settings)
