@@ -68,11 +68,8 @@ def quantizer_id(quantizer: AbstractQuantizer) -> str:
     """Its label, and what the label does not tell."""
     plain = quantizer.quantizer if isinstance(quantizer, LowRankPlus) else quantizer
     scale = f"-{plain.scale}" if isinstance(plain, NormalFloat | LloydMax) else ""
-    rest = (
-        f"-q{plain.format.super_block}"
-        if isinstance(plain.format, AbstractBlockFormat)
-        else f"-seed{plain.format.seed}"
-    )
+    form = plain.format
+    rest = f"-q{form.super_block}" if isinstance(form, AbstractBlockFormat) else f"-seed{form.seed}"
     return f"{quantizer.format.label}{rest}{scale}"
 
 
