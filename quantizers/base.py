@@ -7,7 +7,8 @@ every one of them: `q.size_bits(w.shape) == q.quantize(w).size_bits ==` bytes on
 
 from abc import ABC, abstractmethod
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from quantizers.format import StorageFormat
@@ -37,3 +38,15 @@ class AbstractQuantizer(ABC):
     def size_bits(self, shape: tuple[int, int]) -> int:
         """Every bit that a quantized weight of this shape stores."""
         return self.format.size_bits(shape)
+
+
+def finite_float32(weight: Float[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+    """`weight` without its history, contiguous.
+
+    Raises:
+        ValueError: it has a NaN or an infinity.
+    """
+    weight = weight.detach().float().contiguous()
+    if not torch.isfinite(weight).all():
+        raise ValueError("the weight has a NaN or an infinity; a quantizer needs finite numbers")
+    return weight

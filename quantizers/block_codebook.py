@@ -1,25 +1,22 @@
-"""Quantize block by block onto a fixed set of levels, with double-quantized scales.
+"""Quantize block by block onto levels, with double-quantized scales.
 
-The part that NormalFloat and LloydMax share: they differ in their levels alone.
+The part that NormalFloat, LloydMax and KMeans share: they differ in where their levels come from.
 """
 
 from functools import partial
 from typing import Literal, get_args
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
+from quantizers.abstract_block_format import AbstractBlockFormat
+from quantizers.base import finite_float32
 from quantizers.block_format import BlockFormat
-from quantizers.block_rounding import BlockRounder
-from quantizers.blocks import spread, to_blocks
-from quantizers.curvature import factorize
-from quantizers.double_quant import double_quantize
-from quantizers.feedback import round_with_feedback
-from quantizers.packing import pack
+from quantizers.block_rounding import Metric, RoundWeights, metric_of, round_blocks
 from quantizers.quantized import QuantizedTensor
 from quantizers.scale_search import nearest, search_scales
 from quantizers.statistics import LayerStatistics
+from quantizers.stored_scales import TINY, BlockColumns, StoredScales
 
 ScaleRule = Literal["search", "absmax"]
 
@@ -36,36 +33,56 @@ def quantize_blocks(
     """Find the scales, round them to `scale_bits`, then give each weight the level nearest under them.
 
     With a curvature in `statistics` errors are passed on to the columns after them, and scales are found in between;
-    else weights are rounded one by one. (Feedback between rows too makes targets that outgrow scales of few bits: a
-    model came out worse by it, see LOG.md.)
+    else weights are rounded one by one.
 
     Raises:
         ValueError: `weight` has a NaN or an infinity.
     """
-    weight = weight.detach().float().contiguous()
-    if not torch.isfinite(weight).all():
-        raise ValueError("the weight has a NaN or an infinity; a quantizer needs finite numbers")
-    shape, levels = (weight.shape[0], weight.shape[1]), form.levels.to(weight.device)
+    weight = finite_float32(weight)
+    levels = form.levels.to(weight.device)
+    plain = round_onto_levels(weight, metric_of(statistics), form, levels, scale)
+    return QuantizedTensor(form, (weight.shape[0], weight.shape[1]), plain, levels)
+
+
+def round_onto_levels(
+    weight: Float32[Tensor, "out in"],
+    metric: Metric,
+    form: AbstractBlockFormat,
+    levels: Float32[Tensor, " levels"],
+    scale: ScaleRule = "search",
+) -> dict[str, Tensor]:
+    """Codes and scales as they are stored."""
     find = partial(_scales, levels=levels, rule=scale)
-    if statistics is not None and statistics.input_curvature is not None:
-        inputs = factorize(statistics.input_curvature)
-        rounder = BlockRounder(weight, form, inputs.pivots, find)
-        round_with_feedback(weight, None, inputs, (1, form.block_size), rounder)
-        return QuantizedTensor(form, shape, rounder.plain(), levels)
-    blocks = to_blocks(weight, form.block_size).reshape(-1, form.block_size)
-    fisher = None if statistics is None else statistics.fisher_diag
-    if fisher is None and shape[1] % form.block_size:
-        fisher = torch.ones_like(weight)  # and 0 for the padding, which must not count
-    if fisher is not None:
-        fisher = to_blocks(fisher, form.block_size).reshape(-1, form.block_size)
-    scales = find(blocks, fisher)
-    stored = double_quantize(scales, form.scale_bits, form.super_block)
-    scales = stored.dequantize(form.scale_bits, form.super_block, len(scales)).view(shape[0], -1)
-    scales = spread(scales, form.block_size, shape[1])
-    codes = nearest(weight / scales.clamp_min(torch.finfo(torch.float32).tiny), levels)
-    plain = {"weight_packed": pack(codes.view(-1), form.bits)} | stored.tensors()
-    return QuantizedTensor(form, shape, plain, levels)
+    return round_blocks(weight, metric, form, find, lambda first: _CodebookParameters(first, form, levels))
 
 
-def _scales(blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule) -> Tensor:
-    return blocks.abs().amax(dim=1) if rule == "absmax" else search_scales(blocks, weights, levels)
+def _scales(blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule) -> Float32[Tensor, "blocks 1"]:
+    scales = blocks.abs().amax(dim=1) if rule == "absmax" else search_scales(blocks, weights, levels)
+    return scales[:, None]
+
+
+class _CodebookParameters:
+    """BlockParameters: a scale for each block."""
+
+    def __init__(
+        self,
+        first: Float32[Tensor, "out blocks 1"],
+        form: AbstractBlockFormat,
+        levels: Float32[Tensor, " levels"],
+    ) -> None:
+        self.scales, self.levels = StoredScales(first[:, :, 0], form), levels
+
+    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 1"]) -> RoundWeights:
+        """See BlockParameters."""
+        scales = self.scales.store(columns, found[:, :, 0])[:, :, None]
+        divisors = scales.clamp_min(TINY)
+
+        def round_weights(weights: Tensor) -> tuple[UInt8[Tensor, "..."], Float32[Tensor, "..."]]:
+            codes = nearest(weights / divisors, self.levels)
+            return codes, self.levels[codes.int()] * scales
+
+        return round_weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See BlockParameters."""
+        return self.scales.tensors()

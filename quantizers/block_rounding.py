@@ -1,46 +1,98 @@
-"""Rounding tiles onto the levels of a codebook under block scales, with feedback inside of each tile.
+"""Rounding block by block under parameters (a scale, perhaps a zero-point) that are found for each block.
 
-A tile is as wide as a block, so its scales are searched when it has taken up all errors before it. The second
-level of the scales (offset and steps) has to be known before the first tile: it comes from the weight itself.
+Without a curvature all blocks are rounded at once. With one, a tile is one column of blocks: its parameters are
+found when it has taken up all errors before it, and inside of it each column's error is passed on to the next.
+(Feedback between rows too makes targets that outgrow scales of few bits: a model came out worse by it.)
 """
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
-from quantizers.block_format import BlockFormat
-from quantizers.blocks import num_blocks, to_blocks
-from quantizers.double_quant import DoubleQuantizedScales, double_quantize
+from quantizers.abstract_block_format import AbstractBlockFormat
+from quantizers.blocks import to_blocks
+from quantizers.curvature import Triangular, factorize
+from quantizers.feedback import round_with_feedback
 from quantizers.packing import pack
+from quantizers.statistics import LayerStatistics
+from quantizers.stored_scales import BlockColumns
 
-FindScales = Callable[[Tensor, Tensor], Tensor]  # blocks and the importance of their weights -> a scale for each block
-TINY = torch.finfo(torch.float32).tiny
+# Blocks [n, block_size] and the importance of their weights (None: all alike) -> what each block asks for.
+FindParameters = Callable[[Tensor, Tensor | None], Float32[Tensor, "n parameters"]]
+# Weights [out, tiles, columns] -> the codes nearest to them under their blocks' parameters, and the values of these.
+RoundWeights = Callable[[Tensor], tuple[UInt8[Tensor, "out tiles columns"], Float32[Tensor, "out tiles columns"]]]
+Metric = Float[Tensor, "out in"] | Triangular | None  # a Fisher diagonal, factors of H_I, or nothing known
 
 
-class BlockRounder:
-    """A TileRounder; `plain` gives the tensors to store once every tile is rounded."""
+@runtime_checkable
+class BlockParameters(Protocol):
+    """The parameters of all blocks as they will be stored, filled in block by block."""
+
+    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles parameters"]) -> RoundWeights:
+        """Round the parameters of some blocks to ones that can be stored; says how weights are rounded under them."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named as they are stored."""
+        ...
+
+
+def metric_of(statistics: LayerStatistics | None) -> Metric:
+    """What rounding block by block heeds of the statistics."""
+    if statistics is None:
+        return None
+    if statistics.input_curvature is not None:
+        return factorize(statistics.input_curvature)
+    return statistics.fisher_diag
+
+
+def round_blocks(
+    weight: Float32[Tensor, "out in"],
+    metric: Metric,
+    form: AbstractBlockFormat,
+    find: FindParameters,
+    parameters_of: Callable[[Float32[Tensor, "out blocks parameters"]], BlockParameters],
+) -> dict[str, Tensor]:
+    """Codes and parameters as they are stored.
+
+    Args:
+        metric: see `metric_of`.
+        find: what each block asks for.
+        parameters_of: makes the place for all parameters, from what the blocks of `weight` itself ask for.
+    """
+    size = form.block_size
+    blocks = to_blocks(weight, size)
+    weights = metric.pivots.expand(weight.shape) if isinstance(metric, Triangular) else metric
+    if weights is None and weight.shape[1] % size:
+        weights = torch.ones_like(weight)  # and 0 for the padding, which must not count
+    importance = None if weights is None else to_blocks(weights, size).reshape(-1, size)
+    first = find(blocks.reshape(-1, size), importance).view(*blocks.shape[:2], -1)
+    parameters = parameters_of(first)
+    if isinstance(metric, Triangular):
+        pivots = to_blocks(metric.pivots[None], size)[0]
+        rounder = _BlockRounder(pivots, find, parameters, torch.zeros_like(blocks, dtype=torch.uint8))
+        round_with_feedback(weight, None, metric, (1, size), rounder)
+        codes = rounder.codes
+    else:
+        codes, _ = parameters.store(slice(None), first)(blocks)
+    codes = codes.flatten(1)[:, : weight.shape[1]].reshape(-1)
+    return {"weight_packed": pack(codes, form.bits)} | parameters.tensors()
+
+
+class _BlockRounder:
+    """A TileRounder for tiles that hold all rows."""
 
     def __init__(
         self,
-        weight: Float32[Tensor, "out in"],
-        form: BlockFormat,
-        pivots: Float32[Tensor, " in"],
-        find_scales: FindScales,
+        importance: Float32[Tensor, "blocks block_size"],
+        find: FindParameters,
+        parameters: BlockParameters,
+        codes: UInt8[Tensor, "out blocks block_size"],
     ) -> None:
-        size = form.block_size
-        blocks = to_blocks(weight, size)
-        self.form, self.shape = form, (weight.shape[0], weight.shape[1])
-        self.find_scales = find_scales
-        self.levels = form.levels.to(weight.device)
-        self.importance = to_blocks(pivots[None], size)[0]  # 0 for the padding
-        first = find_scales(blocks.reshape(-1, size), self.importance.expand(blocks.shape).reshape(-1, size))
-        self.second = double_quantize(first, form.scale_bits, form.super_block)
-        steps = self.second.steps.repeat_interleave(form.super_block)[: len(first)].view(blocks.shape[:2])
-        self.steps = steps[None]
-        self.scale_codes = torch.zeros_like(self.steps, dtype=torch.uint8)
-        self.codes = torch.zeros((*self.steps.shape, size), dtype=torch.uint8, device=weight.device)
+        self.importance, self.find, self.parameters, self.codes = importance, find, parameters, codes
 
     def round_tiles(
         self,
@@ -50,49 +102,29 @@ class BlockRounder:
         right: Float32[Tensor, "tiles width width"],
     ) -> Float32[Tensor, "tiles height width"]:
         """See TileRounder: weights of a tile in turn, each one's error passed on to those after it."""
-        scales = self._scales(rows, columns, target)
-        codes, values = _columns_in_turn(target, scales, right, self.levels)
-        self.codes[rows, :, columns] = codes
-        return values
-
-    def plain(self) -> dict[str, Tensor]:
-        """The tensors of `BlockFormat.plain_specs`."""
-        form, (num_rows, num_columns) = self.form, self.shape
-        blocks = num_blocks(num_columns, form.block_size)
-        codes = self.codes.view(-1, blocks * form.block_size)[:num_rows, :num_columns].reshape(-1)
-        scale_codes = self.scale_codes.view(-1, blocks)[:num_rows].reshape(-1)
-        scales = DoubleQuantizedScales(pack(scale_codes, form.scale_bits), self.second.steps, self.second.offset)
-        return {"weight_packed": pack(codes, form.bits)} | scales.tensors()
-
-    def _scales(self, rows: Tensor, columns: Tensor, target: Tensor) -> Tensor:
-        """Search each block's scale and round it to one that can be stored."""
-        size = self.form.block_size
-        importance = self.importance[columns][:, None].expand(target.shape).reshape(-1, size)
-        found = self.find_scales(target.reshape(-1, size), importance).view(target.shape[:2])
-        steps = self.steps[rows, :, columns]
-        codes = ((found - self.second.offset) / steps.clamp_min(TINY)).round_().clamp_(0, 2**self.form.scale_bits - 1)
-        self.scale_codes[rows, :, columns] = codes.to(torch.uint8)
-        return torch.addcmul(self.second.offset, codes, steps)
+        target = target.transpose(0, 1).contiguous()  # [out, tiles, width]
+        size = target.shape[2]
+        importance = self.importance[columns].expand(target.shape)
+        found = self.find(target.reshape(-1, size), importance.reshape(-1, size)).view(*target.shape[:2], -1)
+        codes, values = _columns_in_turn(target, self.parameters.store(columns, found), right)
+        self.codes[:, columns] = codes
+        return values.transpose(0, 1)
 
 
 def _columns_in_turn(
-    target: Float32[Tensor, "tiles height width"],
-    scales: Float32[Tensor, "tiles height"],
+    target: Float32[Tensor, "out tiles width"],
+    round_weights: RoundWeights,
     right: Float32[Tensor, "tiles width width"],
-    levels: Float32[Tensor, " levels"],
-) -> tuple[UInt8[Tensor, "tiles height width"], Float32[Tensor, "tiles height width"]]:
+) -> tuple[UInt8[Tensor, "out tiles width"], Float32[Tensor, "out tiles width"]]:
     """Codes and values; each column's error is passed on to those after it."""
-    middles = (levels[1:] + levels[:-1]) / 2
-    inverse = 1 / scales.clamp_min(TINY)
     work = target.clone()
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     values = torch.empty_like(target)
     last = target.shape[2] - 1
     for column in range(target.shape[2]):
-        code = torch.bucketize(work[:, :, column] * inverse, middles, out_int32=True)
-        value = levels[code] * scales
-        codes[:, :, column], values[:, :, column] = code, value
+        here = slice(column, column + 1)
+        codes[:, :, here], values[:, :, here] = round_weights(work[:, :, here])
         if column < last:
-            error = target[:, :, column] - value
-            work[:, :, column + 1 :] += error[:, :, None] * right[:, None, column, column + 1 :]
+            error = target[:, :, here] - values[:, :, here]
+            work[:, :, column + 1 :] += error * right[:, column, column + 1 :]
     return codes, values

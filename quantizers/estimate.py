@@ -7,7 +7,7 @@ Three savings, checked against real quantization by benchmarks/cost_table.py:
 2. A sample of rows: plain rounding is tried on some rows only. Rows are drawn with probability proportional to their
    expected error, so that a few dozen give a percent or two, and they are the same for all quantizers, whose order
    then hardly depends on the draw.
-3. A rotated weight looks normal, so a trellis loses its known distortion times the weight's mean square.
+3. A rotated weight looks normal, so a quantizer of it loses its known distortion times the weight's mean square.
 
 What a low-rank part wins back is the share of the whitened residual's energy that lies in its leading singular
 values, from one spectrum for all ranks. After feedback the residual is white, and so is the matrix that stands for it.
@@ -22,10 +22,8 @@ from torch import Tensor
 from quantizers.base import AbstractQuantizer
 from quantizers.curvature import factorize
 from quantizers.lq import LowRankPlus, whitening_factors
+from quantizers.rotated import AbstractRotated
 from quantizers.statistics import LayerStatistics
-from quantizers.trellis import decode, encode
-from quantizers.trellis_coded import TrellisCoded
-from quantizers.trellis_format import TILE
 from solvers.low_rank import whiten_both
 
 # Share of a low-rank part's gain that is left when its factors are rounded (BENCHMARKS.md, factor bits).
@@ -54,7 +52,7 @@ class ErrorEstimator:
         rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
         self.sampled = weight[rows]
         self.sampled_importance = importance[rows].contiguous()
-        self._rotated_sums: dict[int, float] = {}
+        self._rotated_sums: dict[tuple[int, tuple[int, int]], float] = {}
         self._captured: dict[str, Float64[Tensor, " ranks"]] = {}
 
     def error(self, quantizer: AbstractQuantizer) -> float:
@@ -62,29 +60,29 @@ class ErrorEstimator:
         if isinstance(quantizer, LowRankPlus):
             plain = self.error(quantizer.quantizer)
             return plain * (1 - KEPT_GAIN[quantizer.factor_bits] * self._captured_share(quantizer))
-        if isinstance(quantizer, TrellisCoded):
-            return self._trellis_error(quantizer)
+        if isinstance(quantizer, AbstractRotated):
+            return self._rotated_error(quantizer)
         statistics = None if self.statistics is None else LayerStatistics(fisher_diag=self.sampled_importance)
         residual = self.sampled - quantizer.quantize(self.sampled, statistics).dequantize()
         errors = (residual.square() * self.sampled_importance).sum(dim=1, dtype=torch.float64)
         return float(errors @ self.times)
 
-    def _trellis_error(self, quantizer: TrellisCoded) -> float:
+    def _rotated_error(self, quantizer: AbstractRotated) -> float:
         mean_square = float(self.weight.square().mean(dtype=torch.float64))
-        seed = quantizer.seed
         if not self.has_feedback:
-            return distortion(quantizer.bits, quantizer.state_bits) * mean_square * self.importance_sum
-        if seed not in self._rotated_sums:
+            return quantizer.distortion * mean_square * self.importance_sum
+        key = (quantizer.format.seed, quantizer.tile)
+        if key not in self._rotated_sums:
             rows, columns = self.weight.shape
             outputs, inputs = quantizer.factors((rows, columns), self.statistics, self.weight.device)
             by_rows = rows if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
-            self._rotated_sums[seed] = by_rows * float(inputs.pivots.sum(dtype=torch.float64))
-        return distortion(quantizer.bits, quantizer.state_bits) * mean_square * self._rotated_sums[seed]
+            self._rotated_sums[key] = by_rows * float(inputs.pivots.sum(dtype=torch.float64))
+        return quantizer.distortion * mean_square * self._rotated_sums[key]
 
     def _captured_share(self, quantizer: LowRankPlus) -> float:
         """Of the whitened residual's energy, what the leading `rank` components hold."""
         plain, rank = quantizer.quantizer, quantizer.rank
-        white = self.has_feedback or isinstance(plain, TrellisCoded)
+        white = self.has_feedback or isinstance(plain, AbstractRotated)
         key = "white" if white else plain.format.codebook_name
         if key not in self._captured or len(self._captured[key]) < rank:
             if white:
@@ -95,15 +93,6 @@ class ErrorEstimator:
                 residual = whiten_both(residual, rows, columns)
             self._captured[key] = _leading_shares(residual, rank)
         return float(self._captured[key][rank - 1])
-
-
-@functools.cache
-def distortion(bits: int, state_bits: int) -> float:
-    """Mean squared error of the trellis for standard normal values."""
-    quantizer = TrellisCoded(bits, state_bits)
-    values = _normal(64, TILE * TILE)
-    levels = quantizer.format.levels
-    return float((values - decode(encode(values, levels, bits), levels, bits)).square().mean())
 
 
 def sample_rows(

@@ -3,12 +3,14 @@
 With H_O = V diag(dO) V^T and H_I = U diag(dI) U^T (curvature.py) and X = V^T E, the target of the tile in rows r and
 columns c is
 
-    T[r, c] = W[r, c] + sum of V[r', r]^T E[r', c'] U[c', c] over r' <= r and c' <= c, without the tile itself
+    T[r, c] = W[r, c] + S U[c, c]^-1,   S = sum of V[r', r]^T E[r', c'] U[c', c] over r' <= r and c' <= c, without
+                                        the tile itself
 
-and what rounding leaves of it, E' = T - Q up to terms within the tile, is all that the loss sees. Tiles on one
-anti-diagonal do not depend on one another and are rounded together. Without H_O rows are independent, and one
-tile is as high as the weight. This is GPTQ (arXiv:2210.17323) for V = 1 and tiles of one column, and LDLQ with two
-Hessians (YAQA, arXiv:2505.22988) otherwise.
+and what rounding leaves, E' = (T - Q) U[c, c] = (W - Q) U[c, c] + S, is all that the loss sees: a rounder that passes
+errors T - Q on from column to column by U[c, c] makes it small entry by entry. V[r, r] is the identity, see
+`Triangular.in_blocks`. Tiles on one anti-diagonal do not depend on one another and are rounded together. Without H_O
+rows are independent, and one tile is as high as the weight. This is GPTQ (arXiv:2210.17323) for V = 1 and tiles of one
+column, and LDLQ with two Hessians (YAQA, arXiv:2505.22988) otherwise.
 """
 
 from typing import Protocol, runtime_checkable
@@ -35,7 +37,7 @@ class TileRounder(Protocol):
 
         Args:
             rows, columns: each tile's place, counted in tiles.
-            target: what to approximate.
+            target: what to approximate, so that (target - values) @ right is small in every entry.
             right: the tile's own block of U, unit upper triangular, for feedback from column to column inside of it.
         """
         ...
@@ -76,6 +78,7 @@ def round_with_feedback(
             passed[rows, :, columns] = lower[rows] @ errors[columns].flatten(1, 2)
         taken_up = passed[rows].flatten(2) @ upper[columns]
         own = upper.view(num_columns, num_columns, width, width)[columns, columns]
+        taken_up = torch.linalg.solve_triangular(own, taken_up, upper=True, left=False, unitriangular=True)
         values[rows, columns] = rounder.round_tiles(rows, columns, tiles[rows, columns] + taken_up, own)
         error = tiles[rows, columns] - values[rows, columns]
         errors[columns, rows] = error

@@ -5,9 +5,14 @@ from typing import Any
 from quantizers.block_format import BlockFormat
 from quantizers.factors import FACTOR_NAMES
 from quantizers.format import StorageFormat
+from quantizers.integer_format import IntegerFormat
+from quantizers.lattice_format import LatticeFormat
+from quantizers.learned_format import LearnedFormat
 from quantizers.trellis_format import TrellisFormat
 
-FORMATS: dict[str, type[StorageFormat]] = {form.kind: form for form in (BlockFormat, TrellisFormat)}
+FORMATS: dict[str, type[StorageFormat]] = {
+    form.kind: form for form in (BlockFormat, IntegerFormat, LearnedFormat, TrellisFormat, LatticeFormat)
+}
 PACKED_NAMES = {*FACTOR_NAMES, *(name for form in FORMATS.values() for name in form.plain_names)}
 
 

@@ -2,7 +2,10 @@
 
     lloyd3                 3 bits, everything else at its default
     nf4-g32-s4             4-bit NormalFloat, blocks (groups) of 32, 4-bit scales
+    int3-g64-s4            3-bit integers with zero-points
+    kmeans3-g64-s4         3 bits, levels of each matrix's own
     trellis2-l10           2-bit trellis with states of 10 bits
+    e8p2                   2 bits by points of the E8 lattice
     lloyd2-g64-s8-r16-f8   with a low-rank part of rank 16, its factors in 8 bits
 
 A new quantizer is one file and one row here. Packages of others add theirs through the entry point
@@ -14,6 +17,9 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from quantizers.base import AbstractQuantizer
+from quantizers.integer import Integer
+from quantizers.kmeans import KMeans
+from quantizers.lattice_coded import LatticeCoded
 from quantizers.lloyd_max import LloydMax
 from quantizers.lq import LowRankPlus
 from quantizers.normal_float import NormalFloat
@@ -27,7 +33,14 @@ _LABEL = re.compile(
 
 @cache
 def _all() -> dict[str, type]:
-    ours: dict[str, type] = {"lloyd": LloydMax, "nf": NormalFloat, "trellis": TrellisCoded}
+    ours: dict[str, type] = {
+        "e8p": LatticeCoded,
+        "int": Integer,
+        "kmeans": KMeans,
+        "lloyd": LloydMax,
+        "nf": NormalFloat,
+        "trellis": TrellisCoded,
+    }
     theirs = {entry.name: entry.load() for entry in entry_points(group="bitsmith.quantizers")}
     return theirs | ours
 

@@ -22,7 +22,7 @@ from quantizers.linear import QuantizedLinear
 QUANT_METHOD = "bitsmith"
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-STORED_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.bfloat16: "BF16"}
+STORED_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]]]) -> dict[str, Any]:
@@ -73,7 +73,8 @@ class BitsmithConfig(QuantizationConfigMixin):
             form = format_from_json(entry)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged") from None
-        if len(self.codebooks.get(form.codebook_name, ())) != len(form.levels):
+        codebook = self.codebooks.get(form.codebook_name)
+        if codebook is None or len(codebook) != len(form.levels):
             raise ValueError(
                 f"quantization_config has no codebook {form.codebook_name!r} of {len(form.levels)} levels, which "
                 f"{module} needs; the checkpoint is damaged"

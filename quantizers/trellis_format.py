@@ -3,10 +3,9 @@
     <module>.weight_packed    int32 [words]    symbols of `bits` bits, tile by tile (row of tiles by row of tiles)
     <module>.weight_scale     float32 [1]      what the levels are multiplied by
 
-    Q = R_out^T (scale * levels[states]) R_in,   R the rotations of hadamard.py by `seed` (out) and `seed + 1` (in)
+    Q = R_out^T (scale * levels[states]) R_in,   R as in rotated_format.py
 
-Rotated weights look normal and alike everywhere, so one scale is enough. Where a side is no multiple of 16, the
-last tiles are padded, and the padding is stored.
+Where a side is no multiple of 16, the last tiles are padded, and the padding is stored.
 """
 
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from quantizers.format import StorageFormat, TensorSpecs
-from quantizers.hadamard import rotate, unrotate
+from quantizers.format import TensorSpecs
 from quantizers.packing import num_words, unpack
+from quantizers.rotated_format import AbstractRotatedFormat
 from quantizers.trellis import decode, trellis_levels
 
 TILE = 16
 
 
 @dataclass(frozen=True)
-class TrellisFormat(StorageFormat):
+class TrellisFormat(AbstractRotatedFormat):
     """See the module.
 
     Attributes:
@@ -43,8 +42,6 @@ class TrellisFormat(StorageFormat):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = trellis_levels(self.bits, self.state_bits)  # raises where there are none
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
     @property
     def plain_label(self) -> str:
@@ -82,23 +79,6 @@ class TrellisFormat(StorageFormat):
         symbols = unpack(stored["weight_packed"], self.bits, rows * columns * TILE * TILE)
         tiles = decode(symbols.view(-1, TILE * TILE), levels, self.bits) * stored["weight_scale"]
         return self.unrotate(from_tiles(tiles.view(rows, columns, TILE, TILE))[: shape[0], : shape[1]])
-
-    def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
-        """R_out W R_in^T."""
-        return self.rotate_rows(self.rotate_rows(weight, self.seed + 1).T, self.seed).T
-
-    def unrotate(self, rotated: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
-        """R_out^T W' R_in"""
-        return unrotate(unrotate(rotated.contiguous(), self.seed + 1).T.contiguous(), self.seed).T.contiguous()
-
-    @staticmethod
-    def rotate_rows(matrix: Float32[Tensor, "rows n"], seed: int) -> Float32[Tensor, "rows n"]:
-        """Each row in the rotated basis."""
-        return rotate(matrix.contiguous(), seed)
-
-    def rotate_curvature(self, curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
-        """The same quadratic form in the rotated basis."""
-        return self.rotate_rows(self.rotate_rows(curvature, seed).T, seed)
 
 
 def num_tiles(shape: tuple[int, int]) -> tuple[int, int]:

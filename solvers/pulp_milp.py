@@ -60,7 +60,9 @@ class Changes:
 
 
 def solve_highs(program: ChangeProgram, *, allowed_gap: float, time_limit_seconds: float) -> Changes:
-    """HiGHS in this process; CBC, with a remark in `solver`, where highspy is not installed.
+    """HiGHS in this process; CBC, with a remark in `solver`, where highspy is not installed or fails.
+
+    (highspy 1.15 raises `ValueError: vector::reserve` on some programs in which many changes cost the same.)
 
     Args:
         allowed_gap: stop once the cost is proven to be within this of the best.
@@ -68,24 +70,30 @@ def solve_highs(program: ChangeProgram, *, allowed_gap: float, time_limit_second
     Reference:
         Huangfu and Hall 2018, Parallelizing the dual revised simplex method. Math. Prog. Comp. 10(1).
     """
-    if importlib.util.find_spec("highspy") is None:
+
+    def stand_in(reason: str) -> Changes:
         changes = solve_cbc(program, allowed_gap=allowed_gap, time_limit_seconds=time_limit_seconds)
-        return Changes(changes.taken, changes.lower_bound, f"{changes.solver} (highspy is not installed)")
+        return Changes(changes.taken, changes.lower_bound, f"{changes.solver} ({reason})")
+
+    if importlib.util.find_spec("highspy") is None:
+        return stand_in("highspy is not installed")
     import pulp
 
     model = _build(program)
-    model.solve(
-        pulp.HiGHS(
-            msg=False,
-            gapRel=0.0,
-            gapAbs=allowed_gap / program.cost_unit,
-            timeLimit=time_limit_seconds,
-            threads=1,
-            mip_feasibility_tolerance=FEASIBILITY_TOLERANCE,
-            primal_feasibility_tolerance=FEASIBILITY_TOLERANCE,
-            dual_feasibility_tolerance=FEASIBILITY_TOLERANCE,
-        )
+    highs = pulp.HiGHS(
+        msg=False,
+        gapRel=0.0,
+        gapAbs=allowed_gap / program.cost_unit,
+        timeLimit=time_limit_seconds,
+        threads=1,
+        mip_feasibility_tolerance=FEASIBILITY_TOLERANCE,
+        primal_feasibility_tolerance=FEASIBILITY_TOLERANCE,
+        dual_feasibility_tolerance=FEASIBILITY_TOLERANCE,
     )
+    try:
+        model.solve(highs)
+    except ValueError as error:
+        return stand_in(f"highspy failed: {error}")
     bound = model.solverModel.getInfo().mip_dual_bound
     return Changes(_taken(model, program), _in_cost(bound, program), "highs")
 

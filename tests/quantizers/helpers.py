@@ -5,7 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantizers import AbstractQuantizer, BlockFormat, LayerStatistics, LloydMax, LowRankPlus, NormalFloat, TrellisCoded
+from quantizers import (
+    AbstractBlockFormat,
+    AbstractQuantizer,
+    Integer,
+    KMeans,
+    LatticeCoded,
+    LayerStatistics,
+    LloydMax,
+    LowRankPlus,
+    NormalFloat,
+    TrellisCoded,
+)
 
 # bits, block_size, scale_bits, super_block: every code width, block size and scale width at least once.
 SETTINGS = [
@@ -26,19 +37,27 @@ PLAIN_QUANTIZERS: list[AbstractQuantizer] = [
     for settings in SETTINGS
     for scale in ("search", "absmax")
 ]
+PLAIN_QUANTIZERS += [quantizer(*settings) for quantizer in (Integer, KMeans) for settings in SETTINGS[::2]]
 LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
     LowRankPlus(NormalFloat(4, scale="absmax"), 1),
     LowRankPlus(NormalFloat(3, 32, 4), 3),
     LowRankPlus(LloydMax(2), 1),
     LowRankPlus(LloydMax(2, 16, 6, 16), 3),
     LowRankPlus(LloydMax(8, 128), 2),
+    LowRankPlus(Integer(3, 32, 4), 2),
+    LowRankPlus(KMeans(2), 2),
     *(LowRankPlus(LloydMax(3), 3, factor_bits) for factor_bits in (8, 6, 4, 3)),
 ]
 ROTATED_QUANTIZERS: list[AbstractQuantizer] = [
     *(TrellisCoded(bits) for bits in (1, 2, 3, 4, 5)),
     TrellisCoded(2, 10, seed=7),
+    *(LatticeCoded(bits) for bits in (2, 3, 4)),
+    LatticeCoded(2, seed=7),
 ]
-ROTATED_LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [LowRankPlus(TrellisCoded(2), 2, 8, max_iterations=1)]
+ROTATED_LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
+    LowRankPlus(TrellisCoded(2), 2, 8, max_iterations=1),
+    LowRankPlus(LatticeCoded(3), 1, max_iterations=1),
+]
 BLOCK_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS
 ALL_QUANTIZERS = BLOCK_QUANTIZERS + ROTATED_QUANTIZERS + ROTATED_LOW_RANK_QUANTIZERS
 
@@ -49,7 +68,8 @@ def quantizer_id(quantizer: AbstractQuantizer) -> str:
     """Its label, and what the label does not tell."""
     plain = quantizer.quantizer if isinstance(quantizer, LowRankPlus) else quantizer
     scale = f"-{plain.scale}" if isinstance(plain, NormalFloat | LloydMax) else ""
-    rest = f"-q{plain.format.super_block}" if isinstance(plain.format, BlockFormat) else f"-seed{plain.format.seed}"
+    form = plain.format
+    rest = f"-q{form.super_block}" if isinstance(form, AbstractBlockFormat) else f"-seed{form.seed}"
     return f"{quantizer.format.label}{rest}{scale}"
 
 

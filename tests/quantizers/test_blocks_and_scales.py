@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantizers.block_format import BITS, BlockFormat
+from quantizers.abstract_block_format import BITS
+from quantizers.block_format import BlockFormat
 from quantizers.blocks import num_blocks, spread, to_blocks
 from quantizers.codebooks import lloyd_max, normal_float
 from quantizers.double_quant import double_quantize

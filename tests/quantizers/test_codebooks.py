@@ -7,7 +7,7 @@ from scipy.integrate import quad
 from scipy.optimize import brentq
 from scipy.stats import norm, truncnorm
 
-from quantizers.block_format import BITS
+from quantizers.abstract_block_format import BITS
 from quantizers.codebooks import lloyd_max, normal_float
 
 # bitsandbytes' and QLoRA's NF4 (arXiv:2305.14314, appendix E).

@@ -1,5 +1,6 @@
 """The laws that every quantizer obeys."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantizers import (
+    AbstractBlockFormat,
     AbstractQuantizer,
+    Integer,
+    IntegerFormat,
+    KMeans,
     LloydMax,
     LowRankPlus,
     NormalFloat,
     QuantizedTensor,
     weighted_error,
 )
+from quantizers.abstract_block_format import BITS
 from quantizers.block_codebook import check_scale_rule
-from quantizers.block_format import BITS
 from quantizers.blocks import num_blocks, spread, to_blocks
 from quantizers.codebooks import normal_float
 from quantizers.packing import unpack
@@ -51,6 +56,15 @@ def scales_of(quantized: QuantizedTensor) -> Tensor:
     form, (rows, columns) = quantized.format, quantized.shape
     scales = form.scales(quantized.plain, quantized.shape)
     return spread(scales.view(rows, num_blocks(columns, form.block_size)), form.block_size, columns)
+
+
+def choices_of(quantized: QuantizedTensor) -> Tensor:
+    """What each weight's code can stand for, [out, in, codes]."""
+    form, scales = quantized.format, scales_of(quantized)[:, :, None]
+    if isinstance(form, IntegerFormat):
+        zeros = spread(form.zeros(quantized.plain, quantized.shape), form.block_size, quantized.shape[1])
+        return (torch.arange(2.0**form.bits) - zeros[:, :, None]) * scales
+    return scales * quantized.plain.get("weight_levels", quantized.levels).float()
 
 
 def assert_same(one: QuantizedTensor, other: QuantizedTensor) -> None:
@@ -87,7 +101,7 @@ def bytes_of_tensors(path: Path) -> int:
 @for_all_block
 def test_dequantize_follows_the_documented_formula(quantizer: AbstractQuantizer) -> None:
     quantized = quantizer.quantize(normal_weight(SHAPE))
-    expected = quantized.levels[codes_of(quantized)] * scales_of(quantized)
+    expected = choices_of(quantized).gather(2, codes_of(quantized)[:, :, None])[:, :, 0]
     if quantized.low_rank is not None:
         expected = expected + quantized.low_rank.product()
     torch.testing.assert_close(quantized.dequantize(), expected, rtol=1e-6, atol=1e-9)
@@ -99,18 +113,17 @@ def test_dequantize_follows_the_documented_formula(quantizer: AbstractQuantizer)
 def test_a_weight_is_off_by_half_a_gap_at_most(quantizer: AbstractQuantizer) -> None:
     weight = normal_weight(SHAPE)
     quantized = quantizer.quantize(weight)
-    scales = scales_of(quantized)
-    half_gap = float(quantized.levels.diff().max()) / 2
-    clipped = (weight.abs() - scales).clamp_min(0)  # beyond the outermost levels, which are -1 and 1
-    assert ((weight - quantized.dequantize()).abs() <= half_gap * scales + clipped + 1e-7).all()
+    choices = choices_of(quantized)
+    half_gap = choices.diff(dim=2).amax(dim=2) / 2
+    clipped = (weight - choices.amax(dim=2)).clamp_min(0) + (choices.amin(dim=2) - weight).clamp_min(0)
+    assert ((weight - quantized.dequantize()).abs() <= half_gap + clipped + 1e-7).all()
 
 
 @for_all_plain
 def test_every_code_is_the_nearest_under_its_stored_scale(quantizer: AbstractQuantizer) -> None:
     weight = normal_weight(SHAPE)
     quantized = quantizer.quantize(weight)
-    levels, scales = quantized.levels.double(), scales_of(quantized).double()
-    errors = (weight.double()[:, :, None] - scales[:, :, None] * levels).abs()
+    errors = (weight.double()[:, :, None] - choices_of(quantized).double()).abs()
     chosen = errors.gather(2, codes_of(quantized)[:, :, None])[:, :, 0]
     torch.testing.assert_close(chosen, errors.amin(dim=2), rtol=0, atol=1e-7)
 
@@ -137,15 +150,18 @@ def test_nf4_with_exact_scales_is_the_published_one() -> None:
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "fisher"])
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("scale", ["search", "absmax"])
-@pytest.mark.parametrize("family", [NormalFloat, LloydMax])
+@pytest.mark.parametrize(
+    "family",
+    [partial(family, scale=scale) for family in (NormalFloat, LloydMax) for scale in ("search", "absmax")]
+    + [Integer, KMeans],
+)
 @pytest.mark.parametrize("rank", [0, 2])
-def test_more_bits_never_cost_more_error(family, scale: str, seed: int, weighted: bool, rank: int) -> None:
+def test_more_bits_never_cost_more_error(family, seed: int, weighted: bool, rank: int) -> None:
     weight = normal_weight((32, 128), seed)
     statistics = uneven_statistics((32, 128), seed) if weighted else None
     errors = []
     for bits in BITS:
-        quantizer = family(bits, scale=scale)
+        quantizer = family(bits)
         quantizer = LowRankPlus(quantizer, rank) if rank else quantizer
         errors.append(weighted_error(weight - quantizer.quantize(weight, statistics).dequantize(), statistics))
     assert errors == sorted(errors, reverse=True)
@@ -203,7 +219,8 @@ def test_one_huge_outlier_is_kept_and_nothing_breaks(quantizer: AbstractQuantize
     quantized = quantizer.quantize(weight)
     dequantized = quantized.dequantize()
     assert torch.isfinite(dequantized).all()
-    if quantizer_id(quantizer).endswith("absmax") or 0 in quantized.levels:
+    has_zero = isinstance(quantized.format, AbstractBlockFormat) and 0 in quantized.levels
+    if quantizer_id(quantizer).endswith("absmax") or has_zero:
         assert float(dequantized[3, 7]) == pytest.approx(1e4, rel=0.01)
     else:  # without a level at zero the search trades the outlier against its neighbours
         assert weighted_error(weight - dequantized, None) < weighted_error(weight, None)
@@ -280,7 +297,7 @@ def test_zero_fisher_rows_and_columns_do_no_harm(quantizer: AbstractQuantizer) -
         assert float((dequantized - weight)[4].norm()) < float(weight[4].norm())
 
 
-@pytest.mark.parametrize("family", [NormalFloat, LloydMax])
+@pytest.mark.parametrize("family", [NormalFloat, LloydMax, Integer, KMeans])
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("bits", 7), ("block_size", 100), ("scale_bits", 16), ("super_block", 0)],

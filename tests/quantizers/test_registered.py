@@ -6,8 +6,11 @@ import pytest
 
 from quantizers import (
     QUANTIZERS,
+    AbstractBlockFormat,
     AbstractQuantizer,
-    BlockFormat,
+    Integer,
+    KMeans,
+    LatticeCoded,
     LloydMax,
     LowRankPlus,
     NormalFloat,
@@ -20,7 +23,7 @@ from tests.quantizers.helpers import ALL_QUANTIZERS, quantizer_id
 
 @pytest.mark.parametrize("quantizer", ALL_QUANTIZERS, ids=quantizer_id)
 def test_a_label_leads_back_to_the_format(quantizer: AbstractQuantizer) -> None:
-    unnamed = {"super_block": 256} if isinstance(quantizer.format, BlockFormat) else {"seed": 0}
+    unnamed = {"super_block": 256} if isinstance(quantizer.format, AbstractBlockFormat) else {"seed": 0}
     found = quantizer_from_label(quantizer.format.label)
     assert found.format == replace(quantizer.format, **unnamed)
     assert found.format.label == quantizer.format.label
@@ -35,6 +38,11 @@ def test_a_label_leads_back_to_the_format(quantizer: AbstractQuantizer) -> None:
         ("nf4-s4", NormalFloat(4, scale_bits=4)),
         ("nf2-r16", LowRankPlus(NormalFloat(2), 16)),
         ("lloyd2-g128-s6-r8", LowRankPlus(LloydMax(2, 128, 6), 8)),
+        ("int3-g64-s4", Integer(3, 64, 4)),
+        ("kmeans3-g64-s4", KMeans(3, 64, 4)),
+        ("trellis2-l10", TrellisCoded(2, 10)),
+        ("e8p2", LatticeCoded(2)),
+        ("e8p3-r4-f8", LowRankPlus(LatticeCoded(3), 4, 8)),
         ("  NF4-G32  ", NormalFloat(4, 32)),
         ("nf4-r0", NormalFloat(4)),
     ],
@@ -62,7 +70,9 @@ def test_labels(label: str, expected: AbstractQuantizer) -> None:
     ],
 )
 def test_a_malformed_label_is_explained(label: str) -> None:
-    with pytest.raises(ValueError, match=r"is not a quantizer; expected NAME and BITS.* one of lloyd, nf"):
+    with pytest.raises(
+        ValueError, match=r"is not a quantizer; expected NAME and BITS.* one of e8p, int, kmeans, lloyd, nf"
+    ):
         quantizer_from_label(label)
 
 
@@ -108,5 +118,8 @@ def test_an_entry_point_adds_a_quantizer_and_cannot_replace_ours(monkeypatch: py
         "nf": NormalFloat,
         "lloyd": LloydMax,
         "trellis": TrellisCoded,
+        "int": Integer,
+        "kmeans": KMeans,
+        "e8p": LatticeCoded,
     }
     assert asked == ["bitsmith.quantizers"]

@@ -17,11 +17,15 @@ from transformers.pytorch_utils import Conv1D
 
 from quantizers import (
     AbstractQuantizer,
+    Integer,
+    KMeans,
+    LatticeCoded,
     LloydMax,
     LowRankPlus,
     NormalFloat,
     QuantizedLinear,
     QuantizedTensor,
+    TrellisCoded,
     quantization_config,
 )
 from tests.models import build_llama, save_model
@@ -33,6 +37,10 @@ MIXED: list[AbstractQuantizer] = [
     LloydMax(2, 16, 4),
     LowRankPlus(NormalFloat(8, 128), 1),
     LloydMax(5, 32, 6, 16),
+    Integer(3, 32, 4),
+    KMeans(3, 32, 4),
+    TrellisCoded(3),
+    LatticeCoded(3),
 ]
 LOW_RANK_MODULE = "model.layers.0.self_attn.k_proj"  # the second: MIXED[1]
 IDS = torch.arange(1, 25)[None] * 7 % 384

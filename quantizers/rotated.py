@@ -1,0 +1,90 @@
+"""Quantizers of a rotated weight: tiles of it are coded one by one, with error feedback where the curvature is known.
+
+The rotation (incoherence processing, QuIP#, arXiv:2402.04396) makes weights normal and leaves no outliers, so such
+a quantizer loses its distortion of normal numbers, whatever the weight. Feedback is two-sided as in YAQA
+(arXiv:2505.22988) where both factors of the curvature are known.
+"""
+
+from abc import abstractmethod
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from quantizers.base import AbstractQuantizer, finite_float32
+from quantizers.curvature import Triangular, factorize
+from quantizers.feedback import TileRounder, round_with_feedback
+from quantizers.quantized import QuantizedTensor
+from quantizers.rotated_format import AbstractRotatedFormat
+from quantizers.statistics import LayerStatistics
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@runtime_checkable
+class StoringRounder(TileRounder, Protocol):
+    """A TileRounder that says what to store once every tile is rounded."""
+
+    def plain(self) -> dict[str, Tensor]:
+        """The tensors of the format's `plain_specs`."""
+        ...
+
+
+class AbstractRotated(AbstractQuantizer):
+    """See the module; a subclass says how a tile of about standard normal numbers is coded."""
+
+    @property
+    @abstractmethod
+    def format(self) -> AbstractRotatedFormat:
+        """See AbstractQuantizer."""
+
+    @property
+    @abstractmethod
+    def tile(self) -> tuple[int, int]:
+        """Height and width of what is rounded at one go."""
+
+    @property
+    @abstractmethod
+    def distortion(self) -> float:
+        """Mean squared error of standard normal numbers."""
+
+    @abstractmethod
+    def rounder(self, shape: tuple[int, int], root_mean_square: Float32[Tensor, ""]) -> StoringRounder:
+        """For a rotated weight of this shape and size."""
+
+    def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
+        """See AbstractQuantizer. A Fisher diagonal has no meaning in the rotated basis and is not used."""
+        weight, form = finite_float32(weight), self.format
+        shape = (weight.shape[0], weight.shape[1])
+        rotated = form.rotate(weight)
+        outputs, inputs = self.factors(shape, statistics, weight.device)
+        rounder = self.rounder(shape, _root_mean_square(rotated))
+        round_with_feedback(rotated, outputs, inputs, self.tile, rounder)
+        return QuantizedTensor(form, shape, rounder.plain(), form.levels.to(weight.device))
+
+    def factors(
+        self, shape: tuple[int, int], statistics: LayerStatistics | None, device: torch.device
+    ) -> tuple[Triangular | None, Triangular]:
+        """The curvature's factors in the rotated basis, in blocks of a tile: a tile is rounded at one go."""
+        form, (height, width) = self.format, self.tile
+        if statistics is None or statistics.input_curvature is None:
+            return None, Triangular.identity(shape[1], device)
+        inputs = factorize(form.rotate_curvature(statistics.input_curvature, form.seed + 1)).in_blocks(width)
+        if statistics.output_curvature is None:
+            return None, inputs
+        return factorize(form.rotate_curvature(statistics.output_curvature, form.seed)).in_blocks(height), inputs
+
+
+def stacked_places(
+    rows: Tensor, columns: Tensor, target: Float32[Tensor, "tiles height width"], height: int
+) -> tuple[Tensor, Tensor]:
+    """Row and column of every tile of `height`, where a target holds several on top of one another."""
+    stacked = target.shape[1] // height
+    places = rows[:, None] * stacked + torch.arange(stacked, device=rows.device)
+    return places.view(-1), columns.repeat_interleave(stacked)
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    largest = values.abs().amax().clamp_min(TINY)  # so that no square over- or underflows
+    return (values / largest).square().mean().sqrt() * largest

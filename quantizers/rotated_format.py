@@ -1,0 +1,43 @@
+"""What formats of a rotated weight have in common: W = R_out^T W' R_in, R the rotations of hadamard.py.
+
+Both rotations follow from `seed` (out) and `seed + 1` (in). Rotated weights look normal and alike everywhere, so one
+scale a matrix is enough, and a curvature can be rotated with them.
+"""
+
+from jaxtyping import Float32
+from torch import Tensor
+
+from quantizers.format import StorageFormat
+from quantizers.hadamard import rotate, unrotate
+
+
+class AbstractRotatedFormat(StorageFormat):
+    """See the module; final subclasses are dataclasses with this field among theirs.
+
+    Attributes:
+        seed: of the rotations.
+    """
+
+    seed: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+    def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        """R_out W R_in^T."""
+        return self.rotate_rows(self.rotate_rows(weight, self.seed + 1).T, self.seed).T
+
+    def unrotate(self, rotated: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
+        """R_out^T W' R_in"""
+        return unrotate(unrotate(rotated.contiguous(), self.seed + 1).T.contiguous(), self.seed).T.contiguous()
+
+    @staticmethod
+    def rotate_rows(matrix: Float32[Tensor, "rows n"], seed: int) -> Float32[Tensor, "rows n"]:
+        """Each row in the rotated basis."""
+        return rotate(matrix.contiguous(), seed)
+
+    def rotate_curvature(self, curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
+        """The same quadratic form in the rotated basis."""
+        return self.rotate_rows(self.rotate_rows(curvature, seed).T, seed)

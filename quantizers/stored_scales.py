@@ -1,0 +1,39 @@
+"""Double-quantized scales whose codes are filled in block by block.
+
+The second level (offset and steps, see double_quant.py) has to be known before the first block is rounded: it is
+that of the scales that the weight itself asks for, before any feedback.
+"""
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from quantizers.abstract_block_format import AbstractBlockFormat
+from quantizers.double_quant import double_quantize
+from quantizers.packing import pack
+
+TINY = torch.finfo(torch.float32).tiny
+BlockColumns = Int64[Tensor, " tiles"] | slice  # places in a row of blocks
+
+
+class StoredScales:
+    """Scales of all blocks, 0 bits of them decided; `first` sets offset and steps."""
+
+    def __init__(self, first: Float32[Tensor, "out blocks"], form: AbstractBlockFormat) -> None:
+        self.scale_bits = form.scale_bits
+        self.second = double_quantize(first.reshape(-1), form.scale_bits, form.super_block)
+        steps = self.second.steps.repeat_interleave(form.super_block)[: first.numel()]
+        self.steps = steps.view(first.shape)
+        self.codes = torch.zeros_like(self.steps, dtype=torch.uint8)
+
+    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles"]) -> Float32[Tensor, "out tiles"]:
+        """Round the scales of some blocks to ones that can be stored, and return these."""
+        steps = self.steps[:, columns]
+        codes = ((found - self.second.offset) / steps.clamp_min(TINY)).round_().clamp_(0, 2**self.scale_bits - 1)
+        self.codes[:, columns] = codes.to(torch.uint8)
+        return torch.addcmul(self.second.offset, codes, steps)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Named as they are stored."""
+        packed = {"weight_scale_packed": pack(self.codes.view(-1), self.scale_bits)}
+        return self.second.tensors() | packed
