@@ -1,7 +1,7 @@
-"""The rival of a plan: one choice for all matrices, as large as the budget allows.
+"""The rival of a plan: one choice for all matrices, of the same size.
 
-The integer program believes the cost table. Where a uniform choice comes near the plan in expected error, both are
-quantized and measured, and the better one becomes the checkpoint: so no plan is worse than uniform quantization.
+The integer program believes the cost table. Where a uniform choice of equal bytes comes near the plan in expected
+error, both are quantized and measured, and the better one becomes the checkpoint: so no plan is worse than a uniform one.
 """
 
 from dataclasses import replace
@@ -12,6 +12,7 @@ from pipeline.allocation import Plan, PlannedMatrix
 from pipeline.costs import CostTable
 
 NEAR = 1.25  # a rival whose expected error is more than this many times the plan's is not measured
+SAME_SIZE = 0.99  # nor one that takes less of the plan's bits than this
 
 
 def rival_of(plan: Plan, table: CostTable) -> Plan | None:
@@ -27,7 +28,8 @@ def rival_of(plan: Plan, table: CostTable) -> Plan | None:
     for column in range(len(table.choices)):
         columns = np.where(free, column, chosen)
         cost, size_bits = table.cost[rows, columns].sum(), table.size_bits[rows, columns].sum()
-        fits = np.isfinite(cost) and size_bits <= plan.size_bits and not np.array_equal(columns, chosen)
+        fits = np.isfinite(cost) and SAME_SIZE * plan.size_bits <= size_bits <= plan.size_bits
+        fits = fits and not np.array_equal(columns, chosen)
         if fits and cost <= NEAR * plan.predicted_cost and (best is None or cost < best[0]):
             best = float(cost), column
     if best is None:

@@ -83,8 +83,8 @@ def test_choices_and_their_errors(tiny_model_dir: Path) -> None:
         "trellis2-l8-r8-f6",
     ]
     assert choices_of(("nf4",), 0, 16) == ["nf4-g64-s8"]
-    with pytest.raises(RecipeError, match=r"'int4' cannot be offered.*lloyd"):
-        choices_of(("int4",), 0, 16)
+    with pytest.raises(RecipeError, match=r"'foo4' cannot be offered.*lloyd"):
+        choices_of(("foo4",), 0, 16)
     with pytest.raises(RecipeError, match=r"Rank 33 is above .*k_proj.* \(32\)"):
         check_ranks(open_model(str(tiny_model_dir)).matrices, 33)
 

@@ -9,6 +9,7 @@ import pytest
 from pipeline.allocation import allocate
 from pipeline.compress import compress
 from pipeline.costs import CostTable
+from pipeline.model import open_model
 from pipeline.recipe import Recipe
 from pipeline.rival import NEAR, rival_of
 from quantizers import AbstractQuantizer, ErrorEstimator, quantizer_from_label
@@ -67,9 +68,12 @@ def test_compress_keeps_the_better_one_and_says_so(
             return self.weight.numel() * promised[quantizer.format.bits]
 
         monkeypatch.setattr(ErrorEstimator, "error", error)
+    matrices = open_model(str(tiny_model_dir)).matrices
+    size_bits = sum(quantizer_from_label(LABELS[1]).size_bits(matrix.shape) for matrix in matrices)
+    budget = size_bits / sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices) + 1e-4
     recipe = Recipe.of(
         model=str(tiny_model_dir),
-        **(SMALL | {"budget": "3.2bpw", "rank": 0, "candidates": LABELS, "sensitivity": "fisher"}),
+        **(SMALL | {"budget": f"{budget:.5f}bpw", "rank": 0, "candidates": LABELS, "sensitivity": "fisher"}),
     )
     done = compress(recipe, Registry(tmp_path / "registry"), tmp_path / "out")
     labels = {matrix.label for matrix in done.plan.matrices.values()}
