@@ -1,7 +1,7 @@
 """The rival of a plan: one choice for all matrices, of the same size.
 
 The integer program believes the cost table. Where a uniform choice of equal bytes comes near the plan in expected
-error, both are quantized and measured, and the better one becomes the checkpoint: so no plan is worse than a uniform one.
+error, both are quantized and measured, and the better one becomes the checkpoint: no plan is worse than a uniform one.
 """
 
 from dataclasses import replace
