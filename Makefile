@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench peers clean
+.PHONY: demo test test-slow lint format bench bench-quality peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -35,7 +35,10 @@ bench: $(READY) ## the tables of BENCHMARKS.md, about half an hour on two cores
 	$(PIP) --no-deps bitsandbytes
 	$(BIN)/python -m benchmarks.allocation_70b
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.cost_table
-	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality
+
+bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal bits; hours on two cores
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers --dither
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs
 
