@@ -42,7 +42,7 @@ class IntegerFormat(AbstractBlockFormat):
     @property
     def levels(self) -> Float32[Tensor, " levels"]:
         """0 ... 2**bits - 1."""
-        return torch.arange(2.0**self.bits)
+        return torch.arange(2**self.bits, dtype=torch.float32, device="cpu")
 
     @property
     def meaning(self) -> str:

@@ -2,8 +2,10 @@
 
 The levels of least weighted error for given codes are weighted means in closed form (LNQ of GuidedQuant,
 arXiv:2505.07004); with them scales and codes are found anew. Begun with Lloyd-Max's levels, of which the best iterate
-is never worse but by their rounding to float16. SqueezeLLM has levels for each row; here scales of blocks do
-that part, and levels for the matrix cost next to nothing.
+is never worse but by their rounding to float16. SqueezeLLM has levels for each row; here scales of blocks do that
+part, and levels for the matrix cost next to nothing.
+
+A million weights take 0.4 seconds, 1.3 with feedback (3 bits, one thread of a CPU).
 """
 
 from dataclasses import dataclass

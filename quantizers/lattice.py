@@ -16,6 +16,7 @@ Legend: n (vectors of 8 weights).
 import functools
 import itertools
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int64, UInt8
 from torch import Tensor
@@ -29,11 +30,18 @@ LAST_SHELL = 29  # patterns of squared norm 12, five coordinates of 3/2 each
 @functools.cache
 def lattice_patterns() -> Float32[Tensor, "256 8"]:
     """Absolute values, in lexicographic order shell by shell."""
-    vectors = torch.tensor(list(itertools.product((0.5, 1.5, 2.5), repeat=DIMENSION)))
-    norms = vectors.square().sum(dim=1)
+    vectors = np.array(list(itertools.product((0.5, 1.5, 2.5), repeat=DIMENSION)), dtype=np.float32)
+    norms = np.square(vectors).sum(axis=1)
     shells = [vectors[norms == norm] for norm in (2, 4, 6, 8, 10)]
-    five = vectors[(norms == 12) & (vectors.amax(dim=1) == 1.5)]
-    return torch.cat([*shells, five[torch.linspace(0, len(five) - 1, LAST_SHELL).round().long()]])
+    five = vectors[(norms == 12) & (vectors.max(axis=1) == 1.5)]
+    spread = np.linspace(0, len(five) - 1, LAST_SHELL).round().astype(int)
+    return _constant(np.concatenate([*shells, five[spread]]))
+
+
+def _constant(values: np.ndarray) -> Tensor:
+    """For a cache: on the CPU and an ordinary tensor, whatever a caller's default device or inference mode."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(values)
 
 
 def lattice_decode(codes: UInt8[Tensor, "n 2"], patterns: Float32[Tensor, "256 8"]) -> Float32[Tensor, "n 8"]:
@@ -63,15 +71,16 @@ def lattice_encode(vectors: Float32[Tensor, "n 8"]) -> UInt8[Tensor, "n 2"]:
 def _tables() -> tuple[Tensor, Tensor, Tensor]:
     """Seven descending patterns, those of the last shell, and the index of a pattern by its digits in base 3."""
     patterns = lattice_patterns()
-    whole, last = patterns[:-LAST_SHELL], patterns[-LAST_SHELL:]
-    index = torch.zeros(3**DIMENSION, dtype=torch.uint8)
-    index[_digits(patterns)] = torch.arange(256, dtype=torch.uint8)
-    return whole.sort(dim=1, descending=True).values.unique(dim=0), last, index
+    whole = patterns[:-LAST_SHELL].numpy()
+    index = np.zeros(3**DIMENSION, dtype=np.uint8)
+    index[_digits(patterns).numpy()] = np.arange(len(patterns))
+    descending = np.unique(-np.sort(-whole, axis=1), axis=0)
+    return _constant(descending), patterns[-LAST_SHELL:], _constant(index)
 
 
 def _digits(patterns: Float32[Tensor, "n 8"]) -> Int64[Tensor, " n"]:
-    powers = 3.0 ** torch.arange(DIMENSION, device=patterns.device)
-    return ((patterns - 0.5) @ powers).long()
+    powers = 3 ** torch.arange(DIMENSION, device=patterns.device)
+    return ((patterns - 0.5).long() * powers).sum(dim=1)
 
 
 def _encode(
@@ -128,10 +137,11 @@ def _bytes(
 @functools.cache
 def fine_points() -> Float32[Tensor, "256 8"]:
     """256 points of E8 around zero, 1 bit a weight: zero, the 240 shortest, and 15 of the 16 on the axes."""
-    half = torch.tensor(list(itertools.product((-0.5, 0.5), repeat=DIMENSION)))
-    whole = torch.tensor([v for v in itertools.product((-1.0, 0.0, 1.0), repeat=DIMENSION) if sum(map(abs, v)) == 2])
-    axes = 2 * torch.cat([torch.eye(DIMENSION), -torch.eye(DIMENSION)])[:15]
-    return torch.cat([torch.zeros(1, DIMENSION), half[half.sum(dim=1) % 2 == 0], whole, axes])
+    half = np.array(list(itertools.product((-0.5, 0.5), repeat=DIMENSION)))
+    whole = np.array([v for v in itertools.product((-1.0, 0.0, 1.0), repeat=DIMENSION) if sum(map(abs, v)) == 2])
+    axes = 2 * np.concatenate([np.eye(DIMENSION), -np.eye(DIMENSION)])[:15]
+    points = np.concatenate([np.zeros((1, DIMENSION)), half[half.sum(axis=1) % 2 == 0], whole, axes])
+    return _constant(points.astype(np.float32))
 
 
 def fine_encode(vectors: Float32[Tensor, "n 8"], points: Float32[Tensor, "256 8"]) -> UInt8[Tensor, " n"]:

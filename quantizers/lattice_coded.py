@@ -1,7 +1,8 @@
 """Points of the E8 lattice for 8 weights at once (E8P of QuIP#, arXiv:2402.04396).
 
-On standard normal numbers the squared error is 0.0917 at 2 bits, where Lloyd-Max's levels have 0.118. With 3 bits
-(0.030) and 4 (0.0084) a second point codes what the first one leaves.
+On standard normal numbers the squared error is 0.0915 at 2 bits, where Lloyd-Max's levels have 0.118. With 3 bits
+(0.0296) and 4 (0.0084) a second point codes what the first one leaves. A million weights take 1.1, 1.1 and 1.4 seconds
+at 2, 3 and 4 bits, and 0.2 to 0.3 more with a curvature of the inputs (one thread of a CPU).
 """
 
 import functools

@@ -39,7 +39,7 @@ class LearnedFormat(AbstractBlockFormat):
     @property
     def levels(self) -> Float32[Tensor, " levels"]:
         """None: every matrix stores its own."""
-        return torch.empty(0)
+        return torch.empty(0, dtype=torch.float32, device="cpu")
 
     @property
     def meaning(self) -> str:

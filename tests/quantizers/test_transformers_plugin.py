@@ -37,10 +37,13 @@ MIXED: list[AbstractQuantizer] = [
     LloydMax(2, 16, 4),
     LowRankPlus(NormalFloat(8, 128), 1),
     LloydMax(5, 32, 6, 16),
+]
+OTHER_KINDS: list[AbstractQuantizer] = [
     Integer(3, 32, 4),
     KMeans(3, 32, 4),
     TrellisCoded(3),
-    LatticeCoded(3),
+    *(LatticeCoded(bits) for bits in (2, 3, 4)),
+    LowRankPlus(KMeans(2), 2),
 ]
 LOW_RANK_MODULE = "model.layers.0.self_attn.k_proj"  # the second: MIXED[1]
 IDS = torch.arange(1, 25)[None] * 7 % 384
@@ -50,13 +53,15 @@ def is_block_linear(name: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D) and name != "lm_head"
 
 
-def quantize_all(model: PreTrainedModel, *, also: tuple[str, ...] = ()) -> dict[str, QuantizedTensor]:
+def quantize_all(
+    model: PreTrainedModel, *, also: tuple[str, ...] = (), quantizers: list[AbstractQuantizer] = MIXED
+) -> dict[str, QuantizedTensor]:
     """Module name -> its quantized weight, as [out, in]."""
     quantized: dict[str, QuantizedTensor] = {}
     for name, module in model.named_modules():
         if is_block_linear(name, module) or name in also:
             weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            quantized[name] = MIXED[len(quantized) % len(MIXED)].quantize(weight)
+            quantized[name] = quantizers[len(quantized) % len(quantizers)].quantize(weight)
     return quantized
 
 
@@ -144,6 +149,17 @@ def test_logits_are_those_of_the_model_swapped_in_memory(
         in_memory = logits_of(swap(original, quantized))
         assert torch.equal(logits_of(load(checkpoint, dtype=dtype)), in_memory)
         assert not torch.equal(in_memory, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_kind_of_format_loads_as_it_was_stored(tiny_model_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    original = load(tiny_model_dir, dtype=dtype)
+    quantized = quantize_all(original, quantizers=OTHER_KINDS)
+    loaded = load(write_checkpoint(tiny_model_dir, tmp_path / "packed", quantized), dtype=dtype)
+    for name, tensor in quantized.items():
+        for key, stored in tensor.tensors().items():
+            assert getattr(loaded.get_submodule(name), key).dtype == stored.dtype
+    assert torch.equal(logits_of(loaded), logits_of(swap(original, quantized)))
 
 
 def test_a_fresh_process_needs_only_import_quantizers(checkpoint: Path, tmp_path: Path) -> None:
@@ -292,10 +308,10 @@ def test_a_wrong_dtype_is_an_error(damaged: Path, key: str, dtype: torch.dtype) 
 def test_another_format_version_is_refused_before_anything_else_is_read(damaged: Path) -> None:
     def future(config: dict[str, Any]) -> None:
         config.clear()
-        config.update(quant_method="bitsmith", format_version=2, tensors={"a": 1})
+        config.update(quant_method="bitsmith", format_version=3, tensors={"a": 1})
 
     edit_config(damaged, future)
-    with pytest.raises(ValueError, match="bitsmith format version 2, and this program reads version 1; install"):
+    with pytest.raises(ValueError, match="bitsmith format version 3, and this program reads versions 1 and 2; install"):
         load(damaged)
 
 
