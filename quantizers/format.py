@@ -10,7 +10,7 @@ pay for them.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -100,5 +100,7 @@ class StorageFormat(ABC):
         return sum(8 * dtype.itemsize * math.prod(spec) for spec, dtype in self.tensor_specs(shape).values())
 
     def to_json(self) -> dict[str, Any]:
-        """For a checkpoint's configuration; `format_from_json` in formats.py undoes it."""
-        return {"kind": self.kind} | asdict(self)
+        """For a checkpoint's configuration, without defaults; `format_from_json` in formats.py undoes it."""
+        told = {each.name: getattr(self, each.name) for each in fields(self)}
+        defaults = {each.name: each.default for each in fields(self)}
+        return {"kind": self.kind} | {name: value for name, value in told.items() if value != defaults[name]}

@@ -187,7 +187,7 @@ def test_slower_mistakes(bitsmith, tiny_model_dir: Path, tmp_path: Path) -> None
         ("-b", "10kB"): r"Raise the budget to [\d.]+MB",
         ("-b", "3bpw", "--rank", "99"): "Rank 99 is above",
         ("-b", "3bpw", "--seq-len", "99999999"): "tokens, but one window needs",
-        ("-b", "3bpw", "--candidate", "int3"): "'int3' cannot be offered",
+        ("-b", "3bpw", "--candidate", "foo3"): "'foo3' cannot be offered",
         ("-b", "3bpw", "--override", "nosuch=nf4"): "matches no matrix",
         ("-b", "3bpw", "--device", "cuda:99"): "cannot be used",
         ("-b", "3bpw", "--dataset", "missing.txt"): "missing.txt",
