@@ -44,12 +44,13 @@ def measure_scales(
     probes, expected = {}, {}
     for index, matrix in enumerate(model.matrices):
         learnt = statistics_of(matrix).to(device)
-        out, into = probes[matrix.name] = _probes(matrix, learnt, seed + index)
+        out, into = (side.double() for side in _probes(matrix, learnt, seed + index))
+        probes[matrix.name] = out, into
         assert learnt.input_curvature is not None
         assert learnt.output_curvature is not None
-        by_rows = (learnt.output_curvature @ out * out).sum(dim=0, dtype=torch.float64)
-        expected[matrix.name] = float(by_rows @ (learnt.input_curvature @ into * into).sum(dim=0, dtype=torch.float64))
-    responses = {matrix.name: torch.zeros(NUM_PROBES, device=device) for matrix in model.matrices}
+        by_rows = (learnt.output_curvature.double() @ out * out).sum(dim=0)
+        expected[matrix.name] = float(by_rows @ (learnt.input_curvature.double() @ into * into).sum(dim=0))
+    responses = {matrix.name: torch.zeros(NUM_PROBES, dtype=torch.float64, device=device) for matrix in model.matrices}
     squares = {matrix.name: 0.0 for matrix in model.matrices}
     num_tokens = 0
     with ExitStack() as stack:
@@ -59,7 +60,7 @@ def measure_scales(
         for window_tokens in run_windows():
             num_tokens += window_tokens
             for name, response in responses.items():
-                squares[name] += float(response.square().sum(dtype=torch.float64))
+                squares[name] += float(response.square().sum())
                 response.zero_()
     return {
         name: min(max(squares[name] / (2 * num_tokens) / expected[name], LEAST), MOST) if expected[name] > 0 else 1.0
@@ -84,10 +85,10 @@ def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int) -> tuple[Tensor,
 
 def _probing(out: Tensor, into: Tensor, response: Tensor):
     def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        along = inputs[0].detach().float().reshape(-1, len(into)) @ into
+        along = inputs[0].detach().double().reshape(-1, len(into)) @ into
 
         def on_backward(gradient: Tensor) -> None:
-            response.add_(((gradient.float().reshape(-1, len(out)) @ out) * along).sum(dim=0))
+            response.add_(((gradient.double().reshape(-1, len(out)) @ out) * along).sum(dim=0))
 
         output.register_hook(on_backward)
 

@@ -81,8 +81,9 @@ def weighted_error(residual: Float[Tensor, "out in"], statistics: LayerStatistic
         product = residual.square().mul_(statistics.fisher_diag)
     else:
         assert statistics.input_curvature is not None
-        left = residual if statistics.output_curvature is None else statistics.output_curvature @ residual
-        product = (left @ statistics.input_curvature).mul_(residual)
+        outputs, wide = statistics.output_curvature, residual.double()  # float32's last digits vary from run to run
+        left = wide if outputs is None else outputs.double() @ wide
+        product = (left @ statistics.input_curvature.double()).mul_(wide)
     return float(product.sum(dtype=torch.float64))
 
 
