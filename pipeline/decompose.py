@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
-from pipeline.costs import SIGNIFICANT_DIGITS
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
 from pipeline.parallel import map_in_order, map_in_processes
@@ -17,6 +16,7 @@ from pipeline.progress import SILENT, Progress
 from pipeline.statistics import Statistics
 from quantizers import LayerStatistics, QuantizedTensor, quantizer_from_label, weighted_error
 
+ERROR_DIGITS = 4  # later ones vary from run to run, for they add up the noise of float32 statistics
 PARAMS_FOR_PROCESSES = 2**23  # below, starting processes takes longer than the work
 
 
@@ -68,7 +68,7 @@ def write_matrix(target: Path, quantized: QuantizedTensor, weight: Tensor, stati
             f"The error of the weight for {target.name} after quantization is {error}. The original is damaged."
         )
     tensors = {name: tensor.cpu().contiguous() for name, tensor in quantized.tensors().items()}
-    replace_file(target, lambda path: save_file(tensors, path, metadata={"error": f"{error:.{SIGNIFICANT_DIGITS}g}"}))
+    replace_file(target, lambda path: save_file(tensors, path, metadata={"error": f"{error:.{ERROR_DIGITS}g}"}))
 
 
 def matrix_file(module: str) -> str:
