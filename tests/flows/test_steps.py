@@ -43,7 +43,7 @@ def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_p
     statistics = steps.collect_statistics.fn(_another_process(job))
     assert statistics["digest"] is None
     costs = steps.measure_costs.fn(*_another_process([job, statistics]))
-    plan = steps.allocate.fn(*_another_process([job, costs]))
+    plan = steps.allocate.fn(*_another_process([job, costs, statistics]))
     quantized = steps.decompose.fn(*_another_process([job, plan, statistics]))
     matrices = steps.recover.fn(*_another_process([job, plan, quantized, statistics]))
     checkpoint = steps.write_checkpoint.fn(*_another_process([job, plan, matrices]))
