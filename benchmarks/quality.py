@@ -15,9 +15,11 @@ then those of the making, kept beside it.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
@@ -36,6 +38,7 @@ from pipeline.home import home
 from pipeline.model import Matrix, open_model
 from pipeline.parallel import map_in_order
 from pipeline.recipe import Recipe
+from pipeline.recovered import KEPT_FILE, read_kept
 from pipeline.run import Run
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics
@@ -58,6 +61,9 @@ class Bench:
         run = self.run_of("default", 3.0)
         self.model, self.tokens, self.calibration = run.model, run.eval_windows.tokens, run.calibration.tokens
         self.network = self.model.load()
+        names = {matrix.name for matrix in self.model.matrices}
+        rest = ((name, each) for name, each in self.network.named_parameters() if name not in names and each.ndim == 1)
+        self.others = {name: each.detach().clone() for name, each in rest}  # what recovery may train
         self.weights = {matrix.name: self.model.weight(matrix) for matrix in self.model.matrices}
         self.original: BaseLogits = base_log_probs(
             self.model.load,
@@ -79,8 +85,9 @@ class Bench:
         )
         return Run.prepare(recipe, self.registry, device="cpu", resume=True, log=StageLog(), progress=Bars())
 
-    def put(self, weights: dict[str, Tensor]) -> None:
-        """Give the model in memory these weights [out, in], by parameter name."""
+    def put(self, weights: dict[str, Tensor], kept: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Give the model in memory these weights [out, in] and trained parameters; the others are the original's."""
+        self.network.load_state_dict(dict(self.others) | dict(kept), strict=False)
         for matrix in self.model.matrices:
             weight = weights[matrix.name]
             parameter = self.network.get_parameter(matrix.name)
@@ -128,10 +135,15 @@ def ours(bench: Bench, seconds: Seconds, preset: str, budget: float) -> None:
     plan = run.plan(costs, statistics)
     matrices, *third = seconds.of(lambda: run.matrices(plan, statistics), run.log)
     assert matrices is not None
-    chosen = run.read_plan(plan)
-    path = lambda module: bench.registry.path(matrices, matrix_file(module))  # noqa: E731
-    bench.put({m.name: read_matrix(path(m.module), chosen, m.module).dequantize() for m in bench.model.matrices})
-    spent = (first, second, third)
+    spent = [first, second, third]
+    if run.recipe.recover:
+        matrices, *fourth = seconds.of(lambda: run.recovered(plan, matrices, statistics), run.log)
+        assert matrices is not None
+        spent.append(fourth)
+    chosen, file = run.read_plan(plan), partial(bench.registry.path, matrices)
+    weights = {m.name: read_matrix(file(matrix_file(m.module)), chosen, m.module) for m in bench.model.matrices}
+    kept = read_kept(file(KEPT_FILE)) if run.recipe.recover else {}
+    bench.put({name: weight.dequantize() for name, weight in weights.items()}, kept)
     bench.row(f"ours, {preset}", chosen.size_bits, sum(s for s, _ in spent), max(peak for _, peak in spent))
 
 

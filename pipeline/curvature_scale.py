@@ -11,6 +11,7 @@ labels drawn from the model,
 is set against what the factors expect of the same probes, tr(H_O E H_I E^T). The ratio is the matrix's scale.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.model import Matrix, Model
 from quantizers import LayerStatistics, TrellisCoded
+from quantizers.curvature import DAMPING
 from quantizers.hadamard import unrotate
 
 NUM_PROBES = 64
@@ -33,6 +35,7 @@ def measure_scales(
     *,
     seed: int,
     device: str,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """The factor by which each matrix's `input_curvature` is to be multiplied, by parameter name.
 
@@ -40,11 +43,12 @@ def measure_scales(
         statistics_of: Kronecker factors, in nats a token.
         run_windows: passes windows forward and backward through `network`, one after the other, and yields the number
             of tokens of each when it is through.
+        say: is told of matrices whose curvature cannot be factorized as it is.
     """
     probes, expected = {}, {}
     for index, matrix in enumerate(model.matrices):
         learnt = statistics_of(matrix).to(device)
-        out, into = (side.double() for side in _probes(matrix, learnt, seed + index))
+        out, into = (side.double() for side in _probes(matrix, learnt, seed + index, say))
         probes[matrix.name] = out, into
         assert learnt.input_curvature is not None
         assert learnt.output_curvature is not None
@@ -68,19 +72,30 @@ def measure_scales(
     }
 
 
-def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int) -> tuple[Tensor, Tensor]:
+def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
     """p [out, probes] and q [in, probes]."""
     rounding = TrellisCoded(2)
     assert learnt.input_curvature is not None
     outputs, inputs = rounding.factors(matrix.shape, learnt, learnt.input_curvature.device)
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for factor, rotation in ((outputs, rounding.seed), (inputs, rounding.seed + 1)):
+    for factor, rotation, side in ((outputs, rounding.seed, "outputs"), (inputs, rounding.seed + 1, "inputs")):
         assert factor is not None
+        if factor.damping > DAMPING:
+            say(_degraded(matrix.name, side, factor.damping))
         white = torch.randn(len(factor.pivots), NUM_PROBES, generator=generator).to(factor.pivots.device)
         rotated = torch.linalg.solve_triangular(factor.unit_upper.T, white, upper=False, unitriangular=True)
         found.append(unrotate(rotated.T.contiguous(), rotation).T.contiguous())
     return found[0], found[1]
+
+
+def _degraded(name: str, side: str, damping: float) -> str:
+    if math.isinf(damping):
+        return (
+            f"{name}: the calibration text tells nothing about its {side}, so their errors all count alike and none "
+            "makes up for another. More or other text may help."
+        )
+    return f"{name}: the curvature of its {side} is nearly singular; {damping:g} of its mean was added to the diagonal."
 
 
 def _probing(out: Tensor, into: Tensor, response: Tensor):

@@ -117,7 +117,7 @@ def collect_statistics(
                 yield tokens.numel()
 
         found = Statistics.open(lambda name: work / "out" / name)
-        scales = measure_scales(network, model, found.of, run_windows, seed=seed, device=device)
+        scales = measure_scales(network, model, found.of, run_windows, seed=seed, device=device, say=progress.say)
         facts["scales"] = {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()}
         write_json(work / "out" / "statistics.json", facts)
 

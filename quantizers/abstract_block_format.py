@@ -6,6 +6,8 @@
 <module>.weight_scale_offset   float32 [1]
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float32
 from torch import Tensor
@@ -20,8 +22,9 @@ BLOCK_SIZES = (16, 32, 64, 128)
 CODES_AND_SCALES = ("weight_packed", "weight_scale_packed", "weight_scale_step", "weight_scale_offset")
 
 
+@dataclass(frozen=True)
 class AbstractBlockFormat(StorageFormat):
-    """See the module; final subclasses are dataclasses with these fields among theirs.
+    """See the module.
 
     Attributes:
         bits: width of a code.

@@ -28,10 +28,6 @@ class BlockFormat(AbstractBlockFormat):
     kind: ClassVar[str] = "block"
     plain_names: ClassVar[tuple[str, ...]] = CODES_AND_SCALES
     codebook: str
-    bits: int
-    block_size: int
-    scale_bits: int
-    super_block: int
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -24,12 +24,10 @@ from quantizers.curvature import factorize
 from quantizers.lq import LowRankPlus, whitening_factors
 from quantizers.rotated import AbstractRotated
 from quantizers.statistics import LayerStatistics
-from solvers.low_rank import whiten_both
+from solvers.low_rank import truncated_svd, whiten_both
 
 # Share of a low-rank part's gain that is left when its factors are rounded (BENCHMARKS.md, factor bits).
 KEPT_GAIN = {16: 1.0, 8: 0.999, 6: 0.995, 4: 0.97, 3: 0.92}
-POWER_ITERATIONS = 4
-OVERSAMPLING = 8
 
 
 class ErrorEstimator:
@@ -133,11 +131,8 @@ def _leading_shares(residual: Tensor, rank: int) -> Float64[Tensor, " ranks"]:
     energy = residual.square().sum(dtype=torch.float64)
     if energy == 0:
         return torch.zeros(rank, dtype=torch.float64)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        size = min(rank + OVERSAMPLING, *residual.shape)
-        values = torch.svd_lowrank(residual, q=size, niter=POWER_ITERATIONS)[1]
-    return (values[:rank].double().square().cumsum(0) / energy).clamp_max(1.0).cpu()
+    values = truncated_svd(residual, rank).out.double().square().sum(dim=0)  # the factors share each singular value
+    return (values.square().cumsum(0) / energy).clamp_max(1.0).cpu()
 
 
 @functools.lru_cache(maxsize=4)

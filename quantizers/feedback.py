@@ -53,7 +53,7 @@ def round_with_feedback(
     """Round `weight`, padded with zeros to whole tiles, tile by tile; returns Q without the padding.
 
     Args:
-        outputs, inputs: factors of H_O (None: the identity) and H_I, of the weight's own size.
+        outputs, inputs: factors of H_O (None: the identity), in blocks of a tile's height, and of H_I.
         tile: height and width of a tile; without `outputs` all rows go together, as one tile.
     """
     height, width = tile
@@ -82,11 +82,7 @@ def round_with_feedback(
         values[rows, columns] = rounder.round_tiles(rows, columns, tiles[rows, columns] + taken_up, own)
         error = tiles[rows, columns] - values[rows, columns]
         errors[columns, rows] = error
-        if lower is None:
-            passed[rows, :, columns] = error
-        else:
-            below = lower.view(num_rows, height, num_rows, height)[rows, :, rows]
-            passed[rows, :, columns] += below @ error
+        passed[rows, :, columns] += error  # V is the identity within a tile
     return values.transpose(1, 2).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
 
 

@@ -29,10 +29,6 @@ class IntegerFormat(AbstractBlockFormat):
 
     kind: ClassVar[str] = "integer"
     plain_names: ClassVar[tuple[str, ...]] = (*CODES_AND_SCALES, "weight_zero_packed")
-    bits: int
-    block_size: int
-    scale_bits: int
-    super_block: int
 
     @property
     def codebook_name(self) -> str:

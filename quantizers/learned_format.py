@@ -26,10 +26,6 @@ class LearnedFormat(AbstractBlockFormat):
 
     kind: ClassVar[str] = "learned"
     plain_names: ClassVar[tuple[str, ...]] = (*CODES_AND_SCALES, "weight_levels")
-    bits: int
-    block_size: int
-    scale_bits: int
-    super_block: int
 
     @property
     def codebook_name(self) -> str:

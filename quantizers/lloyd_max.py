@@ -40,7 +40,7 @@ class LloydMax(AbstractQuantizer):
     @property
     def format(self) -> BlockFormat:
         """See AbstractQuantizer."""
-        return BlockFormat("lloyd", self.bits, self.block_size, self.scale_bits, self.super_block)
+        return BlockFormat(self.bits, self.block_size, self.scale_bits, self.super_block, "lloyd")
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""

@@ -41,7 +41,7 @@ class NormalFloat(AbstractQuantizer):
     @property
     def format(self) -> BlockFormat:
         """See AbstractQuantizer."""
-        return BlockFormat("nf", self.bits, self.block_size, self.scale_bits, self.super_block)
+        return BlockFormat(self.bits, self.block_size, self.scale_bits, self.super_block, "nf")
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""

@@ -67,19 +67,6 @@ def truncated_svd(matrix: Float32[Tensor, "out in"], rank: int, *, seed: int = 0
     return Factors(left[:, :rank] * root, root[:, None] * right[:rank])
 
 
-def two_sided_svd(
-    matrix: Float32[Tensor, "out in"],
-    row_scale: Float32[Tensor, " out"],
-    column_scale: Float32[Tensor, " in"],
-    rank: int,
-    *,
-    seed: int = 0,
-) -> Factors:
-    """The best rank-`rank` approximation under the weights row_scale^2 column_scale^2 (all positive)."""
-    scaled = truncated_svd(row_scale[:, None] * matrix * column_scale, rank, seed=seed)
-    return Factors(scaled.out / row_scale[:, None], scaled.into / column_scale)
-
-
 def whitened_svd(
     residual: Float32[Tensor, "out in"], row_factor: Factor, column_factor: Factor, rank: int, *, seed: int = 0
 ) -> Factors:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from solvers.low_rank import Factors, two_sided_svd
+from solvers.low_rank import Factors, whitened_svd
 from solvers.weighted_als import als
 from solvers.weighted_majorization import anderson, em, nesterov
 from solvers.weighted_problem import Iterate, Method, Scaling
@@ -73,7 +73,7 @@ def weighted_low_rank(
     _check(residual, weights, rank, method, init, max_iterations)
     scaling = Scaling.of(weights)
     problem = scaling.problem(residual, weights)
-    start = scaling.enter(init or two_sided_svd(residual, scaling.rows, scaling.columns, rank))
+    start = scaling.enter(init or whitened_svd(residual, scaling.rows, scaling.columns, rank))
     best = Iterate(start, problem.loss(start))
     losses, idle, converged = [best.loss], 0, False
     negligible = EXACT * float((problem.weights * problem.target.square()).sum(dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""A recipe small enough to run whole in seconds."""
+"""A recipe small enough to run whole in seconds, and the audit without a fresh interpreter's start."""
 
 from typing import Any
 
@@ -17,3 +17,10 @@ FLAGS = [
     *("--eval-seq-len", "32", "--candidate", "lloyd2-g32-s4", "--candidate", "lloyd3-g32-s4"),
     *("--candidate", "lloyd4-g32-s6"),
 ]
+
+
+def audit_in_this_process() -> None:
+    """For a process that does nothing else; a test takes the fixture `quick_audit`."""
+    from pipeline import audit
+
+    audit.logits_in_fresh_process = lambda folder: audit.fixed_logits(audit.load_checked(folder))

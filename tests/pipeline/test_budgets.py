@@ -23,8 +23,8 @@ from pipeline.planning import make_plan, make_plans
 from pipeline.recipe import Recipe
 from pipeline.sweep import Sweep, compress_budgets
 from registry import InvalidNameError, Registry
-from tests.pipeline.small import FLAGS
-from tests.pipeline.test_compress import KILL_POINTS, audit_in_this_process, contents, run, small_recipe
+from tests.pipeline.small import FLAGS, audit_in_this_process
+from tests.pipeline.test_compress import KILL_POINTS, contents, run, small_recipe
 
 BUDGETS = ("4.5bpw", "100kB", "58%")
 LABELS = ("4.5bpw", "100kB", "58pct")
@@ -40,14 +40,7 @@ def sweep(model: Path, place: Path, budgets: tuple[str, ...] = BUDGETS, **change
     return compress_budgets(made, Registry(place / "registry"), place / "out", **options)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _quick_audit():
-    from pipeline import audit
-
-    before = audit.logits_in_fresh_process
-    audit_in_this_process()
-    yield
-    audit.logits_in_fresh_process = before
+pytestmark = pytest.mark.usefixtures("quick_audit")
 
 
 @pytest.fixture(scope="module")

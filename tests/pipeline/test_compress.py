@@ -21,7 +21,7 @@ from pipeline.errors import (
 )
 from pipeline.recipe import Recipe
 from registry import Registry
-from tests.pipeline.small import SMALL
+from tests.pipeline.small import SMALL, audit_in_this_process
 
 
 def small_recipe(model: Path, **changes: Any) -> Recipe:
@@ -39,21 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def audit_in_this_process() -> None:
-    """Seconds instead of a fresh interpreter's start; the fresh process is tested in test_audit.py and test_cli.py."""
-    from pipeline import audit
-
-    audit.logits_in_fresh_process = lambda folder: audit.fixed_logits(audit.load_checked(folder))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_audit():
-    from pipeline import audit
-
-    before = audit.logits_in_fresh_process
-    audit_in_this_process()
-    yield
-    audit.logits_in_fresh_process = before
+pytestmark = pytest.mark.usefixtures("quick_audit")
 
 
 @pytest.fixture(scope="module")

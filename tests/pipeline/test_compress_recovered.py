@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import audit
 from pipeline.compress import Compressed, compress
 from pipeline.decompose import matrix_file, read_error
 from pipeline.errors import CalibrationError, RecipeError
@@ -27,7 +26,7 @@ from pipeline.teacher import teacher_windows
 from quantizers import weighted_error
 from registry import Registry
 from tests.models import save_model
-from tests.pipeline.small import SMALL
+from tests.pipeline.small import SMALL, audit_in_this_process
 from tests.pipeline.tiny_packed import original_llama
 
 RECOVERED: dict[str, Any] = SMALL | {
@@ -50,17 +49,7 @@ def run(model: Path, place: Path, **changes: Any) -> Compressed:
     return compress(recipe, Registry(place / "registry"), place / "out")
 
 
-def audit_in_this_process() -> None:
-    """Seconds instead of a fresh interpreter's start; the fresh process is tested in test_audit.py."""
-    audit.logits_in_fresh_process = lambda folder: audit.fixed_logits(audit.load_checked(folder))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _quick_audit():
-    before = audit.logits_in_fresh_process
-    audit_in_this_process()
-    yield
-    audit.logits_in_fresh_process = before
+pytestmark = pytest.mark.usefixtures("quick_audit")
 
 
 @pytest.fixture(scope="module")

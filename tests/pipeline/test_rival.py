@@ -18,6 +18,8 @@ from tests.pipeline.small import SMALL
 
 LABELS = ("lloyd2-g32-s4", "lloyd3-g32-s4", "lloyd4-g32-s4")
 SHAPE = (32, 64)
+
+pytestmark = pytest.mark.usefixtures("quick_audit")
 SIZES = [quantizer_from_label(label).size_bits(SHAPE) for label in LABELS]
 
 

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
-from quantizers import LayerStatistics, weighted_error
+from quantizers import weighted_error
 
 
 def windows_of(model: Model, num: int = 3):
@@ -86,8 +87,8 @@ def test_scales_are_what_probes_do_to_the_last_window(tiny_model_dir: Path, tmp_
     made: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     real = curvature_scale._probes
 
-    def kept(matrix: Matrix, learnt: LayerStatistics, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        made[matrix.name] = real(matrix, learnt, seed)
+    def kept(matrix: Matrix, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        made[matrix.name] = real(matrix, *others)
         return made[matrix.name]
 
     monkeypatch.setattr(curvature_scale, "_probes", kept)

@@ -150,7 +150,7 @@ def test_double_quantization_errs_by_half_a_step(bits: int, super_block: int, nu
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("bits", "super_block"), [(2, 1), (3, 16), (5, 16), (7, 256), (8, 256)])
 def test_double_quantization_stores_what_the_format_says(bits: int, super_block: int, shape: tuple[int, int]) -> None:
-    form = BlockFormat("nf", 4, 32, bits, super_block)
+    form = BlockFormat(4, 32, bits, super_block, "nf")
     num_scales = shape[0] * -(-shape[1] // 32)
     assert form.num_scales(shape) == num_scales
     stored = double_quantize(random_scales(num_scales), bits, super_block)

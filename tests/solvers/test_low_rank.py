@@ -11,7 +11,6 @@ from solvers.low_rank import (
     Factors,
     errors_by_rank,
     truncated_svd,
-    two_sided_svd,
     whitened_spectrum,
     whitened_svd,
 )
@@ -102,7 +101,7 @@ def test_two_sided_is_the_dense_solution_of_the_scaled_problem(shape: tuple[int,
     scaled = (rows[:, None] * matrix * columns).double()
     left, singular, right = torch.linalg.svd(scaled, full_matrices=False)
     best = (left[:, :rank] * singular[:rank]) @ right[:rank]
-    factors = two_sided_svd(matrix, rows, columns, rank)
+    factors = whitened_svd(matrix, rows, columns, rank)
     found = rows[:, None] * (factors.out @ factors.into) * columns
     torch.testing.assert_close(found.double(), best, rtol=0, atol=1e-4)
 
@@ -114,8 +113,8 @@ def test_two_sided_beats_plain_under_its_weights_and_equals_it_under_equal_ones(
     def weighted_error(factors: Factors) -> float:
         return float((rows[:, None] * (matrix - factors.out @ factors.into) * columns).norm())
 
-    assert weighted_error(two_sided_svd(matrix, rows, columns, 4)) < 0.98 * weighted_error(truncated_svd(matrix, 4))
-    equal = two_sided_svd(matrix, torch.full((24,), 2.0), torch.full((40,), 0.5), 4)
+    assert weighted_error(whitened_svd(matrix, rows, columns, 4)) < 0.98 * weighted_error(truncated_svd(matrix, 4))
+    equal = whitened_svd(matrix, torch.full((24,), 2.0), torch.full((40,), 0.5), 4)
     plain = truncated_svd(matrix, 4)
     torch.testing.assert_close(equal.out @ equal.into, plain.out @ plain.into, rtol=0, atol=1e-5)
 
@@ -125,7 +124,7 @@ def test_a_rank_out_of_range_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"rank {rank} .*\(24, 40\); it must be 1 to 24"):
         truncated_svd(torch.randn(SMALL, generator=rng()), rank)
     with pytest.raises(ValueError, match=f"rank {rank}"):
-        two_sided_svd(torch.randn(SMALL, generator=rng()), torch.ones(24), torch.ones(40), rank)
+        whitened_svd(torch.randn(SMALL, generator=rng()), torch.ones(24), torch.ones(40), rank)
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=str)
@@ -195,11 +194,11 @@ def test_gradient_descent_finds_nothing_better_than_whitened_svd(rank: int) -> N
     assert min(found) >= best * (1 - 1e-5)
 
 
-def test_whitened_is_two_sided_for_diagonal_factors_and_plain_for_none() -> None:
+def test_whitened_is_the_same_for_diagonals_as_matrices_and_plain_for_none() -> None:
     matrix = torch.randn(SMALL, generator=rng())
     rows, columns = torch.rand(24, generator=rng(3)) + 0.05, torch.rand(40, generator=rng(4)) + 0.05
-    expected = two_sided_svd(matrix, rows, columns, 5).product()
-    for row_factor, column_factor in [(rows, columns), (rows.diag(), columns.diag()), (rows.diag(), columns)]:
+    expected = whitened_svd(matrix, rows, columns, 5).product()
+    for row_factor, column_factor in [(rows.diag(), columns.diag()), (rows.diag(), columns)]:
         found = whitened_svd(matrix, row_factor, column_factor, 5).product()
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert torch.equal(whitened_svd(matrix, None, None, 5).product(), truncated_svd(matrix, 5).product())
@@ -213,7 +212,7 @@ def test_whitened_beats_plain_and_diagonal_under_its_weights() -> None:
         whitened_error(matrix - factors.product(), row_factor, column_factor)
         for factors in (
             truncated_svd(matrix, 4),
-            two_sided_svd(matrix, rows, columns, 4),
+            whitened_svd(matrix, rows, columns, 4),
             whitened_svd(matrix, row_factor, column_factor, 4),
         )
     )

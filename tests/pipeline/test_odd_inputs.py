@@ -1,0 +1,78 @@
+"""The default way through (curvature, feedback, trellis) with weights, shapes and texts that nobody wishes for."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline.compress import Compressed, compress
+from pipeline.errors import BudgetError
+from pipeline.packed import load_packed
+from pipeline.recipe import TRELLIS, Recipe
+from registry import Registry
+from tests.pipeline.small import SMALL
+
+pytestmark = pytest.mark.usefixtures("quick_audit")
+
+
+def default_run(model: Path, place: Path, **changes: object) -> Compressed:
+    """With the default recipe's metric and candidates."""
+    settings = SMALL | {"candidates": TRELLIS, "budget": "3.5bpw"} | changes
+    return compress(Recipe.of(model=str(model), **settings), Registry(place / "registry"), place / "out")
+
+
+def changed(model: Path, folder: Path, name: str, change) -> Path:
+    """A copy of the model with one weight changed."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def outlier(weight: torch.Tensor) -> torch.Tensor:
+    weight[3, 5] = 1e4 * weight.abs().max()
+    return weight
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, torch.ones_like, outlier], ids=["zeros", "rank one", "outlier"])
+@pytest.mark.parametrize("matrix", ["self_attn.v_proj", "mlp.down_proj"])
+def test_a_strange_matrix_ends_in_a_valid_checkpoint(change, matrix: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    name = f"model.layers.0.{matrix}"
+    model = changed(tiny_model_dir, tmp_path / "model", f"{name}.weight", change)
+    done = default_run(model, tmp_path)
+    weight = load_packed(done.folder).get_submodule(name).weight
+    assert torch.isfinite(weight).all()
+    if change is torch.zeros_like:
+        assert not weight.any()
+    assert done.evaluation is not None
+    assert done.evaluation.kl_divergence.mean < 1
+
+
+@pytest.mark.parametrize("folder", ["odd_model_dir", "tiny_gpt2_dir"])
+def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    done = default_run(request.getfixturevalue(folder), tmp_path, budget="5bpw", rank=1)
+    assert done.plan.bits_per_param <= 5
+
+
+def test_a_text_of_one_repeated_token(tiny_model_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a " * 4000)
+    done = default_run(tiny_model_dir, tmp_path, dataset=str(text))
+    assert done.plan.bits_per_param <= 3.5
+    assert all(torch.isfinite(layer).all() for layer in load_packed(done.folder).state_dict().values())
+
+
+def test_a_budget_that_only_one_candidate_meets(tiny_model_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"smallest plan takes (\d+\.\d+)") as refused:
+        default_run(tiny_model_dir, tmp_path, budget="0.5bpw")
+    smallest = str(refused.value).partition("at least ")[2].partition("bpw")[0]
+    done = default_run(tiny_model_dir, tmp_path, budget=f"{smallest}bpw")
+    assert {matrix["label"] for matrix in json.loads((done.folder / "plan.json").read_text())["matrices"].values()} == {
+        "trellis1-l8"
+    }
