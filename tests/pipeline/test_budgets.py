@@ -57,7 +57,7 @@ def test_a_folder_and_a_version_a_budget(finished) -> None:
     by_bits, by_bytes, by_share = done.results
     assert by_bits.plan.bits_per_param <= 4.5
     assert by_bytes.size_bytes <= 100_000
-    assert by_share.size_bytes <= 0.55 * 172_672
+    assert by_share.size_bytes <= 0.58 * 172_672
 
 
 def test_statistics_and_cost_table_are_made_once(finished) -> None:
