@@ -1,6 +1,6 @@
 """What a quantizer would lose on one matrix, without quantizing the matrix: the entries of a cost table.
 
-Three savings, checked against real quantization by benchmarks/cost_table.py:
+Three savings, checked against real quantization by benchmarks/cost_table.py and benchmarks/prediction.py:
 
 1. Errors of a quantizer with feedback are independent in the curvature's triangular basis (curvature.py). So its
    weighted error is that of plain rounding with the factors' pivots as weights, and no feedback need be run.
