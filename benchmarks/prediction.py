@@ -1,4 +1,4 @@
-"""How well the cost table predicts: expected error of a plan, what its quantization achieves, and the measured divergence.
+"""How well the cost table predicts: expected error of a plan, the achieved one, and the measured divergence.
 
     python -m benchmarks.prediction [--budgets 2.5 3 ...]
 
