@@ -11,6 +11,7 @@ Estimates from a few ten thousand tokens are noisy and may be singular, so some 
 units of its mean, and as much more as the factorization takes.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,14 @@ class Triangular:
     def identity(size: int, device: torch.device, damping: float = 0.0) -> "Triangular":
         """Of no curvature: every weight counts alike and none makes up for another."""
         return Triangular(torch.eye(size, device=device), torch.ones(size, device=device), damping)
+
+    @functools.cached_property
+    def inverse_mean_square(self) -> float:
+        """|U^-1|^2 / n: how much larger errors are in the weight's own basis than in the triangular one, squared."""
+        size = len(self.pivots)
+        identity = torch.eye(size, device=self.unit_upper.device)
+        inverse = torch.linalg.solve_triangular(self.unit_upper, identity, upper=True, unitriangular=True)
+        return float(inverse.square().sum(dtype=torch.float64)) / size
 
     def in_blocks(self, size: int) -> "Triangular":
         """The same product with U the identity within blocks of `size`, for blocks that are rounded at one go.

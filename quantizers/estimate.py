@@ -7,7 +7,8 @@ Three savings, checked against real quantization by benchmarks/cost_table.py and
 2. A sample of rows: plain rounding is tried on some rows only. Rows are drawn with probability proportional to their
    expected error, so that a few dozen give a percent or two, and they are the same for all quantizers, whose order
    then hardly depends on the draw.
-3. A rotated weight looks normal, so a quantizer of it loses its known distortion times the weight's mean square.
+3. A rotated weight looks normal, so a quantizer of it loses its known distortion times the mean square of what it
+   rounds: the weight, and the errors that it takes up.
 
 What a low-rank part wins back is the share of the whitened residual's energy that lies in its leading singular
 values, from one spectrum for all ranks. After feedback the residual is white, and so is the matrix that stands for it.
@@ -20,7 +21,7 @@ from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from quantizers.base import AbstractQuantizer
-from quantizers.curvature import factorize
+from quantizers.curvature import Triangular, factorize
 from quantizers.lq import LowRankPlus, whitening_factors
 from quantizers.rotated import AbstractRotated
 from quantizers.statistics import LayerStatistics
@@ -50,7 +51,7 @@ class ErrorEstimator:
         rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
         self.sampled = weight[rows]
         self.sampled_importance = importance[rows].contiguous()
-        self._rotated_sums: dict[tuple[int, tuple[int, int]], float] = {}
+        self._rotated: dict[tuple[int, tuple[int, int]], tuple[Triangular | None, Triangular, float]] = {}
         self._captured: dict[str, Float64[Tensor, " ranks"]] = {}
 
     def error(self, quantizer: AbstractQuantizer) -> float:
@@ -70,12 +71,13 @@ class ErrorEstimator:
         if not self.has_feedback:
             return quantizer.distortion * mean_square * self.importance_sum
         key = (quantizer.format.seed, quantizer.tile)
-        if key not in self._rotated_sums:
+        if key not in self._rotated:
             rows, columns = self.weight.shape
             outputs, inputs = quantizer.factors((rows, columns), self.statistics, self.weight.device)
             by_rows = rows if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
-            self._rotated_sums[key] = by_rows * float(inputs.pivots.sum(dtype=torch.float64))
-        return quantizer.distortion * mean_square * self._rotated_sums[key]
+            self._rotated[key] = outputs, inputs, by_rows * float(inputs.pivots.sum(dtype=torch.float64))
+        outputs, inputs, total = self._rotated[key]
+        return quantizer.distortion * mean_square * quantizer.growth(outputs, inputs) * total
 
     def _captured_share(self, quantizer: LowRankPlus) -> float:
         """Of the whitened residual's energy, what the leading `rank` components hold."""

@@ -19,6 +19,7 @@ from quantizers.quantized import QuantizedTensor
 from quantizers.rotated_format import AbstractRotatedFormat
 from quantizers.statistics import LayerStatistics
 
+MOST_GROWTH = 4.0  # beyond it feedback runs away; a larger scale would only round more coarsely
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -59,9 +60,19 @@ class AbstractRotated(AbstractQuantizer):
         shape = (weight.shape[0], weight.shape[1])
         rotated = form.rotate(weight)
         outputs, inputs = self.factors(shape, statistics, weight.device)
-        rounder = self.rounder(shape, _root_mean_square(rotated))
+        rounder = self.rounder(shape, _root_mean_square(rotated) * self.growth(outputs, inputs) ** 0.5)
         round_with_feedback(rotated, outputs, inputs, self.tile, rounder)
         return QuantizedTensor(form, shape, rounder.plain(), form.levels.to(weight.device))
+
+    def growth(self, outputs: Triangular | None, inputs: Triangular) -> float:
+        """Mean square of what is rounded over that of the weight: a target is a weight and the errors it takes up.
+
+        Rounding leaves E' of mean square D t w^2 in the triangular basis, D the distortion, w^2 the weight's mean
+        square and t the growth. In the weight's own basis these are errors E = V^-T E' U^-1 of a mean square that is
+        A = |V^-1|^2 |U^-1|^2 / (out in) times larger. Targets take up E' - E, so t = 1 + D t (A - 1).
+        """
+        spread = inputs.inverse_mean_square * (1.0 if outputs is None else outputs.inverse_mean_square)
+        return 1 / max(1 - self.distortion * (spread - 1), 1 / MOST_GROWTH)
 
     def factors(
         self, shape: tuple[int, int], statistics: LayerStatistics | None, device: torch.device

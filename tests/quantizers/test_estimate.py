@@ -29,7 +29,7 @@ def statistics_of(kind: str, shape: tuple[int, int]) -> LayerStatistics | None:
         return None
     if kind == "fisher":
         return uneven_statistics(shape)
-    outputs = correlated(shape[0], 5, 0.5) if kind == "kronecker" else None
+    outputs = correlated(shape[0], 5, 0.9) if kind == "kronecker" else None
     return LayerStatistics(input_curvature=correlated(shape[1]), output_curvature=outputs)
 
 
@@ -68,8 +68,8 @@ def test_feedback_is_foreseen_without_being_run(quantizer: AbstractQuantizer, ki
 @pytest.mark.parametrize("kind", ["plain", "input", "kronecker"])
 @pytest.mark.parametrize("quantizer", ROTATED_QUANTIZERS, ids=quantizer_id)
 def test_a_rotated_weight_loses_its_distortion(quantizer: AbstractQuantizer, kind: str) -> None:
-    """Less closely under feedback: it makes targets larger than the weight, which few bits feel most."""
-    assert ratio(quantizer, (96, 192), kind) == pytest.approx(1, abs=0.1 if kind == "plain" else 0.25)
+    """Less closely under feedback: it makes targets larger than the weight, by more in some places than in others."""
+    assert ratio(quantizer, (96, 192), kind) == pytest.approx(1, abs=0.1 if kind == "plain" else 0.35)
 
 
 @pytest.mark.parametrize("quantizer", ROTATED_QUANTIZERS, ids=quantizer_id)
@@ -81,7 +81,7 @@ def test_a_fisher_diagonal_meets_rotated_errors_on_average(quantizer: AbstractQu
 @pytest.mark.parametrize("plain", [LloydMax(2, 32), LatticeCoded(2)], ids=quantizer_id)
 def test_a_low_rank_part_is_foreseen(plain: AbstractQuantizer, kind: str) -> None:
     quantizer = LowRankPlus(plain, 8, max_iterations=1)
-    assert ratio(quantizer, (96, 192), kind) == pytest.approx(1, abs=0.25)
+    assert ratio(quantizer, (96, 192), kind) == pytest.approx(1, abs=0.35)
     weight, statistics = normal_weight((96, 192)), statistics_of(kind, (96, 192))
     estimator = ErrorEstimator(weight, statistics, num_rows=10**6, seed=0)
     coarse = LowRankPlus(plain, 8, 4)
