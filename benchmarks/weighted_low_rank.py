@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.fisher_halves import SEQ_LEN, Halves, fisher_halves
 from quantizers import LloydMax
-from solvers.low_rank import Factors, truncated_svd, two_sided_svd
+from solvers.low_rank import Factors, truncated_svd, whitened_svd
 from solvers.weighted_low_rank import weighted_low_rank
 
 Fit = Callable[[Tensor, Tensor, int], Factors]
@@ -85,7 +85,7 @@ def _plain(residual: Tensor, weights: Tensor, rank: int) -> Factors:
 def _closed_form(residual: Tensor, weights: Tensor, rank: int) -> Factors:
     rows, columns = weights.mean(dim=1).sqrt(), weights.mean(dim=0).sqrt()
     floor = 1e-3 * float(weights.mean().sqrt())
-    return two_sided_svd(residual, rows.clamp_min(floor), columns.clamp_min(floor), rank)
+    return whitened_svd(residual, rows.clamp_min(floor), columns.clamp_min(floor), rank)
 
 
 def _iterated(residual: Tensor, weights: Tensor, rank: int, method: str, num_iterations: int) -> Factors:

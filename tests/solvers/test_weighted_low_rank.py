@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from solvers.low_rank import Factors, truncated_svd, two_sided_svd
+from solvers.low_rank import Factors, truncated_svd, whitened_svd
 from solvers.weighted_low_rank import METHODS, weighted_low_rank
 
 METHOD_NAMES = sorted(METHODS)
@@ -32,7 +32,7 @@ def zeros(shape: torch.Size, rank: int) -> Factors:
 
 
 def closed_form(residual: Tensor, weights: Tensor, rank: int) -> Factors:
-    return two_sided_svd(residual, weights.mean(dim=1).sqrt(), weights.mean(dim=0).sqrt(), rank)
+    return whitened_svd(residual, weights.mean(dim=1).sqrt(), weights.mean(dim=0).sqrt(), rank)
 
 
 @pytest.mark.parametrize("method", ["em", "nesterov", "anderson"])
@@ -51,7 +51,7 @@ def test_equal_and_separable_weights_are_solved_by_the_start(method: str) -> Non
         fit = weighted_low_rank(residual, weights, 5, method=method)
         assert fit.converged
         assert fit.loss == pytest.approx(fit.losses[0], rel=1e-4)
-        expected = two_sided_svd(residual, weights.mean(dim=1).sqrt(), weights.mean(dim=0).sqrt(), 5)
+        expected = whitened_svd(residual, weights.mean(dim=1).sqrt(), weights.mean(dim=0).sqrt(), 5)
         torch.testing.assert_close(fit.factors.product(), expected.product(), rtol=0, atol=2e-2)
 
 
