@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from pipeline.atomic import write_json
 from pipeline.budget import Budget, human_bytes
 from pipeline.costs import CostTable, full_label
 from pipeline.errors import BudgetError, RecipeError
+from pipeline.model import Matrix
 from quantizers import StorageFormat, quantizer_from_label
 from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
@@ -99,13 +100,16 @@ class Plan:
         return Plan(**stored)
 
 
-def offered_choices(names: list[str], labels: list[str], overrides: dict[str, str]) -> dict[str, list[str]]:
-    """Parameter name -> labels on offer: the override's where a pattern matches, else all.
+def offered_choices(matrices: Sequence[Matrix], labels: list[str], overrides: dict[str, str]) -> dict[str, list[str]]:
+    """Parameter name -> labels on offer: the override's where a pattern matches, else all whose rank it can have.
 
     Raises:
-        RecipeError: a pattern is malformed, or matches nothing.
+        RecipeError: a pattern is malformed or matches nothing, or its rank is above what a matrix can have.
     """
-    offered = dict.fromkeys(names, labels)
+    rank_of = {label: quantizer_from_label(label).format.rank for label in labels}
+    names = [matrix.name for matrix in matrices]
+    most_rank = {matrix.name: min(matrix.shape) for matrix in matrices}
+    offered = {name: [label for label in labels if rank_of[label] <= most_rank[name]] for name in names}
     for pattern, label in overrides.items():
         try:
             matched = [name for name in names if re.search(pattern, name)]
@@ -116,7 +120,14 @@ def offered_choices(names: list[str], labels: list[str], overrides: dict[str, st
                 f"The override {pattern}={label} matches no matrix. Names look like {names[0]}; "
                 "`bitsmith inspect MODEL` lists them all."
             )
-        offered |= {name: [full_label(label)] for name in matched}
+        full = full_label(label)
+        rank = quantizer_from_label(full).format.rank
+        for name in matched:
+            if rank > most_rank[name]:
+                raise RecipeError(
+                    f"The override {pattern}={label} has a rank above what {name} can have ({most_rank[name]})."
+                )
+            offered[name] = [full]
     return offered
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 _SAME_NAME = (
-    *("model", "revision", "rank", "dataset", "dataset_revision", "num_samples", "seq_len", "seed", "sensitivity"),
+    *("model", "revision", "dataset", "dataset_revision", "num_samples", "seq_len", "seed", "sensitivity"),
     *("recover", "recover_steps", "recover_learning_rate"),
     *("share_groups", "cost_rows", "solver", "eval_dataset", "eval_dataset_revision", "eval_windows", "eval_seq_len"),
 )
@@ -34,6 +34,8 @@ def _settings(arguments: dict[str, Any]) -> dict[str, Any]:
     settings = {key: arguments[key] for key in _SAME_NAME if key in arguments}
     settings["candidates"] = tuple(arguments["candidate"]) if arguments["candidate"] else None
     settings["recover_train"] = tuple(arguments.get("recover_train") or ()) or None
+    settings["ranks"] = tuple(arguments["rank"] or ()) or None
+    settings["factor_bits"] = tuple(arguments["factor_bits"] or ()) or None
     settings["overrides"] = tuple(map(_override, arguments["override"])) if arguments["override"] else None
     return settings
 

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.recipe import PRESETS, Recipe
 
 # settings whose flag is not their name
-_REPEATED_FLAGS = {"candidates": "--candidate", "overrides": "--override"}
+_REPEATED_FLAGS = {"candidates": "--candidate", "overrides": "--override", "ranks": "--rank"}
 _PATHS = ("model", "dataset", "eval_dataset")
 
 
@@ -66,6 +66,6 @@ def _flag(key: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, list | tuple):
-        entries = (entry if isinstance(entry, str) else "=".join(entry) for entry in value)
+        entries = ("=".join(entry) if isinstance(entry, list | tuple) else str(entry) for entry in value)
         return [word for entry in entries for word in (flag, entry)]
     return [flag, str(value)]

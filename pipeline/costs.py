@@ -79,21 +79,19 @@ def full_label(label: str) -> str:
         raise RecipeError(f"{label!r} cannot be offered: {error}.") from None
 
 
-def choices_of(candidates: tuple[str, ...], rank: int, factor_bits: int) -> list[str]:
-    """All labels of the table: every candidate without and with a low-rank part."""
+def choices_of(candidates: tuple[str, ...], ranks: tuple[int, ...], factor_bits: tuple[int, ...]) -> list[str]:
+    """All labels of the table: every candidate without a low-rank part, and with each rank at each width."""
     plain = [full_label(label) for label in candidates]
-    low_rank = [f"{label}-r{rank}-f{factor_bits}" for label in plain if rank and "-r" not in label]
-    return list(dict.fromkeys(plain + [full_label(label) for label in low_rank]))
+    parts = [f"-r{rank}-f{bits}" for rank in ranks if rank for bits in factor_bits]
+    low_rank = [full_label(label + part) for part in parts for label in plain if "-r" not in label]
+    return list(dict.fromkeys(plain + low_rank))
 
 
-def check_ranks(matrices: tuple[Matrix, ...], rank: int) -> None:
-    """Raise RecipeError if some matrix cannot have a low-rank part of that rank."""
-    for matrix in matrices:
-        if rank > min(matrix.shape):
-            raise RecipeError(
-                f"Rank {rank} is above what {matrix.name} of shape {matrix.shape[0]} x {matrix.shape[1]} can have "
-                f"({min(matrix.shape)}). Use a rank of at most {min(min(m.shape) for m in matrices)}."
-            )
+def check_ranks(matrices: tuple[Matrix, ...], ranks: tuple[int, ...]) -> None:
+    """Raise RecipeError for a rank that no matrix can have; small matrices are not offered what they cannot have."""
+    most = max(min(matrix.shape) for matrix in matrices)
+    if ranks and max(ranks) > most:
+        raise RecipeError(f"Rank {max(ranks)} is above what any matrix of the model can have. Use {most} at most.")
 
 
 def measure_costs(

@@ -144,7 +144,7 @@ def add_run_rows(table: Table, run: "Run") -> None:
     recipe, model = run.recipe, run.model
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
     table.add_row("original", human_bytes(model.size_bytes))
-    table.add_row("choices", f"{len(run.labels)} a matrix, low-rank part of rank 0 or {recipe.rank}")
+    table.add_row("choices", f"{len(run.labels)} a matrix, ranks {', '.join(map(str, sorted({0, *recipe.ranks})))}")
     if run.calibration:
         tokens = run.calibration.tokens
         table.add_row("calibration", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.calibration.source}")

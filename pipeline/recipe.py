@@ -4,7 +4,7 @@ The same recipe with the same code on the same kind of machine gives the same by
 other defaults; flags of the command line override single fields. Unknown fields are errors.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -46,8 +46,10 @@ class Recipe(BaseModel):
     model: str = Field(description="folder, Hub id, GGUF file, or `demo`")
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
     budget: str = Field(description="2.75bpw, 180MB, 4.2GiB or 40%")
-    rank: int = Field(8, ge=0, description="rank of the low-rank part, where the program chooses one; 0 for none")
-    factor_bits: Literal[16, 8, 6, 4, 3] = Field(8, description="bits of a number of the low-rank part")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((8,), description="of low-rank parts on offer, beside none")
+    factor_bits: tuple[Literal[16, 8, 6, 4, 3], ...] = Field(
+        (8,), min_length=1, description="bits of a number of a low-rank part, each with each rank"
+    )
     dataset: str | None = Field(None, description="calibration text; None for the bundled one")
     dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
     num_samples: int = Field(64, ge=1, description="calibration windows")
@@ -115,7 +117,7 @@ class Recipe(BaseModel):
 
 def check_trainable(recipe: Recipe) -> None:
     """Raise RecipeError if recovery would train factors alone and no plan can have any."""
-    if recipe.recover and recipe.rank == 0 and recipe.recover_train == ("factors",):
+    if recipe.recover and not any(recipe.ranks) and recipe.recover_train == ("factors",):
         raise RecipeError(
             "Recovery is to train factors alone, and with rank 0 there are none. Train `norms` and `scales` too "
             "(--recover-train), or give a --rank above 0."

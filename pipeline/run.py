@@ -85,11 +85,11 @@ class Run:
     ) -> "Run":
         """`prepare` without a look at the budget and at the weights' values."""
         model = open_model(recipe.model, revision=recipe.revision, progress=progress)
-        check_ranks(model.matrices, recipe.rank)
+        check_ranks(model.matrices, recipe.ranks)
         check_trainable(recipe)
         overrides = dict(recipe.overrides)
-        labels = choices_of(recipe.candidates, recipe.rank, recipe.factor_bits)
-        offered = offered_choices([matrix.name for matrix in model.matrices], labels, overrides)
+        labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
+        offered = offered_choices(model.matrices, labels, overrides)
         calibration = eval_windows = None
         if recipe.sensitivity != "none" or recipe.recover:
             calibration = token_windows(
@@ -476,7 +476,7 @@ class Run:
 
     def _training_bytes(self) -> int:
         """Of two saves of a recovery at most: float32 values, moments and best values; norms and gains hardly count."""
-        return 2 * 4 * 4 * sum(self.recipe.rank * sum(matrix.shape) for matrix in self.model.matrices)
+        return 2 * 4 * 4 * sum(max(self.recipe.ranks, default=0) * sum(matrix.shape) for matrix in self.model.matrices)
 
     def _evaluation(self, evaluation: Artifact | None) -> dict[str, Any] | None:
         if evaluation is None:

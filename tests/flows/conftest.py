@@ -34,7 +34,7 @@ def recipe(tiny_model_dir: Path) -> dict[str, Any]:
     return {
         "model": str(tiny_model_dir),
         "budget": "4.5bpw",
-        "rank": 4,
+        "ranks": [4],
         "candidates": ["nf4-g64-s8", "nf3-g64-s8", "nf2-g64-s8"],
         "num_samples": 2,
         "seq_len": 32,

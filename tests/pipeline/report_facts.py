@@ -53,7 +53,7 @@ def made_up_facts(folder: Path, *, evaluated: bool = True, **settings: Any) -> R
     table = made_up_table(model)
     budget_bits = int(3.5 * int(table.num_params.sum()))
     plan = allocate(table, budget_bits, budget="3.5bpw", solver="highs", share_groups=False)
-    recipe = Recipe.of(model="tiny", budget="3.5bpw", rank=2, candidates=tuple(LABELS[::2]))
+    recipe = Recipe.of(model="tiny", budget="3.5bpw", ranks=(2,), candidates=tuple(LABELS[::2]))
     facts = {
         "bitsmith": "1.2.3",
         "calibration_sha256": "c" * 64,

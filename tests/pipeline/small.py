@@ -4,7 +4,7 @@ from typing import Any
 
 SMALL: dict[str, Any] = {
     "budget": "4.5bpw",
-    "rank": 2,
+    "ranks": (2,),
     "num_samples": 4,
     "seq_len": 32,
     "cost_rows": 8,

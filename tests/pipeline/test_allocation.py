@@ -77,13 +77,24 @@ def test_plan_round_trip(table: CostTable, tmp_path: Path) -> None:
     assert Plan.read(tmp_path / "plan.json") == plan
 
 
-def test_overrides() -> None:
-    names = ["layers.0.q_proj.weight", "layers.0.down_proj.weight"]
-    offered = offered_choices(names, LABELS, {"down": "nf4"})
-    assert offered == {names[0]: LABELS, names[1]: ["nf4-g64-s8"]}
-    with pytest.raises(RecipeError, match=r"matches no matrix.*layers\.0\.q_proj"):
-        offered_choices(names, LABELS, {"up_proj": "nf4"})
+def test_overrides(tiny_model_dir: Path) -> None:
+    matrices = open_model(str(tiny_model_dir)).matrices
+    offered = offered_choices(matrices, LABELS, {"0.mlp.down": "nf4"})
+    for matrix in matrices:
+        assert offered[matrix.name] == (["nf4-g64-s8"] if "0.mlp.down" in matrix.name else LABELS)
+    with pytest.raises(RecipeError, match=r"matches no matrix.*layers\.0\."):
+        offered_choices(matrices, LABELS, {"up_projection": "nf4"})
     with pytest.raises(RecipeError, match="not a regular expression"):
-        offered_choices(names, LABELS, {"(": "nf4"})
+        offered_choices(matrices, LABELS, {"(": "nf4"})
     with pytest.raises(RecipeError, match="cannot be offered"):
-        offered_choices(names, LABELS, {"down": "q4"})
+        offered_choices(matrices, LABELS, {"down": "q4"})
+
+
+def test_a_small_matrix_is_not_offered_a_rank_that_it_cannot_have(tiny_model_dir: Path) -> None:
+    matrices = open_model(str(tiny_model_dir)).matrices
+    offered = offered_choices(matrices, ["nf4-g64-s8", "nf4-g64-s8-r40-f8"], {})
+    assert {min(matrix.shape) >= 40 for matrix in matrices} == {True, False}
+    for matrix in matrices:
+        assert len(offered[matrix.name]) == 1 + (min(matrix.shape) >= 40)
+    with pytest.raises(RecipeError, match=r"k_proj=nf4-r40 has a rank above what .*k_proj.* can have \(32\)"):
+        offered_choices(matrices, ["nf4-g64-s8"], {"k_proj": "nf4-r40"})

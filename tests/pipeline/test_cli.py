@@ -132,7 +132,7 @@ MISTAKES = {
     "unknown preset": (["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--preset", "x"], "no preset 'x'"),
     "negative rank": (
         ["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--rank", "-1"],
-        "rank: .*greater than",
+        "ranks.0: .*greater than",
     ),
     "truncated shard": (["inspect", "TRUNCATED"], "model.safetensors"),
     "pickle only": (["inspect", "PICKLE"], "pickle"),

@@ -17,7 +17,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast, more samples": {"preset": "fast", "num_samples": 32},
     "text": {"dataset": "my notes/it's me.txt", "seed": 7, "seq_len": 128},
     "hub": {"dataset": "user/data:config", "dataset_revision": "abc", "revision": "main"},
-    "choices": {"candidates": ("lloyd3-g64-s4", "nf4-g64-s8"), "rank": 0, "share_groups": True},
+    "choices": {"candidates": ("lloyd3-g64-s4", "nf4-g64-s8"), "ranks": (0,), "share_groups": True},
+    "ranks": {"ranks": (2, 16), "factor_bits": (4, 8)},
     "overrides": {"overrides": (("down_proj$", "nf4-g64-s8"), ("a=b", "lloyd2-g64-s4"))},
     "recovery": {
         "recover": True,

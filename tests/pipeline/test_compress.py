@@ -91,7 +91,7 @@ def test_it_loads_packed_and_its_logits_are_those_of_the_plan(finished, tiny_mod
 
 @pytest.mark.parametrize("folder", ["odd_model_dir", "tiny_gpt2_dir"])
 def test_odd_shapes_and_conv1d(folder: str, request, tmp_path: Path) -> None:
-    done = run(request.getfixturevalue(folder), tmp_path, rank=0)
+    done = run(request.getfixturevalue(folder), tmp_path, ranks=(0,))
     assert done.plan.bits_per_param <= 4.5
     assert done.evaluation.top1_agreement.mean > 0.5
 
@@ -221,8 +221,8 @@ def test_a_full_disk_is_noticed_before_the_work(tiny_model_dir: Path, tmp_path: 
 
 
 def test_a_rank_above_a_matrix_is_noticed_before_the_work(tiny_model_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="Rank 40 is above"):
-        run(tiny_model_dir, tmp_path, rank=40)
+    with pytest.raises(RecipeError, match="Rank 65 is above"):
+        run(tiny_model_dir, tmp_path, ranks=(65,))
 
 
 def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ RECOVERED: dict[str, Any] = SMALL | {
     "budget": "3bpw",
     "factor_bits": 8,
     "candidates": ("lloyd2-g32-s4", "trellis2", "lloyd2-g32-s4-r2-f8", "trellis3"),
-    "rank": 0,
+    "ranks": (0,),
     "num_samples": 8,
     "eval_windows": 0,
     "recover": True,

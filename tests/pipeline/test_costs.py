@@ -74,7 +74,7 @@ def test_measured_matrices_survive_an_interruption(tiny_model_dir: Path, tmp_pat
 
 
 def test_choices_and_their_errors(tiny_model_dir: Path) -> None:
-    assert choices_of(("nf4", "lloyd3-g32", "trellis2"), 8, 6) == [
+    assert choices_of(("nf4", "lloyd3-g32", "trellis2"), (8,), (6,)) == [
         "nf4-g64-s8",
         "lloyd3-g32-s8",
         "trellis2-l8",
@@ -82,11 +82,13 @@ def test_choices_and_their_errors(tiny_model_dir: Path) -> None:
         "lloyd3-g32-s8-r8-f6",
         "trellis2-l8-r8-f6",
     ]
-    assert choices_of(("nf4",), 0, 16) == ["nf4-g64-s8"]
+    assert choices_of(("nf4",), (0,), (16,)) == ["nf4-g64-s8"]
+    parts = ["", "-r2-f8", "-r2-f4", "-r16-f8", "-r16-f4"]
+    assert choices_of(("nf4",), (2, 0, 16), (8, 4)) == [f"nf4-g64-s8{part}" for part in parts]
     with pytest.raises(RecipeError, match=r"'foo4' cannot be offered.*lloyd"):
-        choices_of(("foo4",), 0, 16)
-    with pytest.raises(RecipeError, match=r"Rank 33 is above .*k_proj.* \(32\)"):
-        check_ranks(open_model(str(tiny_model_dir)).matrices, 33)
+        choices_of(("foo4",), (), (16,))
+    with pytest.raises(RecipeError, match=r"Rank 65 is above .* 64 at most"):
+        check_ranks(open_model(str(tiny_model_dir)).matrices, (2, 65))
 
 
 def test_cost_table_marks_what_is_not_on_offer(tiny_model_dir: Path) -> None:

@@ -56,7 +56,7 @@ def test_a_strange_matrix_ends_in_a_valid_checkpoint(change, matrix: str, tiny_m
 
 @pytest.mark.parametrize("folder", ["odd_model_dir", "tiny_gpt2_dir"])
 def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    done = default_run(request.getfixturevalue(folder), tmp_path, budget="5bpw", rank=1)
+    done = default_run(request.getfixturevalue(folder), tmp_path, budget="5bpw", ranks=(1,))
     assert done.plan.bits_per_param <= 5
 
 

@@ -18,7 +18,7 @@ def test_presets_and_settings_on_top() -> None:
     ("settings", "expected"),
     [
         ({"colour": "red"}, r"1 wrong setting: colour: .*'red'"),
-        ({"rank": -1, "seed": "x"}, "2 wrong settings: rank: .*; seed: "),
+        ({"ranks": (-1,), "seed": "x"}, r"2 wrong settings: ranks\.0: .*; seed: "),
         ({"solver": "gurobi"}, "solver: .*'highs' or 'cbc'"),
         ({"candidates": ()}, "candidates: "),
         ({"sensitivity": "hessian"}, "sensitivity: "),
@@ -49,5 +49,7 @@ def test_budget_and_preset_have_their_own_words() -> None:
 
 def test_changes_are_named() -> None:
     refuse_changes({"seed": 0}, {"seed": 0}, "The run", "Do this.")
-    with pytest.raises(RecipeChangedError, match=r"rank was 8 and is now 4; seed was None and is now 1\. Do this\."):
-        refuse_changes({"rank": 8}, {"rank": 4, "seed": 1}, "The run", "Do this.")
+    with pytest.raises(
+        RecipeChangedError, match=r"ranks was \(8,\) and is now \(4,\); seed was None and is now 1\. Do"
+    ):
+        refuse_changes({"ranks": (8,)}, {"ranks": (4,), "seed": 1}, "The run", "Do this.")

@@ -75,7 +75,7 @@ def test_compress_keeps_the_better_one_and_says_so(
     budget = size_bits / sum(matrix.shape[0] * matrix.shape[1] for matrix in matrices) + 1e-4
     recipe = Recipe.of(
         model=str(tiny_model_dir),
-        **(SMALL | {"budget": f"{budget:.5f}bpw", "rank": 0, "candidates": LABELS, "sensitivity": "fisher"}),
+        **(SMALL | {"budget": f"{budget:.5f}bpw", "ranks": (0,), "candidates": LABELS, "sensitivity": "fisher"}),
     )
     done = compress(recipe, Registry(tmp_path / "registry"), tmp_path / "out")
     labels = {matrix.label for matrix in done.plan.matrices.values()}
