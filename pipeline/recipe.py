@@ -46,9 +46,11 @@ class Recipe(BaseModel):
     model: str = Field(description="folder, Hub id, GGUF file, or `demo`")
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
     budget: str = Field(description="2.75bpw, 180MB, 4.2GiB or 40%")
-    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field((8,), description="of low-rank parts on offer, beside none")
+    ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (1, 2, 4, 8), description="of low-rank parts on offer, beside none"
+    )
     factor_bits: tuple[Literal[16, 8, 6, 4, 3], ...] = Field(
-        (8,), min_length=1, description="bits of a number of a low-rank part, each with each rank"
+        (4,), min_length=1, description="bits of a number of a low-rank part, each with each rank"
     )
     dataset: str | None = Field(None, description="calibration text; None for the bundled one")
     dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")

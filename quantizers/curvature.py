@@ -24,17 +24,19 @@ MOST_DAMPING = 100.0  # beyond it a matrix counts as one that cannot be factoriz
 
 @dataclass(frozen=True)
 class Triangular:
-    """H = U diag(d) U^T.
+    """H = U D U^T.
 
     Attributes:
         unit_upper: U, ones on its diagonal, zeros below it.
-        pivots: d, positive.
+        pivots: the diagonal of D, positive.
         damping: what was added to the diagonal, in units of its mean; infinite where the identity stands in for H.
+        inner: R with D = R R^T, where D is block diagonal (`in_blocks`); None where it is diagonal.
     """
 
     unit_upper: Float32[Tensor, "n n"]
     pivots: Float32[Tensor, " n"]
     damping: float
+    inner: Float32[Tensor, "n n"] | None = None
 
     @staticmethod
     def identity(size: int, device: torch.device, damping: float = 0.0) -> "Triangular":
@@ -50,17 +52,18 @@ class Triangular:
         return float(inverse.square().sum(dtype=torch.float64)) / size
 
     def in_blocks(self, size: int) -> "Triangular":
-        """The same product with U the identity within blocks of `size`, for blocks that are rounded at one go.
-
-        H = U' D U'^T with D block diagonal then; `pivots` are D's diagonal.
-        """
-        upper, pivots = self.unit_upper.clone(), self.pivots.clone()
-        for start in range(0, len(pivots), size):
+        """The same product with U the identity within blocks of `size`, for blocks that are rounded at one go."""
+        upper, root = self.unit_upper.clone(), torch.zeros_like(self.unit_upper)
+        for start in range(0, len(root), size):
             block = slice(start, start + size)
-            inner = self.unit_upper[block, block]
-            pivots[block] = (inner.square() * self.pivots[block]).sum(dim=1)
-            upper[:, block] = torch.linalg.solve_triangular(inner, upper[:, block], upper=True, left=False)
-        return Triangular(upper, pivots, self.damping)
+            own = self.unit_upper[block, block]
+            root[block, block] = own * self.pivots[block].sqrt()
+            upper[:, block] = torch.linalg.solve_triangular(own, upper[:, block], upper=True, left=False)
+        return Triangular(upper, root.square().sum(dim=1), self.damping, root)
+
+    def weigh(self, errors: Float32[Tensor, "m n"]) -> Float32[Tensor, "m n"]:
+        """`errors` E' of the triangular basis, times R: their squares' sum is what the loss sees of them."""
+        return errors * self.pivots.sqrt() if self.inner is None else errors @ self.inner
 
 
 def factorize(curvature: Float[Tensor, "n n"], damping: float = DAMPING) -> Triangular:

@@ -11,7 +11,9 @@ Three savings, checked against real quantization by benchmarks/cost_table.py and
    rounds: the weight, and the errors that it takes up.
 
 What a low-rank part wins back is the share of the whitened residual's energy that lies in its leading singular
-values, from one spectrum for all ranks. After feedback the residual is white, and so is the matrix that stands for it.
+values, from one spectrum for all ranks. Feedback leaves independent errors in the triangular basis, so normal numbers
+times the roots of the pivots stand for the whitened residual. Pivots differ by orders of magnitude, since what is
+rounded last has nobody left to make up for it: a few singular values may hold much of the error.
 """
 
 import functools
@@ -27,6 +29,7 @@ from quantizers.rotated import AbstractRotated
 from quantizers.statistics import LayerStatistics
 from solvers.low_rank import truncated_svd, whiten_both
 
+LARGEST_RANK = 16  # of the first spectrum; larger ranks make another
 # Share of a low-rank part's gain that is left when its factors are rounded (BENCHMARKS.md, factor bits).
 KEPT_GAIN = {16: 1.0, 8: 0.999, 6: 0.995, 4: 0.97, 3: 0.92}
 
@@ -51,8 +54,8 @@ class ErrorEstimator:
         rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
         self.sampled = weight[rows]
         self.sampled_importance = importance[rows].contiguous()
-        self._rotated: dict[tuple[int, tuple[int, int]], tuple[Triangular | None, Triangular, float]] = {}
-        self._captured: dict[str, Float64[Tensor, " ranks"]] = {}
+        self._factors: dict[tuple[int, tuple[int, int]], tuple[Triangular | None, Triangular]] = {}
+        self._captured: dict[object, Float64[Tensor, " ranks"]] = {}
 
     def error(self, quantizer: AbstractQuantizer) -> float:
         """The expected `weighted_error` of what `quantizer` leaves."""
@@ -70,29 +73,42 @@ class ErrorEstimator:
         mean_square = float(self.weight.square().mean(dtype=torch.float64))
         if not self.has_feedback:
             return quantizer.distortion * mean_square * self.importance_sum
-        key = (quantizer.format.seed, quantizer.tile)
-        if key not in self._rotated:
-            rows, columns = self.weight.shape
-            outputs, inputs = quantizer.factors((rows, columns), self.statistics, self.weight.device)
-            by_rows = rows if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
-            self._rotated[key] = outputs, inputs, by_rows * float(inputs.pivots.sum(dtype=torch.float64))
-        outputs, inputs, total = self._rotated[key]
+        outputs, inputs = self._factors_of(quantizer)
+        by_rows = len(self.weight) if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
+        total = by_rows * float(inputs.pivots.sum(dtype=torch.float64))
         return quantizer.distortion * mean_square * quantizer.growth(outputs, inputs) * total
+
+    def _factors_of(self, quantizer: AbstractRotated) -> tuple[Triangular | None, Triangular]:
+        key = (quantizer.format.seed, quantizer.tile)
+        if key not in self._factors:
+            shape = (self.weight.shape[0], self.weight.shape[1])
+            self._factors[key] = quantizer.factors(shape, self.statistics, self.weight.device)
+        return self._factors[key]
 
     def _captured_share(self, quantizer: LowRankPlus) -> float:
         """Of the whitened residual's energy, what the leading `rank` components hold."""
         plain, rank = quantizer.quantizer, quantizer.rank
-        white = self.has_feedback or isinstance(plain, AbstractRotated)
-        key = "white" if white else plain.format.codebook_name
+        key = (plain.format.seed, plain.tile) if isinstance(plain, AbstractRotated) else plain.format.codebook_name
         if key not in self._captured or len(self._captured[key]) < rank:
-            if white:
-                residual = _normal(self.weight.shape[0], self.weight.shape[1]).to(self.weight.device)
-            else:
-                rows, columns = whitening_factors(self.statistics)
-                residual = self.weight - plain.quantize(self.weight, self.statistics).dequantize()
-                residual = whiten_both(residual, rows, columns)
-            self._captured[key] = _leading_shares(residual, rank)
+            most = min(LARGEST_RANK, *self.weight.shape)
+            self._captured[key] = _leading_shares(self._whitened_residual(plain), max(rank, most))
         return float(self._captured[key][rank - 1])
+
+    def _whitened_residual(self, plain: AbstractQuantizer) -> Float32[Tensor, "out in"]:
+        """A matrix with the spectrum that `plain` may be expected to leave, up to a factor."""
+        learnt = self.statistics
+        normal = _normal(self.weight.shape[0], self.weight.shape[1]).to(self.weight.device)
+        if isinstance(plain, AbstractRotated) and self.has_feedback:
+            outputs, inputs = self._factors_of(plain)
+            columns_weighed = inputs.weigh(normal)
+            return columns_weighed if outputs is None else outputs.weigh(columns_weighed.T).T
+        rows, columns = whitening_factors(learnt)
+        if isinstance(plain, AbstractRotated):
+            return whiten_both(normal, rows, columns)
+        if learnt is not None and learnt.input_curvature is not None:  # feedback from column to column
+            errors = normal * self.weight.square().mean(dim=1, keepdim=True).sqrt()
+            return whiten_both(factorize(learnt.input_curvature).weigh(errors), rows, None)
+        return whiten_both(self.weight - plain.quantize(self.weight, learnt).dequantize(), rows, columns)
 
 
 def sample_rows(

@@ -77,7 +77,7 @@ def test_a_fisher_diagonal_meets_rotated_errors_on_average(quantizer: AbstractQu
     assert ratio(quantizer, (96, 192), "fisher") == pytest.approx(1, abs=0.35)
 
 
-@pytest.mark.parametrize("kind", ["plain", "input"])
+@pytest.mark.parametrize("kind", ["plain", "input", "kronecker"])
 @pytest.mark.parametrize("plain", [LloydMax(2, 32), LatticeCoded(2)], ids=quantizer_id)
 def test_a_low_rank_part_is_foreseen(plain: AbstractQuantizer, kind: str) -> None:
     quantizer = LowRankPlus(plain, 8, max_iterations=1)
@@ -87,6 +87,18 @@ def test_a_low_rank_part_is_foreseen(plain: AbstractQuantizer, kind: str) -> Non
     coarse = LowRankPlus(plain, 8, 4)
     assert estimator.error(quantizer) < estimator.error(coarse) < estimator.error(plain)
     assert estimator.error(LowRankPlus(plain, 16)) < estimator.error(quantizer)
+
+
+@pytest.mark.parametrize("plain", [LloydMax(2, 32), LatticeCoded(2)], ids=quantizer_id)
+def test_one_strong_direction_of_the_input_is_worth_a_rank(plain: AbstractQuantizer) -> None:
+    """What is rounded last has nobody left to make up for it, and the strong direction runs through all columns."""
+    weight, strong = normal_weight((96, 192)), torch.randn(192, generator=torch.Generator().manual_seed(1))
+    statistics = LayerStatistics(input_curvature=0.05 * torch.eye(192) + torch.outer(strong, strong))
+    estimator = ErrorEstimator(weight, statistics, num_rows=10**6, seed=0)
+    one = LowRankPlus(plain, 1, 8)
+    losses = [weighted_error(weight - q.quantize(weight, statistics).dequantize(), statistics) for q in (one, plain)]
+    assert estimator.error(one) / estimator.error(plain) == pytest.approx(losses[0] / losses[1], abs=0.2)
+    assert losses[0] < 0.97 * losses[1]
 
 
 def test_more_bits_are_expected_to_lose_less() -> None:
