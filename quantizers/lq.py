@@ -6,6 +6,9 @@ by turns: the factors are the Fisher-weighted truncated SVD of W - Q (row and co
 quantizer's answer for W - L1 L2. Unlike the reference code the first iterate is plain Q, the quantizer
 sees F too, the factors are rounded as they will be stored, and the best iterate is kept instead of the
 last; so the error is never above the one without the low-rank part.
+
+Where errors are passed on while rounding, one turn is all: the factors take up what was rounded last, and another
+rounding leaves as much there again.
 """
 
 from dataclasses import dataclass, replace
@@ -72,6 +75,8 @@ class LowRankPlus(AbstractQuantizer):
             low_rank = fit_low_rank(weight - quantized.dequantize(), statistics, self.rank, self.factor_bits)
             corrected = quantized.with_low_rank(low_rank)
             error = weighted_error(weight - corrected.dequantize(), statistics)
+            if statistics is not None and statistics.input_curvature is not None:
+                return corrected if error < best_error else best
             requantized = self.quantizer.quantize(weight - low_rank.product(), statistics)
             requantized_error = weighted_error(weight - requantized.dequantize() - low_rank.product(), statistics)
             if requantized_error < error:
