@@ -39,6 +39,7 @@ bench: $(READY) ## the tables of BENCHMARKS.md, about half an hour on two cores
 bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal bits; hours on two cores
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers --dither
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.ablation
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs
 

@@ -42,7 +42,7 @@ from pipeline.recovered import KEPT_FILE, read_kept
 from pipeline.run import Run
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics
-from quantizers import AbstractQuantizer, LowRankPlus, NormalFloat
+from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, NormalFloat
 from registry import Artifact, Registry
 from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
@@ -126,9 +126,9 @@ class Seconds:
         return artifact, seconds, peak_bytes
 
 
-def ours(bench: Bench, seconds: Seconds, preset: str, budget: float) -> None:
-    """What `compress --preset PRESET` makes of the budget."""
-    run = bench.run_of(preset, budget)
+def ours(bench: Bench, seconds: Seconds, name: str, preset: str, budget: float, **settings: object) -> None:
+    """What `compress --preset PRESET` makes of the budget, with other settings where some are given."""
+    run = bench.run_of(preset, budget, **settings)
     statistics, *first = seconds.of(run.statistics, run.log)
     costs, *second = seconds.of(lambda: run.costs(statistics), run.log)
     assert costs is not None
@@ -144,18 +144,20 @@ def ours(bench: Bench, seconds: Seconds, preset: str, budget: float) -> None:
     weights = {m.name: read_matrix(file(matrix_file(m.module)), chosen, m.module) for m in bench.model.matrices}
     kept = read_kept(file(KEPT_FILE)) if run.recipe.recover else {}
     bench.put({name: weight.dequantize() for name, weight in weights.items()}, kept)
-    bench.row(f"ours, {preset}", chosen.size_bits, sum(s for s, _ in spent), max(peak for _, peak in spent))
+    bench.row(name, chosen.size_bits, sum(s for s, _ in spent), max(peak for _, peak in spent))
 
 
 def quantized(
-    bench: Bench, name: str, chosen: Callable[[Matrix], AbstractQuantizer], statistics: Statistics | None
+    bench: Bench,
+    name: str,
+    chosen: Callable[[Matrix], AbstractQuantizer],
+    learnt: Callable[[Matrix], LayerStatistics | None],
 ) -> None:
-    """Quantize every matrix as chosen, evaluate, print."""
+    """Quantize every matrix as chosen, under what was learnt about it; evaluate, print."""
     started = time.monotonic()
 
     def dense(matrix: Matrix) -> tuple[Matrix, Tensor, int]:
-        learnt = statistics.of(matrix) if statistics else None
-        result = chosen(matrix).quantize(bench.weights[matrix.name], learnt)
+        result = chosen(matrix).quantize(bench.weights[matrix.name], learnt(matrix))
         return matrix, result.dequantize(), result.size_bits
 
     size_bits, weights = 0, {}
@@ -189,7 +191,7 @@ class Published:
             return
         chosen = {name: self.table.choices[c] for name, c in zip(self.table.matrices, choice, strict=True)}
         name = "LQ-LoRA, published recipe"
-        quantized(self.bench, name, lambda matrix: self.by_label[chosen[matrix.name]], self.statistics)
+        quantized(self.bench, name, lambda matrix: self.by_label[chosen[matrix.name]], self.statistics.of)
 
     def _table(self, num_rows: int) -> CostTable:
         matrices = self.bench.model.matrices
@@ -243,7 +245,7 @@ def main() -> None:
         print(f"| **budget {budget}** | | | | | | |", flush=True)
         published.row(budget)
         for preset in asked.presets:
-            ours(bench, seconds, preset, budget)
+            ours(bench, seconds, f"ours, {preset}", preset, budget)
     if asked.peers is not None:
         print("| **others, at their own sizes** | | | | | | |", flush=True)
         others(bench, asked.peers)
