@@ -102,7 +102,7 @@ def _meaning(field: Any) -> str:
 
 def _in_words(value: Any) -> str:
     if isinstance(value, list | tuple):
-        words = (entry if isinstance(entry, str) else "=".join(map(str, entry)) for entry in value)
+        words = ("=".join(map(str, entry)) if isinstance(entry, list | tuple) else str(entry) for entry in value)
         return ", ".join(words) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
