@@ -136,8 +136,8 @@ def _flags(recipe: dict[str, Any]) -> list[str]:
     """The command line of a recipe."""
     flags = [recipe["model"]]
     for key, value in recipe.items():
-        if key == "candidates":
-            flags += [word for label in value for word in ("--candidate", label)]
+        if isinstance(value, list):
+            flags += [word for entry in value for word in (f"--{key.removesuffix('s')}", str(entry))]
         elif key != "model":
             flags += [f"--{key.replace('_', '-')}", str(value)]
     return flags
