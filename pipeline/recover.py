@@ -23,13 +23,19 @@ from pipeline.calibration import tokens_sha256
 from pipeline.errors import CalibrationError, NonFiniteError
 from pipeline.progress import SILENT, Progress
 from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
-from pipeline.recovery_settings import RecoverySettings
+from pipeline.recovery_settings import Compute, RecoverySettings
 from pipeline.recovery_state import Check, RecoveryState
 from pipeline.teacher import TeacherWindow, TeacherWindows, head_inputs, teacher_windows
 from pipeline.trainable import opened_for_training
 
 EPOCHS_A_SEED = 2**20  # no two seeds share the order of an epoch
 AsStored = Callable[[str, Tensor], Tensor]
+
+
+def compute_of(device: str) -> Compute:
+    """What to train in: bfloat16 where the device multiplies it in hardware (a GPU, a CPU with AMX), else float32."""
+    has_tiles = torch.cpu._is_amx_tile_supported()  # the one name for it in torch 2.11 too
+    return "bfloat16" if device.startswith("cuda") or has_tiles else "float32"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Kind = Literal["factors", "norms", "scales", "biases"]
+Compute = Literal["bfloat16", "float32"]
 
 
 class RecoverySettings(BaseModel):
@@ -26,7 +27,7 @@ class RecoverySettings(BaseModel):
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the windows, the last ones, never trained on")
     check_every: int = Field(10, ge=1, description="steps between measurements on the held-out windows")
     patience: int = Field(5, ge=1, description="measurements in a row without a gain after which it stops")
-    compute: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the matrix products, by autocast")
+    compute: Compute = Field("bfloat16", description="of the matrix products, by autocast")
     seed: int = Field(0, ge=0, description="of the order of the windows")
 
     def num_held_out(self, num_windows: int) -> int:

@@ -34,7 +34,7 @@ from pipeline.output import OutputFolder
 from pipeline.packed import load_packed, packed_model
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, check_trainable
-from pipeline.recover import require_windows
+from pipeline.recover import compute_of, require_windows
 from pipeline.recovered import KEPT_FILE, REPORT_FILE, read_kept, read_report, recover_matrices
 from pipeline.recovery_report import RecoveryReport
 from pipeline.recovery_settings import RecoverySettings
@@ -196,7 +196,7 @@ class Run:
             "train": recipe.recover_train,
             "steps": recipe.recover_steps,
             "learning_rate": recipe.recover_learning_rate,
-            "compute": "bfloat16" if self.device.startswith("cuda") else "float32",
+            "compute": compute_of(self.device),
             "seed": recipe.seed,
         }
         return RecoverySettings.model_validate(settings)

@@ -31,7 +31,7 @@ from tests.pipeline.tiny_packed import original_llama
 
 RECOVERED: dict[str, Any] = SMALL | {
     "budget": "3bpw",
-    "factor_bits": 8,
+    "factor_bits": (8,),
     "candidates": ("lloyd2-g32-s4", "trellis2", "lloyd2-g32-s4-r2-f8", "trellis3"),
     "ranks": (0,),
     "num_samples": 8,
@@ -110,7 +110,9 @@ def test_the_folder_has_the_divergence_that_was_measured(finished, loud_model_di
     window = teacher.window(len(tokens) - 1, torch.device("cpu"))
     with torch.no_grad():
         logits = load_packed(done.folder)(tokens[-1:]).logits[0, :-1]
-    assert mean_kl(logits, window).item() == pytest.approx(done.recovery.best_kl, rel=1e-4)
+    assert mean_kl(logits, window).item() == pytest.approx(
+        done.recovery.best_kl, rel=5e-3
+    )  # bfloat16, where the CPU has it
 
 
 class _Silent:

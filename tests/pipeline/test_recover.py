@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline import recover as recover_module
 from pipeline import recovery_state
 from pipeline.errors import CalibrationError, NonFiniteError, RecipeChangedError
-from pipeline.recover import AsStored, Recovered, recover
+from pipeline.recover import AsStored, Recovered, compute_of, recover
 from pipeline.recovery_loss import mean_kl
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.teacher import teacher_windows
@@ -206,3 +206,9 @@ def test_unusable_windows_are_refused(tokens: Tensor, tmp_path: Path) -> None:
 def test_wrong_settings_are_named(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         RecoverySettings(**wrong)
+
+
+@pytest.mark.parametrize(("device", "has_tiles"), [("cuda:0", False), ("cpu", True), ("cpu", False)])
+def test_bfloat16_is_for_devices_that_multiply_it(device: str, has_tiles: bool, monkeypatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_tiles)
+    assert compute_of(device) == ("bfloat16" if has_tiles or device != "cpu" else "float32")
