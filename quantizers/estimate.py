@@ -54,16 +54,26 @@ class ErrorEstimator:
         rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
         self.sampled = weight[rows]
         self.sampled_importance = importance[rows].contiguous()
+        self._errors: dict[AbstractQuantizer, float] = {}
         self._factors: dict[tuple[int, tuple[int, int]], tuple[Triangular | None, Triangular]] = {}
         self._captured: dict[object, Float64[Tensor, " ranks"]] = {}
 
     def error(self, quantizer: AbstractQuantizer) -> float:
         """The expected `weighted_error` of what `quantizer` leaves."""
         if isinstance(quantizer, LowRankPlus):
-            plain = self.error(quantizer.quantizer)
-            return plain * (1 - KEPT_GAIN[quantizer.factor_bits] * self._captured_share(quantizer))
-        if isinstance(quantizer, AbstractRotated):
-            return self._rotated_error(quantizer)
+            left = 1 - KEPT_GAIN[quantizer.factor_bits] * self._captured_share(quantizer)
+            return self._plain_error(quantizer.quantizer) * left
+        return self._plain_error(quantizer)
+
+    def _plain_error(self, quantizer: AbstractQuantizer) -> float:
+        if quantizer not in self._errors:
+            if isinstance(quantizer, AbstractRotated):
+                self._errors[quantizer] = self._rotated_error(quantizer)
+            else:
+                self._errors[quantizer] = self._sampled_error(quantizer)
+        return self._errors[quantizer]
+
+    def _sampled_error(self, quantizer: AbstractQuantizer) -> float:
         statistics = None if self.statistics is None else LayerStatistics(fisher_diag=self.sampled_importance)
         residual = self.sampled - quantizer.quantize(self.sampled, statistics).dequantize()
         errors = (residual.square() * self.sampled_importance).sum(dim=1, dtype=torch.float64)
