@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.quality import Bench, Seconds, ours, quantized
 from pipeline.model import Matrix
-from pipeline.recipe import SCALAR, TRELLIS_1024
+from pipeline.recipe import PRESETS
 from pipeline.statistics import Statistics
 from quantizers import LayerStatistics, quantizer_from_label
 
@@ -19,12 +19,15 @@ STEPS: dict[str, dict[str, Any]] = {
     "default": {},
     "without the output factor (input curvature weighted with gradients)": {"sensitivity": "sequence"},
     "without gradients (plain input curvature)": {"sensitivity": "input"},
-    "without trellis (scalar codebooks, blocks)": {"candidates": SCALAR},
-    "without curvature (Fisher diagonal, scalar codebooks)": {"sensitivity": "fisher", "candidates": SCALAR},
+    "without trellis (scalar codebooks, blocks)": {"candidates": PRESETS["fast"]["candidates"]},
+    "without curvature (Fisher diagonal, scalar codebooks)": {
+        "sensitivity": "fisher",
+        "candidates": PRESETS["fast"]["candidates"],
+    },
     "without low-rank parts": {"ranks": (0,)},
-    "with 1024 states": {"candidates": TRELLIS_1024},
+    "with 1024 states": {"candidates": PRESETS["best"]["candidates"]},
     "with recovery": {"recover": True},
-    "with 1024 states and recovery": {"candidates": TRELLIS_1024, "recover": True},
+    "with 1024 states and recovery": {"candidates": PRESETS["best"]["candidates"], "recover": True},
 }
 NO_FEEDBACK = "without feedback (the default's plan)"
 

@@ -1,9 +1,11 @@
 """Everything that decides the result of a run, in one immutable, hashable object.
 
-The same recipe with the same code on the same kind of machine gives the same bytes. A preset is a recipe with
-other defaults; flags of the command line override single fields. Unknown fields are errors.
+The same recipe with the same code on the same kind of machine gives the same bytes. A preset (presets/*.toml) gives the
+settings that decide quality and time; flags of the command line override single ones. Unknown fields are errors.
 """
 
+import tomllib
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -12,29 +14,9 @@ from pipeline.budget import Budget
 from pipeline.errors import RecipeChangedError, RecipeError
 from pipeline.recovery_settings import Kind
 
-# What the program chooses from. A trellis beats every scalar codebook at its width (BENCHMARKS.md).
-TRELLIS = (*(f"trellis{bits}" for bits in (1, 2, 3, 4, 5)), "lloyd6-g64-s6", "nf8-g64-s8")
-# The same with four times as many states, where there are levels for them: slower, and a little better.
-TRELLIS_1024 = ("trellis1", *(f"trellis{bits}-l10" for bits in (2, 3, 4)), "trellis5", "lloyd6-g64-s6", "nf8-g64-s8")
-# Blocks of 128 and 8-bit scales are hardly ever taken (LOG.md), so they are not there.
-SCALAR = (
-    *(f"lloyd{bits}-g{group}-s{scale}" for bits in (2, 3, 4, 5) for group in (16, 32, 64) for scale in (4, 6)),
-    *("lloyd6-g64-s6", "nf8-g64-s8"),
-)
-
 PRESETS: dict[str, dict[str, Any]] = {
-    # Minutes on two cores, for a first look: errors weighted with the Fisher diagonal, plain rounding.
-    "fast": {
-        "sensitivity": "fisher",
-        "candidates": SCALAR,
-        "num_samples": 16,
-        "cost_rows": 24,
-        "eval_windows": 12,
-    },
-    # Both factors of the curvature, error feedback, a trellis of 256 states.
-    "default": {},
-    # A trellis of 1024 states for 2 to 4 bits, then training. Recovery wants more text than statistics do.
-    "best": {"candidates": TRELLIS_1024, "recover": True, "num_samples": 128},
+    path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((Path(__file__).parent / "presets").glob("*.toml"))
 }
 
 
@@ -47,25 +29,25 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
     budget: str = Field(description="2.75bpw, 180MB, 4.2GiB or 40%")
     ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        (1, 2, 4, 8), description="of low-rank parts on offer, beside none"
+        description="of low-rank parts on offer, beside none; 0 for none"
     )
     factor_bits: tuple[Literal[16, 8, 6, 4, 3], ...] = Field(
-        (4,), min_length=1, description="bits of a number of a low-rank part, each with each rank"
+        min_length=1, description="bits of a number of a low-rank part, each with each rank"
     )
     dataset: str | None = Field(None, description="calibration text; None for the bundled one")
     dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
-    num_samples: int = Field(64, ge=1, description="calibration windows")
+    num_samples: int = Field(ge=1, description="calibration windows")
     seq_len: int = Field(512, ge=2, description="tokens of a window")
     seed: int = Field(0, ge=0, description="of every random draw")
     sensitivity: Literal["kronecker", "sequence", "input", "fisher", "none"] = Field(
-        "kronecker", description="metric of the error, see pipeline/curvature_sums.py; `none` needs no text"
+        description="metric of the error, see pipeline/curvature_sums.py; `none` needs no text"
     )
-    candidates: tuple[str, ...] = Field(TRELLIS, min_length=1, description="quantizers on offer")
+    candidates: tuple[str, ...] = Field(min_length=1, description="quantizers on offer")
     overrides: tuple[tuple[str, str], ...] = Field((), description="(regular expression, quantizer) pairs")
     share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")
-    cost_rows: int = Field(48, ge=1, description="rows of a matrix that the cost table samples")
-    recover: bool = Field(False, description="train what is stored beside the codes until it answers like the original")
+    cost_rows: int = Field(ge=1, description="rows of a matrix that the cost table samples")
+    recover: bool = Field(description="train what is stored beside the codes until it answers like the original")
     recover_steps: int = Field(100, ge=1, description="of the optimizer, at most")
     recover_learning_rate: float = Field(3e-3, gt=0, description="of AdamW, at its height")
     recover_train: tuple[Kind, ...] = Field(
@@ -73,7 +55,7 @@ class Recipe(BaseModel):
     )
     eval_dataset: str | None = Field(None, description="evaluation text; None for the bundled one")
     eval_dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
-    eval_windows: int = Field(24, ge=0, description="windows to evaluate on; 0 to skip")
+    eval_windows: int = Field(ge=0, description="windows to evaluate on; 0 to skip")
     eval_seq_len: int = Field(512, ge=2, description="tokens of an evaluation window")
 
     @field_validator("budget")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.compress import Compressed, compress
 from pipeline.errors import BudgetError
 from pipeline.packed import load_packed
-from pipeline.recipe import TRELLIS, Recipe
+from pipeline.recipe import PRESETS, Recipe
 from registry import Registry
 from tests.pipeline.small import SMALL
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick_audit")
 
 def default_run(model: Path, place: Path, **changes: object) -> Compressed:
     """With the default recipe's metric and candidates."""
-    settings = SMALL | {"candidates": TRELLIS, "budget": "3.5bpw"} | changes
+    settings = SMALL | {"candidates": PRESETS["default"]["candidates"], "budget": "3.5bpw"} | changes
     return compress(Recipe.of(model=str(model), **settings), Registry(place / "registry"), place / "out")
 
 

@@ -5,6 +5,14 @@ from pipeline.recipe import PRESETS, Recipe, refuse_changes
 from quantizers import quantizer_from_label
 
 
+def test_presets_settle_the_same_things() -> None:
+    assert set(PRESETS) == {"fast", "default", "best"}
+    for name, preset in PRESETS.items():
+        assert set(preset) == set(PRESETS["default"])
+        recipe = Recipe.of(name, model="demo", budget="3bpw")
+        assert {key: recipe.to_json()[key] for key in preset} == preset
+
+
 def test_presets_and_settings_on_top() -> None:
     fast = Recipe.of("fast", model="demo", budget="3bpw", seed=None)
     assert fast.num_samples == PRESETS["fast"]["num_samples"]
