@@ -15,8 +15,9 @@ demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline registry list
 
+# Small tensors: a core a worker is faster than two threads an operation. A file stays in one worker, with its fixtures.
 test: lint ## lint, types, import contracts, tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
