@@ -210,6 +210,8 @@ def allocate_to_budget(
         if over_bytes <= 0:
             return plan
         budget_bits = plan.size_bits - 8 * over_bytes
+        if budget_bits < smallest.size_bits:  # more surrounds this plan than the smallest, which does fit
+            budget_bits = (smallest.size_bits + plan.size_bits) // 2
     return smallest
 
 

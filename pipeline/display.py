@@ -243,6 +243,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
         RESULTS.print("The registry is empty. `bitsmith compress` publishes what it makes.")
         return
     table = new_table("version", "digest", "size", "bits", "model", "made", title="Registry")
+    table.columns[0].no_wrap, table.columns[4].no_wrap = True, False  # a model may be a long path
     for version in versions:
         artifact = store.get(version.digest)
         bits = artifact.metadata.get("bits_per_param")

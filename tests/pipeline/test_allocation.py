@@ -98,3 +98,18 @@ def test_a_small_matrix_is_not_offered_a_rank_that_it_cannot_have(tiny_model_dir
         assert len(offered[matrix.name]) == 1 + (min(matrix.shape) >= 40)
     with pytest.raises(RecipeError, match=r"k_proj=nf4-r40 has a rank above what .*k_proj.* can have \(32\)"):
         offered_choices(matrices, ["nf4-g64-s8"], {"k_proj": "nf4-r40"})
+
+
+def test_byte_budget_is_met_where_low_rank_parts_take_headers(table: CostTable) -> None:
+    def folder_bytes(plan: Plan) -> int:
+        return 5000 + -(-plan.size_bits // 8) + 2000 * sum("-r" in matrix.label for matrix in plan.matrices.values())
+
+    smallest = folder_bytes(plan_for(table, 2.3))
+    sizes = []
+    for limit in (smallest + 300, smallest + 2500, smallest + 9000):
+        plan = allocate_to_budget(
+            table, Budget.parse(f"{limit}B"), 10**6, folder_bytes, solver="highs", share_groups=False
+        )
+        sizes.append(folder_bytes(plan))
+        assert sizes[-1] <= limit
+    assert sizes[0] < sizes[1] < sizes[2]
