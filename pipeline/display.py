@@ -249,7 +249,7 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
         bits = artifact.metadata.get("bits_per_param")
         table.add_row(
             str(version),
-            version.digest[:12],
+            version.digest[:8],
             human_bytes(artifact.size_bytes),
             f"{bits:.4f}" if isinstance(bits, float) else "",
             str(artifact.metadata.get("model", "")),
