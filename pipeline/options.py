@@ -33,7 +33,7 @@ Preset = Annotated[
     str,
     typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe; best: more states, recovery"),
 ]
-Rank = Annotated[list[int] | None, typer.Option(help="of low-rank parts on offer; repeat for several; 0: none")]
+Rank = Annotated[list[int] | None, typer.Option(help="rank of a low-rank part on offer; repeat for several; 0: none")]
 FactorBits = Annotated[
     list[int] | None, typer.Option(help="16, 8, 6, 4 or 3 bits a number of a low-rank part; repeat for several")
 ]
