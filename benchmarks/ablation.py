@@ -1,6 +1,6 @@
 """What each step of the default recipe is worth: the recipe with one step left out, or one more, at equal stored bits.
 
-    python -m benchmarks.ablation [--model demo] [--budgets 2.5 3.0] [--only STEP ...]
+    python -m benchmarks.ablation [--model demo] [--budgets 2.5 3.0] [--only STEP ...] [--device cuda]
 
 Prints one Markdown table. A row has its own cost table and plan, so that the program makes the best of what is left.
 """
@@ -34,8 +34,9 @@ def main() -> None:
     parser.add_argument("--model", default="demo", help="as `compress` takes it")
     parser.add_argument("--budgets", type=float, nargs="+", default=(2.5, 3.0), help="bits per parameter")
     parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     asked = parser.parse_args()
-    bench, seconds = Bench(asked.model), Seconds()
+    bench, seconds = Bench(asked.model, asked.device), Seconds()
     print(f"\n### What each step is worth, {date.today()}\n")
     print("| recipe | bits | perplexity | KL, nats/token | top-1 % | seconds | peak GB |")
     print("| --- | --: | --: | --: | --: | --: | --: |", flush=True)

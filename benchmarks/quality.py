@@ -1,6 +1,7 @@
 """Quality at equal stored bits: ours by preset, the published recipe, and other quantizers as installed.
 
     python -m benchmarks.quality [--model demo] [--budgets 2.25 2.5 ...] [--presets default] [--peers] [--dither]
+        [--device cuda]
 
 Prints one Markdown table. All rows have the same calibration text (64 x 512 tokens), the same evaluation windows and
 count every stored bit. What was made before, with the same settings and code, is taken from the registry; seconds are
@@ -55,18 +56,21 @@ PUBLISHED = [LowRankPlus(NormalFloat(b, g, scale="absmax"), RANK) for b in (2, 3
 class Bench:
     """The original in memory, its predictions, and one way to measure anything."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, device: str) -> None:
         self.registry = Registry(home() / "registry")
-        self.spec = model
+        self.spec, self.device = model, device
         run = self.run_of("default", 3.0)
-        self.model, self.tokens, self.calibration = run.model, run.eval_windows.tokens, run.calibration.tokens
-        self.network = self.model.load()
+        self.model, texts = run.model, run.texts
+        assert texts.calibration is not None
+        assert texts.evaluation is not None
+        self.tokens, self.calibration = texts.evaluation.tokens, texts.calibration.tokens
+        self.network = self.model.load(device=device)
         names = {matrix.name for matrix in self.model.matrices}
         rest = ((name, each) for name, each in self.network.named_parameters() if name not in names and each.ndim == 1)
         self.others = {name: each.detach().clone() for name, each in rest}  # what recovery may train
         self.weights = {matrix.name: self.model.weight(matrix) for matrix in self.model.matrices}
         self.original: BaseLogits = base_log_probs(
-            self.model.load,
+            lambda: self.model.load(device=device),
             self.tokens,
             cache_dir=home() / "logits",
             key=cache_key(self.model.digest, self.tokens, torch.float32),
@@ -83,7 +87,7 @@ class Bench:
             eval_windows=24,
             **settings,
         )
-        return Run.prepare(recipe, self.registry, device="cpu", resume=True, log=StageLog(), progress=Bars())
+        return Run.prepare(recipe, self.registry, device=self.device, resume=True, log=StageLog(), progress=Bars())
 
     def put(self, weights: dict[str, Tensor], kept: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Give the model in memory these weights [out, in] and trained parameters; the others are the original's."""
@@ -229,12 +233,13 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
     parser.add_argument("--presets", nargs="*", default=["fast", "default", "best"])
     parser.add_argument("--peers", nargs="*", help="run them: all, or those named", metavar="PEER_OR_LABEL")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda, for our rows and the evaluation")
     parser.add_argument("--dither", action="store_true", help="take a copy with uniform dither of one step")
     asked = parser.parse_args()
     model = asked.model
     if asked.dither:
         model = str(dithered_copy(open_model(model), home() / "dithered" / Path(model).name))
-    bench, seconds = Bench(model), Seconds()
+    bench, seconds = Bench(model, asked.device), Seconds()
     print(f"\n### Quality at equal stored bits, {date.today()}{', dithered copy' if asked.dither else ''}\n")
     bench.put(bench.weights)
     print("| method | bits | perplexity | KL, nats/token | top-1 % | seconds | peak GB |")

@@ -26,10 +26,12 @@ def decompose(
     statistics: Statistics | None,
     work: Path,
     *,
-    device: str,
     progress: Progress = SILENT,
 ) -> None:
     """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
+
+    Always on the CPU's cores, so that the bytes do not depend on the device: error feedback is a chain of small
+    operations, for which a core needs about half the time of a large GPU (BENCHMARKS.md).
 
     The achieved weighted error goes into each file's metadata as `error`, rounded like the costs: the last bits of
     its sum are not the same from run to run.
@@ -39,19 +41,18 @@ def decompose(
     """
     out = work / "out"
     out.mkdir(exist_ok=True)
-    quantize = partial(_quantize, model, plan, statistics, out, device)
-    in_processes = device == "cpu" and model.num_matrix_params >= PARAMS_FOR_PROCESSES
-    spread = map_in_processes if in_processes else map_in_order
+    quantize = partial(_quantize, model, plan, statistics, out)
+    spread = map_in_processes if model.num_matrix_params >= PARAMS_FOR_PROCESSES else map_in_order
     for _ in progress.track(spread(quantize, model.matrices), "Decompose", total=len(model.matrices)):
         pass
 
 
-def _quantize(model: Model, plan: Plan, statistics: Statistics | None, out: Path, device: str, matrix: Matrix) -> None:
+def _quantize(model: Model, plan: Plan, statistics: Statistics | None, out: Path, matrix: Matrix) -> None:
     target = out / matrix_file(matrix.module)
     if target.exists():
         return
-    weight = model.weight(matrix).to(device)
-    learnt = statistics.of(matrix).to(device) if statistics else None
+    weight = model.weight(matrix)
+    learnt = statistics.of(matrix) if statistics else None
     quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
     write_matrix(target, quantized, weight, learnt)
 

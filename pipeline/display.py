@@ -25,6 +25,7 @@ from pipeline.budget import human_bytes
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pipeline.calibration import TokenWindows
     from pipeline.compress import Compressed
     from pipeline.eval_report import EvalReport
     from pipeline.model import Model
@@ -145,23 +146,24 @@ def add_run_rows(table: Table, run: "Run") -> None:
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
     table.add_row("original", human_bytes(model.size_bytes))
     table.add_row("choices", f"{len(run.labels)} a matrix, ranks {', '.join(map(str, sorted({0, *recipe.ranks})))}")
-    if run.calibration:
-        tokens = run.calibration.tokens
-        table.add_row("calibration", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.calibration.source}")
-    if run.metric_windows:
+    if calibration := run.texts.calibration:
+        table.add_row("calibration", _windows(calibration))
         table.add_row("statistics", _reused(run.resume and run.has_statistics()))
     else:
         table.add_row("statistics", "none: unweighted error")
     table.add_row("cost table", _reused(run.resume and run.has_costs()))
-    if run.eval_windows:
-        tokens = run.eval_windows.tokens
-        table.add_row("evaluation", f"{tokens.shape[0]} x {tokens.shape[1]} tokens of {run.eval_windows.source}")
-    if recipe.recover and run.calibration:
-        settings, num_windows = run.recovery_settings, len(run.calibration)
-        held_out = settings.num_held_out(num_windows)
+    if evaluation := run.texts.evaluation:
+        table.add_row("evaluation", _windows(evaluation))
+    if recovery := run.texts.recovery:
+        settings = run.recovery_settings
+        held_out = settings.num_held_out(len(recovery))
         trained = f"{', '.join(settings.train)}, up to {settings.steps} steps"
-        table.add_row("recovery", f"{trained} on {num_windows - held_out} windows, {held_out} held out")
+        table.add_row("recovery", f"{trained} on {_windows(recovery)}, {held_out} windows held out")
     table.add_row("device", run.device)
+
+
+def _windows(windows: "TokenWindows") -> str:
+    return f"{windows.tokens.shape[0]} x {windows.tokens.shape[1]} tokens of {windows.source}"
 
 
 def _reused(is_there: bool) -> str:

@@ -39,7 +39,7 @@ FactorBits = Annotated[
 ]
 Dataset = Annotated[str | None, typer.Option(help="calibration text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
 DatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]
-NumSamples = Annotated[int | None, typer.Option(help="calibration windows")]
+NumSamples = Annotated[int | None, typer.Option(help="calibration windows for statistics")]
 SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
 Seed = Annotated[int | None, typer.Option(help="of every random draw")]
 Sensitivity = Annotated[
@@ -57,8 +57,14 @@ Solver = Annotated[str | None, typer.Option(help="highs or cbc")]
 Recover = Annotated[
     bool | None, typer.Option(help="train what is stored beside the codes on the calibration text; sizes stay")
 ]
+RecoverSamples = Annotated[
+    int | None, typer.Option(help="windows of the calibration text for that training; a few are kept to check with")
+]
 RecoverSteps = Annotated[int | None, typer.Option(help="steps of that training, at most")]
 RecoverLearningRate = Annotated[float | None, typer.Option(help="of its AdamW, at its height")]
+RecoverKlWeight = Annotated[float | None, typer.Option(help="in its loss: of the divergence from the original")]
+RecoverHiddenWeight = Annotated[float | None, typer.Option(help="of the relative error of what the head reads")]
+RecoverCeWeight = Annotated[float | None, typer.Option(help="of the next token's cross-entropy")]
 RecoverTrain = Annotated[list[str] | None, typer.Option(help="factors, norms, scales or biases; repeat for several")]
 EvalDataset = Annotated[str | None, typer.Option(help="evaluation text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
 EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]

@@ -36,7 +36,7 @@ class Recipe(BaseModel):
     )
     dataset: str | None = Field(None, description="calibration text; None for the bundled one")
     dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
-    num_samples: int = Field(ge=1, description="calibration windows")
+    num_samples: int = Field(ge=1, description="calibration windows for statistics")
     seq_len: int = Field(512, ge=2, description="tokens of a window")
     seed: int = Field(0, ge=0, description="of every random draw")
     sensitivity: Literal["kronecker", "sequence", "input", "fisher", "none"] = Field(
@@ -48,8 +48,12 @@ class Recipe(BaseModel):
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")
     cost_rows: int = Field(ge=1, description="rows of a matrix that the cost table samples")
     recover: bool = Field(description="train what is stored beside the codes until it answers like the original")
-    recover_steps: int = Field(100, ge=1, description="of the optimizer, at most")
+    recover_samples: int = Field(512, ge=2, description="windows of the calibration text to train on and to check with")
+    recover_steps: int = Field(200, ge=1, description="of the optimizer, at most")
     recover_learning_rate: float = Field(3e-3, gt=0, description="of AdamW, at its height")
+    recover_kl_weight: float = Field(1.0, ge=0, description="in its loss, of the divergence from the original")
+    recover_hidden_weight: float = Field(0.0, ge=0, description="of the relative error of what the head reads")
+    recover_ce_weight: float = Field(0.0, ge=0, description="of the next token's cross-entropy")
     recover_train: tuple[Kind, ...] = Field(
         ("factors", "norms", "scales"), min_length=1, description="what is trained; `biases` too, where there are some"
     )
@@ -100,7 +104,12 @@ class Recipe(BaseModel):
 
 
 def check_trainable(recipe: Recipe) -> None:
-    """Raise RecipeError if recovery would train factors alone and no plan can have any."""
+    """Raise RecipeError if recovery would train for nothing, or factors alone and no plan can have any."""
+    if recipe.recover and not (recipe.recover_kl_weight or recipe.recover_hidden_weight or recipe.recover_ce_weight):
+        raise RecipeError(
+            "All three weights of recovery's loss are 0, so there is nothing to train for. Give --recover-kl-weight, "
+            "--recover-hidden-weight or --recover-ce-weight above 0."
+        )
     if recipe.recover and not any(recipe.ranks) and recipe.recover_train == ("factors",):
         raise RecipeError(
             "Recovery is to train factors alone, and with rank 0 there are none. Train `norms` and `scales` too "

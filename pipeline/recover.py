@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,15 +28,29 @@ from pipeline.recovery_settings import Compute, RecoverySettings
 from pipeline.recovery_state import Check, RecoveryState
 from pipeline.teacher import TeacherWindow, TeacherWindows, head_inputs, teacher_windows
 from pipeline.trainable import opened_for_training
+from quantizers import QuantizedLinear
 
 EPOCHS_A_SEED = 2**20  # no two seeds share the order of an epoch
-AsStored = Callable[[str, Tensor], Tensor]
+FREE_SHARE = 0.25  # of the free memory may go into activations; a window's are computed twice where that is too little
+KEPT_A_FEATURE = 3  # numbers that autograd keeps for each input and output of a layer, with those of what lies between
+AsStored = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def compute_of(device: str) -> Compute:
     """What to train in: bfloat16 where the device multiplies it in hardware (a GPU, a CPU with AMX), else float32."""
     has_tiles = torch.cpu._is_amx_tile_supported()  # the one name for it in torch 2.11 too
     return "bfloat16" if device.startswith("cuda") or has_tiles else "float32"
+
+
+def activation_bytes(network: PreTrainedModel, seq_len: int) -> int:
+    """About what autograd keeps of one window without gradient checkpointing, in float32."""
+    layers = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
+    return 4 * KEPT_A_FEATURE * seq_len * sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody uses now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +100,8 @@ def recover(
         load_teacher: opens the original; called only if one of its answers is not in `work`.
         tokens: int64 [windows, seq_len], two windows or more.
         work: an existing folder, kept by the caller over kills.
-        as_stored: name and float32 value -> the value as it will be stored, in any float dtype; always the same for
-            the same value.
+        as_stored: float32 values by name -> the same values as they will be stored, in any float dtype; always the
+            same for the same values.
         dense_bytes: memory for dense copies of packed weights, which are then not dequantized for each product.
     Raises:
         CalibrationError: `tokens` has another shape or dtype.
@@ -104,7 +119,13 @@ def recover(
         progress=progress,
     )
     dense_dtype = torch.bfloat16 if settings.compute == "bfloat16" else network.dtype
-    opened = opened_for_training(network, settings.train, dense_bytes=dense_bytes, dense_dtype=dense_dtype)
+    opened = opened_for_training(
+        network,
+        settings.train,
+        dense_bytes=dense_bytes,
+        dense_dtype=dense_dtype,
+        keep_activations=activation_bytes(network, tokens.shape[1]) < FREE_SHARE * free_bytes(network.device),
+    )
     with opened as live:
         started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": _sha256(live)}
         state = RecoveryState.begin(work, started_with, dict(live))
@@ -195,8 +216,8 @@ class _Training:
     @torch.no_grad()
     def put_in(self) -> None:
         """Give the network the masters' values as they would be stored."""
-        for name, parameter in self.live.items():
-            parameter.copy_(self.as_stored(name, self.state.master[name]))
+        for name, value in self.as_stored(self.state.master).items():
+            self.live[name].copy_(value)
 
     def check(self) -> None:
         """Measure, and keep the values if they are the best so far."""

@@ -9,7 +9,8 @@ Without a gain on the held-out windows, the matrices are those before.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from pipeline.recovery_settings import RecoverySettings
 from pipeline.safetensors_file import DTYPES
 from pipeline.statistics import Statistics
 from pipeline.trainable import GAIN
-from quantizers.factors import INTO, OUT, FactorFormat, dequantize_factors, quantize_factors
+from quantizers.factors import INTO, OUT, FactorFormat, rounded
 from quantizers.trainable import with_trained
 from solvers.low_rank import Factors
 
@@ -88,19 +89,30 @@ def recover_matrices(
 
 
 class StoredValues:
-    """Name and float32 value of a trained tensor -> its value once it has been stored and read again."""
+    """Float32 values of trained tensors by name -> their values once they have been stored and read again."""
 
     def __init__(self, model: Model, plan: Plan) -> None:
         self._model, self._plan = model, plan
 
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        """A factor goes through its format, a gain stays in float32 like the scales, all else takes its own dtype."""
-        module, _, kind = name.rpartition(".")
-        if kind == GAIN:
-            return value
-        if kind in (OUT, INTO):
-            return _stored_factor(kind, value, self._plan.matrices[module].format.factors)
-        return value.to(_stored_dtype(self._model, name))
+    def __call__(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Factors go through their formats, a gain stays in float32 like the scales, all else takes its own dtype.
+
+        Components of one length go together: the rounding is many small operations, and there are many factors.
+        """
+        stored: dict[str, Tensor] = {}
+        together: dict[tuple[int, int], dict[str, Tensor]] = defaultdict(dict)
+        for name, value in values.items():
+            module, _, kind = name.rpartition(".")
+            if kind in (OUT, INTO):
+                components = value.T if kind == OUT else value  # [rank, out] or [rank, in]
+                together[self._plan.matrices[module].format.factor_bits, components.shape[1]][name] = components
+            else:
+                stored[name] = value if kind == GAIN else value.to(_stored_dtype(self._model, name))
+        for (bits, _), group in together.items():
+            parts = rounded(torch.cat(list(group.values())), FactorFormat(bits)).split([len(c) for c in group.values()])
+            for name, part in zip(group, parts, strict=True):
+                stored[name] = part.T if name.endswith(f".{OUT}") else part
+        return stored
 
 
 def read_kept(path: Path) -> dict[str, Tensor]:
@@ -111,17 +123,6 @@ def read_kept(path: Path) -> dict[str, Tensor]:
 def read_report(path: Path) -> RecoveryReport:
     """The figures that `recover_matrices` wrote."""
     return RecoveryReport.from_json(json.loads(path.read_text()))
-
-
-def _stored_factor(kind: str, value: Tensor, form: FactorFormat) -> Tensor:
-    """Each factor is rounded by itself, so zeros of the least size can stand for the other one."""
-    if kind == OUT:
-        rows, rank = value.shape
-        stored = quantize_factors(Factors(value, value.new_zeros(rank, 1)), form)
-        return dequantize_factors(stored, form, (rows, 1), rank).out
-    rank, columns = value.shape
-    stored = quantize_factors(Factors(value.new_zeros(1, rank), value), form)
-    return dequantize_factors(stored, form, (1, columns), rank).into
 
 
 def _trained(values: dict[str, Tensor], module: str) -> tuple[Tensor | None, Factors | None]:

@@ -25,14 +25,15 @@ class RecoverySettings(BaseModel):
     ce_weight: float = Field(0.0, ge=0, description="of the next token's cross-entropy")
     num_top: int = Field(64, ge=1, description="tokens a position that are told apart in the divergence")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the windows, the last ones, never trained on")
-    check_every: int = Field(10, ge=1, description="steps between measurements on the held-out windows")
-    patience: int = Field(5, ge=1, description="measurements in a row without a gain after which it stops")
+    most_held_out: int = Field(16, ge=1, description="and no more windows than these")
+    check_every: int = Field(20, ge=1, description="steps between measurements on the held-out windows")
+    patience: int = Field(3, ge=1, description="measurements in a row without a gain after which it stops")
     compute: Compute = Field("bfloat16", description="of the matrix products, by autocast")
     seed: int = Field(0, ge=0, description="of the order of the windows")
 
     def num_held_out(self, num_windows: int) -> int:
         """Windows that are never trained on: the share, at least one, and one less than all at most."""
-        return min(max(1, round(self.held_out_share * num_windows)), num_windows - 1)
+        return min(max(1, round(self.held_out_share * num_windows)), self.most_held_out, num_windows - 1)
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, ..."""

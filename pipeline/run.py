@@ -21,7 +21,6 @@ from pipeline.atomic import write_json
 from pipeline.audit import audit
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget, human_bytes
-from pipeline.calibration import TokenWindows, check_vocabulary, token_windows
 from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, matrix_file, read_error
@@ -34,7 +33,7 @@ from pipeline.output import OutputFolder
 from pipeline.packed import load_packed, packed_model
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, check_trainable
-from pipeline.recover import compute_of, require_windows
+from pipeline.recover import compute_of
 from pipeline.recovered import KEPT_FILE, REPORT_FILE, read_kept, read_report, recover_matrices
 from pipeline.recovery_report import RecoveryReport
 from pipeline.recovery_settings import RecoverySettings
@@ -42,6 +41,7 @@ from pipeline.report import ReportFacts, write_report
 from pipeline.rival import rival_of
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics, collect_statistics
+from pipeline.texts import Texts
 from pipeline.version import VERSION
 from registry import Artifact, Registry
 
@@ -59,8 +59,7 @@ class Run:
     registry: Registry
     device: str
     resume: bool
-    calibration: TokenWindows | None
-    eval_windows: TokenWindows | None
+    texts: Texts
     offered: dict[str, list[str]]
     log: StageLog
     progress: Progress
@@ -90,45 +89,19 @@ class Run:
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
         offered = offered_choices(model.matrices, labels, overrides)
-        calibration = eval_windows = None
-        if recipe.sensitivity != "none" or recipe.recover:
-            calibration = token_windows(
-                recipe.dataset,
-                model.tokenizer(),
-                num_windows=recipe.num_samples,
-                seq_len=recipe.seq_len,
-                seed=recipe.seed,
-                revision=recipe.dataset_revision,
-            )
-            check_vocabulary(calibration, model.config.get_text_config().vocab_size)
-            if recipe.recover:
-                require_windows(calibration.tokens)
-            if len(calibration) < recipe.num_samples:
-                progress.say(
-                    f"The calibration text has {len(calibration)} windows of {recipe.seq_len} tokens, fewer than the "
-                    f"{recipe.num_samples} asked for; all of them are used."
-                )
-        if recipe.eval_windows:
-            eval_windows = token_windows(
-                recipe.eval_dataset,
-                model.tokenizer(),
-                num_windows=recipe.eval_windows,
-                seq_len=recipe.eval_seq_len,
-                seed=None,
-                revision=recipe.eval_dataset_revision,
-                split="test",
-                default="evaluation",
-            )
-            check_vocabulary(eval_windows, model.config.get_text_config().vocab_size)
-        return Run(recipe, model, registry, device, resume, calibration, eval_windows, offered, log, progress)
+        texts = Texts.of(recipe, model, progress)
+        return Run(recipe, model, registry, device, resume, texts, offered, log, progress)
 
     @property
     def facts(self) -> dict[str, Any]:
         """recipe.json: the recipe, and what its words stood for on the day."""
+        calibration, recovery = self.texts.calibration, self.texts.recovery
+        text = calibration or recovery
         return self.recipe.to_json() | {
             "bitsmith": VERSION,
-            "calibration_commit": self.calibration.revision if self.calibration else None,
-            "calibration_sha256": self.calibration.sha256 if self.calibration else None,
+            "calibration_commit": text.revision if text else None,
+            "calibration_sha256": calibration.sha256 if calibration else None,
+            "recovery_sha256": recovery.sha256 if recovery else None,
             "model_sha256": self.model.digest,
             "model_commit": self.model.revision,
         }
@@ -152,20 +125,20 @@ class Run:
         compressed = self.smallest_plan().size_bits // 8
         around = self.model.size_bytes - sum(self.model.tensors[m.name].size_bytes for m in self.model.matrices)
         total = 3 * (compressed + around)
-        if self.recipe.recover and self.calibration is not None:
+        if self.texts.recovery is not None:
             bytes_a_token = 2 + 6 * self.recovery_settings.num_top  # see teacher.py
-            total += 2 * compressed + bytes_a_token * self.calibration.tokens.numel() + self._training_bytes()
+            total += 2 * compressed + bytes_a_token * self.texts.recovery.tokens.numel() + self._training_bytes()
         return total
 
     def shared_disk_bytes(self) -> int:
         """The part that all budgets share: statistics, and the original's predictions."""
         total = 0
-        if self.metric_windows is not None:
+        if self.texts.calibration is not None:
             widths = {matrix.group: matrix.shape[1] for matrix in self.model.matrices}
             total += 3 * 4 * (self.model.num_matrix_params + sum(width**2 for width in widths.values()))
-        if self.eval_windows is not None:
+        if self.texts.evaluation is not None:
             vocab = self.model.config.get_text_config().vocab_size
-            total += min(EVAL_CACHE_BYTES, 2 * vocab * self.eval_windows.tokens.numel())
+            total += min(EVAL_CACHE_BYTES, 2 * vocab * self.texts.evaluation.tokens.numel())
         return total
 
     def check_disk(self, out: Path, needed_bytes: int | None = None) -> None:
@@ -184,11 +157,6 @@ class Run:
                 )
 
     @property
-    def metric_windows(self) -> TokenWindows | None:
-        """What statistics are collected on; None where the recipe wants none, though recovery may want the text."""
-        return None if self.recipe.sensitivity == "none" else self.calibration
-
-    @property
     def recovery_settings(self) -> RecoverySettings:
         """Of the training that the recipe asks for, if it does."""
         recipe = self.recipe
@@ -196,6 +164,9 @@ class Run:
             "train": recipe.recover_train,
             "steps": recipe.recover_steps,
             "learning_rate": recipe.recover_learning_rate,
+            "kl_weight": recipe.recover_kl_weight,
+            "hidden_weight": recipe.recover_hidden_weight,
+            "ce_weight": recipe.recover_ce_weight,
             "compute": compute_of(self.device),
             "seed": recipe.seed,
         }
@@ -203,18 +174,18 @@ class Run:
 
     def has_statistics(self) -> bool:
         """Are the statistics in the registry? True where the recipe wants none."""
-        return self.metric_windows is None or self._found_statistics() is not None
+        return self.texts.calibration is None or self._found_statistics() is not None
 
     def has_costs(self) -> bool:
         """Are statistics and cost table in the registry?"""
         statistics = self._found_statistics()
-        if self.metric_windows is not None and statistics is None:
+        if self.texts.calibration is not None and statistics is None:
             return False
         return self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings())) is not None
 
     def statistics(self) -> Artifact | None:
         """The metric of every matrix; None for an unweighted error."""
-        windows, metric, seed = self.metric_windows, self.recipe.sensitivity, self.recipe.seed
+        windows, metric, seed = self.texts.calibration, self.recipe.sensitivity, self.recipe.seed
         if windows is None or metric == "none":
             return None
 
@@ -244,7 +215,7 @@ class Run:
         """The integer program's answer, or its uniform rival where that was measured to be better (rival.py)."""
         first = self._plan(costs, {}, lambda: self.allocate(costs))
         rival = rival_of(self.read_plan(first), self._cost_table(costs))
-        if rival is None or self.eval_windows is None:
+        if rival is None or self.texts.evaluation is None:
             return first
         second = self._plan(costs, {"uniform": rival.status}, lambda: rival)
         quantized = [self.matrices(plan, statistics) for plan in (first, second)]
@@ -257,7 +228,7 @@ class Run:
             (work / "out").mkdir(exist_ok=True)
             write_json(work / "out" / "comparison.json", {"plan_kl": measured[0], "rival_kl": measured[1]})
 
-        settings = {"model": self.model.digest, "tokens": self.eval_windows.sha256, "device": self.device}
+        settings = {"model": self.model.digest, "tokens": self.texts.evaluation.sha256, "device": self.device}
         parents = (first.digest, second.digest, *(matrices.digest for matrices in quantized))
         compared = self._step("comparison", parents, settings, build)
         measured = json.loads(self.registry.path(compared, "comparison.json").read_text())
@@ -278,18 +249,18 @@ class Run:
         """Every matrix quantized as planned."""
         chosen = self.read_plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
-        settings = {"model": self.model.digest, "labels": labels, "device": self.device}
+        settings = {"model": self.model.digest, "labels": labels}
 
         def build(work: Path) -> None:
             learnt = self._statistics(statistics)
-            decompose(self.model, chosen, learnt, work, device=self.device, progress=self.progress)
+            decompose(self.model, chosen, learnt, work, progress=self.progress)
 
         return self._step("matrices", _digests(statistics), settings, build)
 
     def recovered(self, plan: Artifact, matrices: Artifact, statistics: Artifact | None) -> Artifact:
         """The matrices after recovery, to take their place, and the norms that were trained with them."""
-        windows, settings = self.calibration, self.recovery_settings
-        assert windows is not None, "a recipe with recovery has calibration windows"
+        windows, settings = self.texts.recovery, self.recovery_settings
+        assert windows is not None, "a recipe with recovery has windows for it"
 
         def build(work: Path) -> None:
             recover_matrices(
@@ -333,7 +304,7 @@ class Run:
 
     def evaluation(self, checkpoint: Artifact, folder: Path) -> Artifact | None:
         """Quality beside the original, with a sample of both; None if the recipe asks for none."""
-        windows = self.eval_windows
+        windows = self.texts.evaluation
         if windows is None:
             return None
         settings = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device}
@@ -413,8 +384,8 @@ class Run:
 
     def _divergence(self, network: PreTrainedModel) -> float:
         """From the original, on the evaluation windows, in nats a token."""
-        assert self.eval_windows is not None
-        tokens = self.eval_windows.tokens
+        assert self.texts.evaluation is not None
+        tokens = self.texts.evaluation.tokens
         network.to(torch.device(self.device))  # type: ignore[arg-type]
         return evaluate(network, self._original(tokens), tokens, progress=self.progress).kl_divergence.mean
 
@@ -430,12 +401,12 @@ class Run:
         return settings | {"bitsmith": VERSION}
 
     def _found_statistics(self) -> Artifact | None:
-        if self.metric_windows is None:
+        if self.texts.calibration is None:
             return None
         return self.registry.has_step("statistics", (), self._keyed(self._statistics_settings()))
 
     def _statistics_settings(self) -> dict[str, Any]:
-        tokens = self.metric_windows.sha256 if self.metric_windows else None
+        tokens = self.texts.calibration.sha256 if self.texts.calibration else None
         metric, seed = self.recipe.sensitivity, self.recipe.seed
         return {"model": self.model.digest, "tokens": tokens, "device": self.device, "metric": metric, "seed": seed}
 

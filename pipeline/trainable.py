@@ -25,16 +25,23 @@ GAIN = "weight_gain"
 
 @contextmanager
 def opened_for_training(
-    network: PreTrainedModel, kinds: tuple[Kind, ...], *, dense_bytes: int, dense_dtype: torch.dtype
+    network: PreTrainedModel,
+    kinds: tuple[Kind, ...],
+    *,
+    dense_bytes: int,
+    dense_dtype: torch.dtype,
+    keep_activations: bool,
 ) -> Iterator[dict[str, nn.Parameter]]:
     """Yield the parameters to train by their names; afterwards the network is as before.
 
-    Inside, every packed layer is a `TrainableLinear`, nothing but the yielded parameters takes a gradient, there is
-    no dropout, and each block's activations are computed again in the backward pass (gradient checkpointing).
+    Inside, every packed layer is a `TrainableLinear`, nothing but the yielded parameters takes a gradient, and there is
+    no dropout.
 
     Args:
         dense_bytes: memory that dense copies of weights may take; the layers that come first get them.
         dense_dtype: of those copies.
+        keep_activations: instead of computing each block's again in the backward pass (gradient checkpointing); the
+            gradients are the same.
     Raises:
         RecipeError: the network has nothing of these kinds.
     """
@@ -52,7 +59,10 @@ def opened_for_training(
         values = {parameter: parameter.detach().clone() for parameter in chosen.values()}
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in chosen)
-        _checkpoint_activations(network)
+        if keep_activations:
+            network.eval()
+        else:
+            _checkpoint_activations(network)
         yield chosen
     finally:
         for name, layer in packed.items():
@@ -61,7 +71,8 @@ def opened_for_training(
             parameter.grad = None
             with torch.no_grad():
                 parameter.copy_(value)
-        getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)()
+        if not keep_activations:
+            getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)()
         for parameter, required in requires_grad.items():
             parameter.requires_grad_(required)
         for module, was_training in training.items():

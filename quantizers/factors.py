@@ -123,6 +123,20 @@ def dequantize_factors(stored: dict[str, Tensor], form: FactorFormat, shape: tup
     )
 
 
+def rounded(components: Float32[Tensor, "components n"], form: FactorFormat) -> Float32[Tensor, "components n"]:
+    """Rows of L2, or columns of L1 as rows, as they are read again once `quantize_factors` has stored them.
+
+    Components do not depend on one another, so those of many matrices may come together.
+    """
+    if form.bits == 16:
+        return components.to(torch.bfloat16).float()
+    length = components.shape[1]
+    blocks = to_blocks(components, BLOCK_SIZE)
+    quantized = quantize_uniform(blocks.reshape(-1, BLOCK_SIZE), None, form.bits)
+    codes = quantized.codes.view(len(components), -1)[:, :length]
+    return codes * spread(quantized.scales.view(len(components), -1).float(), BLOCK_SIZE, length)
+
+
 def _quantize(
     name: str, components: Float32[Tensor, "rank n"], bits: int, weights: Float32[Tensor, " n"] | None
 ) -> dict[str, Tensor]:

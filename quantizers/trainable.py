@@ -8,6 +8,7 @@ arXiv:2306.08162; ModuLoRA, arXiv:2309.16119).
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Float32
@@ -51,11 +52,26 @@ class TrainableLinear(nn.Module):
         """The product, in the dtype of `x` or of autocast."""
         y = self.layer.quantized_product(x) if self.dense is None else nn.functional.linear(x, self.dense)
         if self.weight_gain is not None:
-            y = (y * self.weight_gain).to(y.dtype)  # in float32: bfloat16 knows no number between 1 and 1.008
+            y = _Gained.apply(y, self.weight_gain)
         if self.low_rank_out is not None and self.low_rank_in is not None:
             low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
             y = y + nn.functional.linear(low, self.low_rank_out.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class _Gained(torch.autograd.Function):
+    """y * gain in the dtype of y. bfloat16 knows no number between 1 and 1.008, so gain - 1 is what is rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor) -> Tensor:
+        more = (gain.detach() - 1).to(y.dtype)
+        ctx.save_for_backward(y, more)
+        return torch.addcmul(y, y, more)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        y, more = ctx.saved_tensors
+        return torch.addcmul(upstream, upstream, more), (upstream * y).sum(dtype=torch.float32).view(1)
 
 
 def with_trained(

@@ -37,6 +37,7 @@ RECOVERED: dict[str, Any] = SMALL | {
     "num_samples": 8,
     "eval_windows": 0,
     "recover": True,
+    "recover_samples": 8,
     "recover_steps": 6,
     "recover_learning_rate": 3e-3,
 }
@@ -105,7 +106,7 @@ def test_the_folder_has_the_divergence_that_was_measured(finished, loud_model_di
     opened = Run.open(
         recipe, Registry(tmp_path / "registry"), device="cpu", resume=True, log=StageLog(), progress=_Silent()
     )
-    tokens = opened.calibration.tokens
+    tokens = opened.texts.recovery.tokens
     teacher = teacher_windows(opened.model.load, tokens, tmp_path, num_top=64, with_hidden=False)
     window = teacher.window(len(tokens) - 1, torch.device("cpu"))
     with torch.no_grad():
@@ -170,7 +171,8 @@ def test_an_unweighted_error_still_has_a_text_to_train_on(loud_model_dir: Path, 
 @pytest.mark.parametrize(
     ("changes", "error", "expected"),
     [
-        ({"num_samples": 1}, CalibrationError, "one is held out"),
+        ({"seq_len": 300_000}, CalibrationError, "one is held out"),
+        ({"recover_kl_weight": 0.0}, RecipeError, "nothing to train for"),
         ({"recover_train": ("factors",), "overrides": ()}, RecipeError, "rank 0 there are none"),
     ],
 )

@@ -21,8 +21,8 @@ SETTINGS = RecoverySettings(steps=6, batch_windows=2, check_every=2, num_top=16,
 TOKENS = random_windows(8)
 
 
-def in_bfloat16(name: str, value: Tensor) -> Tensor:
-    return value if name.endswith("weight_gain") else value.to(torch.bfloat16)
+def in_bfloat16(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: v if name.endswith("weight_gain") else v.to(torch.bfloat16) for name, v in values.items()}
 
 
 def run(
@@ -33,9 +33,7 @@ def run(
 
 
 def put_in(network, found: Recovered, as_stored: AsStored = in_bfloat16) -> None:
-    missing = network.load_state_dict(
-        {name: as_stored(name, value) for name, value in found.values.items()}, strict=False
-    )
+    missing = network.load_state_dict(as_stored(found.values), strict=False)
     assert not missing.unexpected_keys
 
 
@@ -81,8 +79,10 @@ def test_the_values_put_in_give_exactly_what_was_measured(tmp_path: Path) -> Non
 
 
 def test_what_is_measured_is_as_it_will_be_stored(tmp_path: Path) -> None:
-    def coarse(name: str, value: Tensor) -> Tensor:
-        return (value * 64).round() / 64 if "low_rank" in name else value.to(torch.float16)
+    def coarse(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: (v * 64).round() / 64 if "low_rank" in name else v.to(torch.float16) for name, v in values.items()
+        }
 
     found = run(tmp_path, as_stored=coarse)
     assert found.values

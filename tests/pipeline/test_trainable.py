@@ -14,8 +14,9 @@ from tests.pipeline.tiny_packed import packed_llama, random_windows
 TOKENS = random_windows(1)
 
 
-def opened(network, kinds, dense_bytes: int = 0):
-    return opened_for_training(network, kinds, dense_bytes=dense_bytes, dense_dtype=torch.float32)
+def opened(network, kinds, dense_bytes: int = 0, keep_activations: bool = False):
+    settings = {"dense_dtype": torch.float32, "keep_activations": keep_activations}
+    return opened_for_training(network, kinds, dense_bytes=dense_bytes, **settings)
 
 
 @pytest.mark.parametrize("dense_bytes", [0, 100_000, 10**9])
