@@ -16,8 +16,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "default": {},
     "without the output factor (input curvature weighted with gradients)": {"sensitivity": "sequence"},
     "without gradients (plain input curvature)": {"sensitivity": "input"},
+    "without curvature and feedback (Fisher diagonal)": {"sensitivity": "fisher"},
     "without trellis (scalar codebooks, blocks)": {"candidates": PRESETS["fast"]["candidates"]},
-    "without curvature (Fisher diagonal, scalar codebooks)": {
+    "without both (Fisher diagonal, scalar codebooks)": {
         "sensitivity": "fisher",
         "candidates": PRESETS["fast"]["candidates"],
     },

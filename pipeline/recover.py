@@ -26,7 +26,7 @@ from pipeline.progress import SILENT, Progress
 from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
 from pipeline.recovery_settings import Compute, RecoverySettings
 from pipeline.recovery_state import Check, RecoveryState
-from pipeline.teacher import TeacherWindow, TeacherWindows, head_inputs, teacher_windows
+from pipeline.teacher import TeacherWindow, TeacherWindows, head_inputs
 from pipeline.trainable import opened_for_training
 from quantizers import QuantizedLinear
 
@@ -81,8 +81,7 @@ class Recovered:
 
 def recover(
     network: PreTrainedModel,
-    load_teacher: Callable[[], PreTrainedModel],
-    tokens: Tensor,
+    teacher: TeacherWindows,
     settings: RecoverySettings,
     work: Path,
     *,
@@ -97,27 +96,20 @@ def recover(
 
     Args:
         network: a packed causal language model, on any device.
-        load_teacher: opens the original; called only if one of its answers is not in `work`.
-        tokens: int64 [windows, seq_len], two windows or more.
+        teacher: the original's answers to two windows or more, with `settings.num_top` tokens told apart, and with what
+            its head reads where `settings.hidden_weight` is not 0.
         work: an existing folder, kept by the caller over kills.
         as_stored: float32 values by name -> the same values as they will be stored, in any float dtype; always the
             same for the same values.
         dense_bytes: memory for dense copies of packed weights, which are then not dequantized for each product.
     Raises:
         CalibrationError: `tokens` has another shape or dtype.
-        NonFiniteError: the loss, its gradient or the original's logits are NaN or infinite.
+        NonFiniteError: the loss or its gradient is NaN or infinite.
         RecipeChangedError: `work` holds an unfinished recovery with other settings, tokens or starting values.
         RecipeError: the network has nothing of what `settings.train` names.
     """
+    tokens = teacher.tokens
     require_windows(tokens)
-    teacher = teacher_windows(
-        load_teacher,
-        tokens,
-        work / "teacher",
-        num_top=settings.num_top,
-        with_hidden=settings.hidden_weight > 0,
-        progress=progress,
-    )
     dense_dtype = torch.bfloat16 if settings.compute == "bfloat16" else network.dtype
     opened = opened_for_training(
         network,

@@ -30,6 +30,7 @@ from pipeline.recovery_report import RecoveryReport
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.safetensors_file import DTYPES
 from pipeline.statistics import Statistics
+from pipeline.teacher import TeacherWindows
 from pipeline.trainable import GAIN
 from quantizers.factors import INTO, OUT, FactorFormat, rounded
 from quantizers.trainable import with_trained
@@ -44,7 +45,7 @@ def recover_matrices(
     plan: Plan,
     statistics: Statistics | None,
     matrix_path: Callable[[str], Path],
-    tokens: Tensor,
+    teacher: TeacherWindows,
     settings: RecoverySettings,
     work: Path,
     *,
@@ -53,20 +54,18 @@ def recover_matrices(
 ) -> None:
     """Train what `settings` name and leave the files above in `work`/out; goes on from what a killed call saved.
 
-    Takes the memory of the packed model and a dense one beside it: at first the original in float32, then a copy of
-    each quantized part, since dequantizing a trellis for every product would take most of the time. The error of each
-    changed matrix is measured anew.
+    Takes the memory of the packed model and a dense copy of each quantized part, since dequantizing a trellis for every
+    product would take most of the time. The error of each changed matrix is measured anew.
 
     Args:
         matrix_path: module name -> file that `decompose` wrote for it.
-        tokens: int64 [windows, seq_len], two windows or more.
+        teacher: see `recover`.
     Raises:
         CalibrationError, NonFiniteError, RecipeChangedError, RecipeError: see `recover`.
     """
     found = recover(
         packed_model(model, plan, matrix_path).to(torch.device(device)),  # type: ignore[arg-type]
-        lambda: model.load(device=device),
-        tokens,
+        teacher,
         settings,
         work,
         as_stored=StoredValues(model, plan),
@@ -85,7 +84,7 @@ def recover_matrices(
         write_matrix(target, quantized, model.weight(matrix), statistics.of(matrix) if statistics else None)
     if kept := _kept(model, found.values):
         replace_file(out / KEPT_FILE, lambda path: save_file(kept, path))
-    write_json(out / REPORT_FILE, _report(found, settings, len(tokens)).to_json())
+    write_json(out / REPORT_FILE, _report(found, settings, len(teacher)).to_json())
 
 
 class StoredValues:

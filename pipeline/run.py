@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipeline.atomic import write_json
 from pipeline.audit import audit
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget, human_bytes
+from pipeline.calibration import TokenWindows
 from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, matrix_file, read_error
@@ -41,6 +42,7 @@ from pipeline.report import ReportFacts, write_report
 from pipeline.rival import rival_of
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics, collect_statistics
+from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
 from pipeline.version import VERSION
 from registry import Artifact, Registry
@@ -257,18 +259,43 @@ class Run:
 
         return self._step("matrices", _digests(statistics), settings, build)
 
-    def recovered(self, plan: Artifact, matrices: Artifact, statistics: Artifact | None) -> Artifact:
-        """The matrices after recovery, to take their place, and the norms that were trained with them."""
-        windows, settings = self.texts.recovery, self.recovery_settings
-        assert windows is not None, "a recipe with recovery has windows for it"
+    def teacher(self) -> Artifact:
+        """The original's answers to the windows that recovery trains on: the same at every budget."""
+        settings, windows = self.recovery_settings, self._recovery_windows
+        num_top, with_hidden = settings.num_top, settings.hidden_weight > 0
 
         def build(work: Path) -> None:
+            teacher_windows(
+                partial(self.model.load, device=self.device),
+                windows.tokens,
+                work / "out",
+                num_top=num_top,
+                with_hidden=with_hidden,
+                progress=self.progress,
+            )
+
+        asked = {"num_top": num_top, "with_hidden": with_hidden}
+        keyed = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device} | asked
+        # not `_step`: whether they are found or not, the stage is recovery
+        return self.registry.step("teacher", (), self._keyed(keyed), build, resume=self.resume, progress=self.progress)
+
+    @property
+    def _recovery_windows(self) -> TokenWindows:
+        assert self.texts.recovery is not None, "a recipe with recovery has windows for it"
+        return self.texts.recovery
+
+    def recovered(self, plan: Artifact, matrices: Artifact, statistics: Artifact | None) -> Artifact:
+        """The matrices after recovery, to take their place, and the norms that were trained with them."""
+        settings, windows = self.recovery_settings, self._recovery_windows
+
+        def build(work: Path) -> None:
+            teacher = self.teacher()
             recover_matrices(
                 self.model,
                 self.read_plan(plan),
                 self._statistics(statistics),
                 self._matrix_path(matrices),
-                windows.tokens,
+                TeacherWindows(lambda name: self.registry.path(teacher, name), windows.tokens),
                 settings,
                 work,
                 device=self.device,

@@ -1,6 +1,6 @@
 """What the original says about each calibration window, cut down to its likeliest tokens: computed once, kept on disk.
 
-    folder/top-64/window-00003.safetensors
+    folder/window-00003.safetensors
         tokens       int64   [seq_len]             the window; a file of other tokens is not used
         top_tokens   int32   [seq_len - 1, k]      the likeliest next tokens, likeliest first
         log_probs    float16 [seq_len - 1, k + 1]  theirs, and in the last column that of all other tokens together
@@ -38,19 +38,24 @@ class TeacherWindow:
     hidden: Tensor | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TeacherWindows:
-    """The files of all windows, checked to be there by `teacher_windows`."""
+    """The answers to all windows, one file each, made by `teacher_windows`.
 
-    folder: Path
-    num_windows: int
+    Attributes:
+        file: where the file of that name (`window_file`) is.
+        tokens: int64 [windows, seq_len].
+    """
+
+    file: Callable[[str], Path]
+    tokens: Tensor
 
     def __len__(self) -> int:
-        return self.num_windows
+        return len(self.tokens)
 
     def window(self, index: int, device: torch.device) -> TeacherWindow:
         """The answer to window `index`."""
-        stored = load_file(_path(self.folder, index), device=str(device))
+        stored = load_file(self.file(window_file(index)), device=str(device))
         return TeacherWindow(stored["tokens"], stored["top_tokens"], stored["log_probs"], stored.get("hidden"))
 
 
@@ -65,6 +70,8 @@ def teacher_windows(
 ) -> TeacherWindows:
     """Make the original's answers ready in `folder`; finished windows are kept over kills.
 
+    A folder is for one original and one `num_top`.
+
     Args:
         load_teacher: called only if a window must be computed, and its model let go afterwards.
         tokens: int64 [windows, seq_len].
@@ -72,17 +79,16 @@ def teacher_windows(
     Raises:
         NonFiniteError: the original's logits are not finite.
     """
-    folder = folder / f"top-{num_top}"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [i for i, window in enumerate(tokens) if not _is_there(_path(folder, i), window, with_hidden)]
+    missing = [i for i, window in enumerate(tokens) if not _is_there(folder / window_file(i), window, with_hidden)]
     if missing:
         teacher = load_teacher()
         done = len(tokens) - len(missing)
         with inference_only(teacher):
             for index in progress.track(missing, "The original's predictions", total=len(tokens), done=done):
                 answer = _ask(teacher, tokens[index], index, num_top, with_hidden)
-                replace_file(_path(folder, index), partial(save_file, answer))
-    return TeacherWindows(folder, len(tokens))
+                replace_file(folder / window_file(index), partial(save_file, answer))
+    return TeacherWindows(folder.joinpath, tokens)
 
 
 @contextmanager
@@ -137,5 +143,6 @@ def _is_there(path: Path, tokens: Tensor, with_hidden: bool) -> bool:
     return torch.equal(stored["tokens"], tokens.cpu()) and ("hidden" in stored or not with_hidden)
 
 
-def _path(folder: Path, index: int) -> Path:
-    return folder / f"window-{index:05d}.safetensors"
+def window_file(index: int) -> str:
+    """Name of the file with the answer to window `index`."""
+    return f"window-{index:05d}.safetensors"

@@ -168,6 +168,13 @@ def test_an_unweighted_error_still_has_a_text_to_train_on(loud_model_dir: Path, 
     assert done.recovery.num_train_windows + done.recovery.num_held_out_windows == 8
 
 
+def test_another_budget_asks_the_original_nothing_new(loud_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    run(loud_model_dir, tmp_path, recover_steps=1)
+    monkeypatch.setattr("pipeline.teacher._ask", None)
+    recipe = Recipe.of(model=str(loud_model_dir), **(RECOVERED | {"budget": "4bpw", "recover_steps": 1}))
+    assert compress(recipe, Registry(tmp_path / "registry"), tmp_path / "other").recovery is not None
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "expected"),
     [

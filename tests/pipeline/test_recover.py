@@ -14,7 +14,7 @@ from pipeline.errors import CalibrationError, NonFiniteError, RecipeChangedError
 from pipeline.recover import AsStored, Recovered, compute_of, recover
 from pipeline.recovery_loss import mean_kl
 from pipeline.recovery_settings import RecoverySettings
-from pipeline.teacher import teacher_windows
+from pipeline.teacher import TeacherWindows, teacher_windows
 from tests.pipeline.tiny_packed import original_llama, packed_llama, random_windows
 
 SETTINGS = RecoverySettings(steps=6, batch_windows=2, check_every=2, num_top=16, compute="float32", learning_rate=3e-3)
@@ -29,7 +29,11 @@ def run(
     work: Path, settings: RecoverySettings = SETTINGS, network=None, as_stored: AsStored = in_bfloat16, **options
 ) -> Recovered:
     work.mkdir(exist_ok=True)
-    return recover(network or packed_llama(), original_llama, TOKENS, settings, work, as_stored=as_stored, **options)
+    with_hidden = settings.hidden_weight > 0
+    teacher = teacher_windows(
+        original_llama, TOKENS, work / "teacher", num_top=settings.num_top, with_hidden=with_hidden
+    )
+    return recover(network or packed_llama(), teacher, settings, work, as_stored=as_stored, **options)
 
 
 def put_in(network, found: Recovered, as_stored: AsStored = in_bfloat16) -> None:
@@ -197,7 +201,7 @@ def test_what_is_not_finite_stops_and_leaves_the_last_save(where: str, tmp_path:
 @pytest.mark.parametrize("tokens", [TOKENS[:1], TOKENS[0], TOKENS.float(), TOKENS[:, :1]], ids=lambda t: str(t.shape))
 def test_unusable_windows_are_refused(tokens: Tensor, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="held out"):
-        recover(packed_llama(), original_llama, tokens, SETTINGS, tmp_path, as_stored=in_bfloat16)
+        recover(packed_llama(), TeacherWindows(tmp_path.joinpath, tokens), SETTINGS, tmp_path, as_stored=in_bfloat16)
 
 
 @pytest.mark.parametrize(
