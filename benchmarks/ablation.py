@@ -17,8 +17,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "without the output factor (input curvature weighted with gradients)": {"sensitivity": "sequence"},
     "without gradients (plain input curvature)": {"sensitivity": "input"},
     "without curvature and feedback (Fisher diagonal)": {"sensitivity": "fisher"},
-    "without trellis (scalar codebooks, blocks)": {"candidates": PRESETS["fast"]["candidates"]},
-    "without both (Fisher diagonal, scalar codebooks)": {
+    "without trellis (scalar codebooks)": {"candidates": PRESETS["fast"]["candidates"]},
+    "without curvature, feedback and trellis (Fisher diagonal, scalar codebooks)": {
         "sensitivity": "fisher",
         "candidates": PRESETS["fast"]["candidates"],
     },

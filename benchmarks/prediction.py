@@ -21,7 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
     budgets = parser.parse_args().budgets
-    bench = Bench("demo")
+    bench = Bench("demo", "cpu")
     print("| bits | expected | achieved | measured KL | achieved / expected by matrix, 5, 50, 95% | Spearman |")
     print("| --: | --: | --: | --: | --: | --: |")
     for budget in budgets:

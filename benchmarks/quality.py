@@ -3,9 +3,9 @@
     python -m benchmarks.quality [--model demo] [--budgets 2.25 2.5 ...] [--presets default] [--peers] [--dither]
         [--device cuda]
 
-Prints one Markdown table. All rows have the same calibration text (64 x 512 tokens), the same evaluation windows and
-count every stored bit. What was made before, with the same settings and code, is taken from the registry; seconds are
-then those of the making, kept beside it.
+Prints one Markdown table. All rows have the same evaluation windows, count every stored bit, and see the same 64 x 512
+tokens of calibration text; only recovery trains on more of that text. What was made before, with the same settings and
+code, is taken from the registry; seconds are then those of the making, kept beside it.
 
     ours, PRESET     `compress` as a user runs it: statistics, cost table, plan, matrices, recovery
     LQ-LoRA          the published recipe with our parts: absmax NormalFloat, integer program over Fisher-weighted
@@ -146,7 +146,7 @@ def ours(bench: Bench, seconds: Seconds, name: str, preset: str, budget: float, 
         spent.append(fourth)
     chosen, file = run.read_plan(plan), partial(bench.registry.path, matrices)
     weights = {m.name: read_matrix(file(matrix_file(m.module)), chosen, m.module) for m in bench.model.matrices}
-    kept = read_kept(file(KEPT_FILE)) if run.recipe.recover else {}
+    kept = read_kept(file(KEPT_FILE)) if KEPT_FILE in matrices.files else {}
     bench.put({name: weight.dequantize() for name, weight in weights.items()}, kept)
     bench.row(name, chosen.size_bits, sum(s for s, _ in spent), max(peak for _, peak in spent))
 

@@ -58,13 +58,22 @@ Recover = Annotated[
     bool | None, typer.Option(help="train what is stored beside the codes on the calibration text; sizes stay")
 ]
 RecoverSamples = Annotated[
-    int | None, typer.Option(help="windows of the calibration text for that training; a few are kept to check with")
+    int | None,
+    typer.Option(
+        help="windows of the calibration text for that training, 512 by default; a few are kept to check with"
+    ),
 ]
-RecoverSteps = Annotated[int | None, typer.Option(help="steps of that training, at most")]
-RecoverLearningRate = Annotated[float | None, typer.Option(help="of its AdamW, at its height")]
-RecoverKlWeight = Annotated[float | None, typer.Option(help="in its loss: of the divergence from the original")]
-RecoverHiddenWeight = Annotated[float | None, typer.Option(help="of the relative error of what the head reads")]
-RecoverCeWeight = Annotated[float | None, typer.Option(help="of the next token's cross-entropy")]
+RecoverSteps = Annotated[
+    int | None, typer.Option(help="steps of that training at most, 200 by default, 300 with `best`")
+]
+RecoverLearningRate = Annotated[float | None, typer.Option(help="of that training, at its height; 0.003 by default")]
+RecoverKlWeight = Annotated[
+    float | None, typer.Option(help="weight in that training's loss of the divergence from the original, 1 by default")
+]
+RecoverHiddenWeight = Annotated[
+    float | None, typer.Option(help="weight of the relative error of what the output head reads, 0 by default")
+]
+RecoverCeWeight = Annotated[float | None, typer.Option(help="weight of the text's cross-entropy, 0 by default")]
 RecoverTrain = Annotated[list[str] | None, typer.Option(help="factors, norms, scales or biases; repeat for several")]
 EvalDataset = Annotated[str | None, typer.Option(help="evaluation text: .txt, .jsonl, .parquet, or a dataset's Hub id")]
 EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that dataset")]

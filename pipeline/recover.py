@@ -42,9 +42,8 @@ def compute_of(device: str) -> Compute:
     return "bfloat16" if device.startswith("cuda") or has_tiles else "float32"
 
 
-def activation_bytes(network: PreTrainedModel, seq_len: int) -> int:
+def activation_bytes(layers: list[QuantizedLinear], seq_len: int) -> int:
     """About what autograd keeps of one window without gradient checkpointing, in float32."""
-    layers = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
     return 4 * KEPT_A_FEATURE * seq_len * sum(layer.in_features + layer.out_features for layer in layers)
 
 
@@ -110,13 +109,16 @@ def recover(
     """
     tokens = teacher.tokens
     require_windows(tokens)
+    packed = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
     dense_dtype = torch.bfloat16 if settings.compute == "bfloat16" else network.dtype
+    copied = min(dense_bytes, dense_dtype.itemsize * sum(m.in_features * m.out_features for m in packed))
+    can_keep = activation_bytes(packed, tokens.shape[1]) < FREE_SHARE * (free_bytes(network.device) - copied)
     opened = opened_for_training(
         network,
         settings.train,
         dense_bytes=dense_bytes,
         dense_dtype=dense_dtype,
-        keep_activations=activation_bytes(network, tokens.shape[1]) < FREE_SHARE * free_bytes(network.device),
+        keep_activations=can_keep,
     )
     with opened as live:
         started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": _sha256(live)}

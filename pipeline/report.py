@@ -88,9 +88,11 @@ def _recipe_rows(recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
     order += sorted(recipe.keys() - set(order))
     facts = {
         "bitsmith": "version that did the work",
+        "calibration_commit": "of the calibration text on the Hub",
         "calibration_sha256": "of the calibration tokens",
         "model_commit": "of the original on the Hub",
         "model_sha256": "of the original's files",
+        "recovery_sha256": "of the tokens that recovery trains on and checks with",
     }
     fields = Recipe.model_fields
     return [(key, _in_words(recipe[key]), facts.get(key) or _meaning(fields.get(key))) for key in order]

@@ -128,16 +128,19 @@ class Run:
         around = self.model.size_bytes - sum(self.model.tensors[m.name].size_bytes for m in self.model.matrices)
         total = 3 * (compressed + around)
         if self.texts.recovery is not None:
-            bytes_a_token = 2 + 6 * self.recovery_settings.num_top  # see teacher.py
-            total += 2 * compressed + bytes_a_token * self.texts.recovery.tokens.numel() + self._training_bytes()
+            total += 2 * compressed + self._training_bytes()
         return total
 
     def shared_disk_bytes(self) -> int:
-        """The part that all budgets share: statistics, and the original's predictions."""
+        """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
         total = 0
         if self.texts.calibration is not None:
             widths = {matrix.group: matrix.shape[1] for matrix in self.model.matrices}
             total += 3 * 4 * (self.model.num_matrix_params + sum(width**2 for width in widths.values()))
+        if self.texts.recovery is not None:
+            settings, width = self.recovery_settings, self.model.config.get_text_config().hidden_size
+            bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py
+            total += bytes_a_token * self.texts.recovery.tokens.numel()
         if self.texts.evaluation is not None:
             vocab = self.model.config.get_text_config().vocab_size
             total += min(EVAL_CACHE_BYTES, 2 * vocab * self.texts.evaluation.tokens.numel())

@@ -1,6 +1,7 @@
 """The texts of a run, cut into windows: for statistics, for recovery, and for evaluation."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from pipeline.calibration import TokenWindows, check_vocabulary, token_windows
 from pipeline.model import Model
@@ -15,7 +16,7 @@ class Texts:
 
     Attributes:
         calibration: for statistics.
-        recovery: the same text in the same order, and more of it.
+        recovery: for training and for its checks, from the same text.
         evaluation: of another text.
     """
 
@@ -31,35 +32,35 @@ class Texts:
             CalibrationError: a text cannot be read, is too short, or does not fit the vocabulary.
         """
         calibration = recovery = evaluation = None
-        tokenizer = model.tokenizer()
+        tokenizer = cache(model.tokenizer)  # without a text no model needs one
         vocab_size = model.config.get_text_config().vocab_size
 
         def from_calibration_text(num_windows: int) -> TokenWindows:
             windows = token_windows(
                 recipe.dataset,
-                tokenizer,
+                tokenizer(),
                 num_windows=num_windows,
                 seq_len=recipe.seq_len,
                 seed=recipe.seed,
                 revision=recipe.dataset_revision,
             )
             check_vocabulary(windows, vocab_size)
+            if len(windows) < num_windows:
+                progress.say(
+                    f"The calibration text has {len(windows)} windows of {recipe.seq_len} tokens, fewer than the "
+                    f"{num_windows} asked for; all of them are used."
+                )
             return windows
 
         if recipe.sensitivity != "none":
             calibration = from_calibration_text(recipe.num_samples)
-            if len(calibration) < recipe.num_samples:
-                progress.say(
-                    f"The calibration text has {len(calibration)} windows of {recipe.seq_len} tokens, fewer than the "
-                    f"{recipe.num_samples} asked for; all of them are used."
-                )
         if recipe.recover:
             recovery = from_calibration_text(recipe.recover_samples)
             require_windows(recovery.tokens)
         if recipe.eval_windows:
             evaluation = token_windows(
                 recipe.eval_dataset,
-                tokenizer,
+                tokenizer(),
                 num_windows=recipe.eval_windows,
                 seq_len=recipe.eval_seq_len,
                 seed=None,

@@ -51,7 +51,7 @@ class TrainableLinear(nn.Module):
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product, in the dtype of `x` or of autocast."""
         y = self.layer.quantized_product(x) if self.dense is None else nn.functional.linear(x, self.dense)
-        if self.weight_gain is not None:
+        if self.weight_gain is not None and self.weight_gain.requires_grad:
             y = _Gained.apply(y, self.weight_gain)
         if self.low_rank_out is not None and self.low_rank_in is not None:
             low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))

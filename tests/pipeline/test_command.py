@@ -23,7 +23,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "recovery": {
         "recover": True,
         "recover_steps": 7,
+        "recover_samples": 9,
         "recover_learning_rate": 2e-4,
+        "recover_kl_weight": 0.5,
+        "recover_hidden_weight": 2.0,
+        "recover_ce_weight": 0.1,
         "recover_train": ("norms", "biases"),
     },
     "best": {"preset": "best"},

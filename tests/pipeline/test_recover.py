@@ -113,11 +113,12 @@ def test_the_held_out_windows_are_never_trained_on(tmp_path: Path, monkeypatch) 
     assert seen[:6] != seen[6:]
 
 
-@pytest.mark.parametrize("num_windows", [2, 7, 8, 64])
+@pytest.mark.parametrize("num_windows", [2, 7, 8, 64, 512])
 @pytest.mark.parametrize("share", [0.01, 0.125, 0.99])
 def test_there_is_always_something_to_train_and_to_measure_on(num_windows: int, share: float) -> None:
     held_out = RecoverySettings(held_out_share=share).num_held_out(num_windows)
     assert 1 <= held_out < num_windows
+    assert held_out <= 16
 
 
 def test_the_rate_rises_and_falls() -> None:

@@ -51,6 +51,18 @@ def test_only_what_was_asked_for_takes_a_gradient(kinds) -> None:
     assert len(live) == 2 * 14 * ("factors" in kinds) + 5 * ("norms" in kinds) + len(gains)
 
 
+def test_activations_that_are_kept_give_the_same_gradients() -> None:
+    found = []
+    for keep_activations in (False, True):
+        network = packed_llama()
+        with opened(network, ("factors", "norms", "scales"), keep_activations=keep_activations) as live:
+            network(TOKENS, use_cache=False).logits.logsumexp(-1).sum().backward()
+            found.append({name: parameter.grad for name, parameter in live.items()})
+    checkpointed, kept = found
+    for name, gradient in checkpointed.items():
+        torch.testing.assert_close(kept[name], gradient, rtol=0, atol=0, msg=name)
+
+
 def test_biases_of_packed_layers() -> None:
     network = packed_llama()
     layer = network.get_submodule("model.layers.1.mlp.down_proj")
@@ -75,14 +87,15 @@ def snapshot(network) -> list:
     ]
 
 
+@pytest.mark.parametrize("keep_activations", [False, True], ids=["checkpointed", "kept"])
 @pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
-def test_the_network_comes_back_as_it_was(fails: bool) -> None:
+def test_the_network_comes_back_as_it_was(fails: bool, keep_activations: bool) -> None:
     network = packed_llama()
     network.model.norm.train()
     before = snapshot(network)
 
     def train() -> None:
-        with opened(network, ("factors", "norms")) as live:
+        with opened(network, ("factors", "norms"), keep_activations=keep_activations) as live:
             for parameter in live.values():
                 parameter.data.add_(1)
             if fails:
@@ -108,6 +121,8 @@ def test_no_dropout_while_activations_are_checkpointed() -> None:
         assert torch.equal(first, second)
         blocks = [module for module in network.modules() if module.training]
         assert len(blocks) >= 2, "no block would be checkpointed"
+    with opened(network, ("norms",), keep_activations=True):
+        assert not any(module.training for module in network.modules())
 
 
 def test_a_block_keeps_its_input_only() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantizers.factors import BLOCK_SIZE, FACTOR_BITS, FactorFormat, dequantize_factors, quantize_factors
+from quantizers.factors import BLOCK_SIZE, FACTOR_BITS, FactorFormat, dequantize_factors, quantize_factors, rounded
 from quantizers.packing import unpack
 from quantizers.symmetric_uniform import largest_code
 from solvers.low_rank import Factors
@@ -36,6 +36,17 @@ def test_stored_is_what_the_specs_say_to_the_bit(rows: int, columns: int, rank: 
     size = sum(8 * tensor.numel() * tensor.element_size() for tensor in stored.values())
     assert form.size_bits((rows, columns), rank) == size
     assert all(tensor.is_contiguous() for tensor in stored.values())
+
+
+@given(st.integers(1, 300), st.integers(1, 6), st.sampled_from(FACTOR_BITS), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_components_of_many_factors_round_together_as_they_are_stored(n: int, rank: int, bits: int, seed: int) -> None:
+    form, pairs = FactorFormat(bits), [factors(n, n, rank, seed + 2 * i) for i in range(3)]
+    together = rounded(torch.cat([part for pair in pairs for part in (pair.out.T, pair.into)]), form).split(rank)
+    for index, pair in enumerate(pairs):
+        read = dequantize_factors(quantize_factors(pair, form), form, (n, n), rank)
+        torch.testing.assert_close(together[2 * index].T, read.out, rtol=0, atol=0)
+        torch.testing.assert_close(together[2 * index + 1], read.into, rtol=0, atol=0)
 
 
 def test_the_size_by_hand() -> None:

@@ -36,6 +36,16 @@ def test_forward_equals_the_packed_layer(quantizer: AbstractQuantizer, dense_dty
     assert torch.equal(TrainableLinear(layer, dense_dtype)(inputs(2, 5)), layer(inputs(2, 5)))
 
 
+def test_a_gain_that_bfloat16_does_not_know_still_counts() -> None:
+    training = TrainableLinear(packed_layer(TRELLIS, bias=False), torch.bfloat16)
+    assert training.weight_gain is not None
+    x = inputs(200).bfloat16()
+    plain = training(x).double()
+    training.weight_gain.data.fill_(1.003)
+    gained = training(x).double()
+    assert float((gained * plain).sum() / plain.square().sum()) == pytest.approx(1.003, abs=3e-4)
+
+
 @for_dense
 @for_all
 def test_gradients_are_those_of_the_dense_computation(quantizer: AbstractQuantizer, dense_dtype) -> None:
