@@ -14,8 +14,8 @@ from pipeline.recipe import PRESETS
 
 STEPS: dict[str, dict[str, Any]] = {
     "default": {},
-    "without the output factor (input curvature weighted with gradients)": {"sensitivity": "sequence"},
-    "without gradients (plain input curvature)": {"sensitivity": "input"},
+    "factors from gradients of whole windows (sketch of YAQA)": {"sensitivity": "sequence"},
+    "without gradients (second moment of the input, one-sided)": {"sensitivity": "input"},
     "without curvature and feedback (Fisher diagonal)": {"sensitivity": "fisher"},
     "without trellis (scalar codebooks)": {"candidates": PRESETS["fast"]["candidates"]},
     "without curvature, feedback and trellis (Fisher diagonal, scalar codebooks)": {
