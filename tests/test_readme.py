@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 SMALLER = "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --cost-rows 8"
 # What makes a command small enough for a test, by its first two words.
 EXTRA = {
-    "compress": SMALLER,
+    "compress": f"{SMALLER} --recover-samples 4 --recover-steps 4",
     "plan": SMALLER.replace("--eval-windows 2 --eval-seq-len 32 ", ""),
     "evaluate": "--num-windows 2 --seq-len 32",
     "generate": "--max-new-tokens 2",

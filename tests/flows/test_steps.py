@@ -37,7 +37,8 @@ def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_p
     from flows import steps
     from registry import Registry
 
-    unweighted = recipe | {"sensitivity": "none", "eval_windows": 0, "recover": True, "recover_steps": 2}
+    unweighted = recipe | {"sensitivity": "none", "eval_windows": 0, "recover": True}
+    unweighted |= {"recover_samples": 4, "recover_steps": 2}
     registry, out = str(tmp_path / "registry"), str(tmp_path / "out")
     job = steps.prepare.fn(unweighted, registry, out, "tiny", "cpu", True)
     statistics = steps.collect_statistics.fn(_another_process(job))
