@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import BFloat16, Float32, Int32
 from torch import Tensor
 
 from quantizers.blocks import num_blocks, spread, to_blocks
@@ -130,23 +130,27 @@ def rounded(components: Float32[Tensor, "components n"], form: FactorFormat) -> 
     """
     if form.bits == 16:
         return components.to(torch.bfloat16).float()
-    length = components.shape[1]
-    blocks = to_blocks(components, BLOCK_SIZE)
-    quantized = quantize_uniform(blocks.reshape(-1, BLOCK_SIZE), None, form.bits)
-    codes = quantized.codes.view(len(components), -1)[:, :length]
-    return codes * spread(quantized.scales.view(len(components), -1).float(), BLOCK_SIZE, length)
+    codes, scales = _codes_and_scales(components, form.bits, None)
+    return codes * spread(scales.float(), BLOCK_SIZE, components.shape[1])
 
 
 def _quantize(
     name: str, components: Float32[Tensor, "rank n"], bits: int, weights: Float32[Tensor, " n"] | None
 ) -> dict[str, Tensor]:
-    rank, length = components.shape
+    codes, scales = _codes_and_scales(components, bits, weights)
+    unsigned = (codes + largest_code(bits)).to(torch.uint8)
+    return {f"{name}_packed": pack(unsigned.reshape(-1), bits), f"{name}_scale": scales}
+
+
+def _codes_and_scales(
+    components: Float32[Tensor, "components n"], bits: int, weights: Float32[Tensor, " n"] | None
+) -> tuple[Int32[Tensor, "components n"], BFloat16[Tensor, "components blocks"]]:
+    count, length = components.shape
     blocks = to_blocks(components, BLOCK_SIZE)
     if weights is not None:
-        weights = to_blocks(weights.expand(rank, length), BLOCK_SIZE).reshape(-1, BLOCK_SIZE)
+        weights = to_blocks(weights.expand(count, length), BLOCK_SIZE).reshape(-1, BLOCK_SIZE)
     quantized = quantize_uniform(blocks.reshape(-1, BLOCK_SIZE), weights, bits)
-    codes = (quantized.codes + largest_code(bits)).to(torch.uint8).view(rank, -1)[:, :length]
-    return {f"{name}_packed": pack(codes.reshape(-1), bits), f"{name}_scale": quantized.scales.view(rank, -1)}
+    return quantized.codes.view(count, -1)[:, :length], quantized.scales.view(count, -1)
 
 
 def _dequantize(name: str, stored: dict[str, Tensor], bits: int, rank: int, length: int) -> Float32[Tensor, "rank n"]:
