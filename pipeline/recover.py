@@ -102,7 +102,7 @@ def recover(
             same for the same values.
         dense_bytes: memory for dense copies of packed weights, which are then not dequantized for each product.
     Raises:
-        CalibrationError: `tokens` has another shape or dtype.
+        CalibrationError: the tokens of `teacher` have another shape or dtype.
         NonFiniteError: the loss or its gradient is NaN or infinite.
         RecipeChangedError: `work` holds an unfinished recovery with other settings, tokens or starting values.
         RecipeError: the network has nothing of what `settings.train` names.
@@ -114,11 +114,7 @@ def recover(
     copied = min(dense_bytes, dense_dtype.itemsize * sum(m.in_features * m.out_features for m in packed))
     can_keep = activation_bytes(packed, tokens.shape[1]) < FREE_SHARE * (free_bytes(network.device) - copied)
     opened = opened_for_training(
-        network,
-        settings.train,
-        dense_bytes=dense_bytes,
-        dense_dtype=dense_dtype,
-        keep_activations=can_keep,
+        network, settings.train, dense_bytes=dense_bytes, dense_dtype=dense_dtype, keep_activations=can_keep
     )
     with opened as live:
         started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": _sha256(live)}

@@ -279,8 +279,8 @@ class Run:
 
         asked = {"num_top": num_top, "with_hidden": with_hidden}
         keyed = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device} | asked
-        # not `_step`: whether they are found or not, the stage is recovery
-        return self.registry.step("teacher", (), self._keyed(keyed), build, resume=self.resume, progress=self.progress)
+        # not `_step`: found or not, the stage is recovery; and every budget of a run that starts over shares them
+        return self.registry.step("teacher", (), self._keyed(keyed), build, progress=self.progress)
 
     @property
     def _recovery_windows(self) -> TokenWindows:
