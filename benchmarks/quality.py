@@ -1,6 +1,6 @@
 """Quality at equal stored bits: ours by preset, the published recipe, and other quantizers as installed.
 
-    python -m benchmarks.quality [--model demo] [--budgets 2.25 2.5 ...] [--presets default] [--peers] [--dither]
+    python -m benchmarks.quality [--model demo] [--budgets 2.25 2.5 ...] [--recipes default] [--peers] [--dither]
         [--device cuda]
 
 Prints one Markdown table. All rows have the same evaluation windows, count every stored bit, and see the same 64 x 512
@@ -38,7 +38,7 @@ from pipeline.evaluate import evaluate
 from pipeline.home import home
 from pipeline.model import Matrix, open_model
 from pipeline.parallel import map_in_order
-from pipeline.recipe import Recipe
+from pipeline.recipe import PRESETS, Recipe
 from pipeline.recovered import KEPT_FILE, read_kept
 from pipeline.run import Run
 from pipeline.stages import StageLog
@@ -50,6 +50,7 @@ from solvers import AllocationProblem, InfeasibleBudgetError, solve
 BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5, 4.0, 4.25)
 NUM_SAMPLES = 64
 RANK = 8
+PUBLISHED_RECIPE = "published"
 PUBLISHED = [LowRankPlus(NormalFloat(b, g, scale="absmax"), RANK) for b in (2, 3, 4, 8) for g in (16, 32, 64)]
 
 
@@ -231,7 +232,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="as `compress` takes it")
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
-    parser.add_argument("--presets", nargs="*", default=["fast", "default", "best"])
+    recipes = [PUBLISHED_RECIPE, "fast", "default", "best"]
+    parser.add_argument("--recipes", nargs="*", choices=recipes, default=recipes, help="our presets, and LQ-LoRA's")
     parser.add_argument("--peers", nargs="*", help="run them: all, or those named", metavar="PEER_OR_LABEL")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for our rows and the evaluation")
     parser.add_argument("--dither", action="store_true", help="take a copy with uniform dither of one step")
@@ -245,11 +247,12 @@ def main() -> None:
     print("| method | bits | perplexity | KL, nats/token | top-1 % | seconds | peak GB |")
     print("| --- | --: | --: | --: | --: | --: | --: |", flush=True)
     bench.row("original", 8 * sum(bench.model.tensors[m.name].size_bytes for m in bench.model.matrices), None, None)
-    published = Published(bench)
+    published = Published(bench) if PUBLISHED_RECIPE in asked.recipes else None
     for budget in asked.budgets:
         print(f"| **budget {budget}** | | | | | | |", flush=True)
-        published.row(budget)
-        for preset in asked.presets:
+        if published is not None:
+            published.row(budget)
+        for preset in (recipe for recipe in asked.recipes if recipe in PRESETS):
             ours(bench, seconds, f"ours, {preset}", preset, budget)
     if asked.peers is not None:
         print("| **others, at their own sizes** | | | | | | |", flush=True)

@@ -178,14 +178,16 @@ def test_another_budget_asks_the_original_nothing_new(loud_model_dir: Path, tmp_
 @pytest.mark.parametrize(
     ("changes", "error", "expected"),
     [
-        ({"seq_len": 300_000}, CalibrationError, "one is held out"),
+        ({"dataset": "one_window.txt"}, CalibrationError, "one is held out"),
         ({"recover_kl_weight": 0.0}, RecipeError, "nothing to train for"),
         ({"recover_train": ("factors",), "overrides": ()}, RecipeError, "rank 0 there are none"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_work(
-    changes: dict, error: type[Exception], expected: str, loud_model_dir: Path, tmp_path: Path
+    changes: dict, error: type[Exception], expected: str, loud_model_dir: Path, tmp_path: Path, monkeypatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one_window.txt").write_text("a " * 40 + "\n")  # more than 32 tokens, fewer than 64
     with pytest.raises(error, match=expected):
         run(loud_model_dir, tmp_path, **changes)
     assert not (tmp_path / "out.partial").exists()
