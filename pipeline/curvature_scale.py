@@ -76,16 +76,19 @@ def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[s
     """p [out, probes] and q [in, probes]."""
     rounding = TrellisCoded(2)
     assert learnt.input_curvature is not None
-    outputs, inputs = rounding.factors(matrix.shape, learnt, learnt.input_curvature.device)
+    sides = rounding.sides(matrix.shape, learnt, learnt.input_curvature.device)
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for factor, rotation, side in ((outputs, rounding.seed, "outputs"), (inputs, rounding.seed + 1, "inputs")):
+    for factor, rotation, side in (
+        (sides.outputs, rounding.seed, "outputs"),
+        (sides.inputs, rounding.seed + 1, "inputs"),
+    ):
         assert factor is not None
         if factor.damping > DAMPING:
             say(_degraded(matrix.name, side, factor.damping))
         white = torch.randn(len(factor.pivots), NUM_PROBES, generator=generator).to(factor.pivots.device)
-        rotated = torch.linalg.solve_triangular(factor.unit_upper.T, white, upper=False, unitriangular=True)
-        found.append(unrotate(rotated.T.contiguous(), rotation).T.contiguous())
+        probes = torch.linalg.solve_triangular(factor.unit_upper.T, white, upper=False, unitriangular=True)
+        found.append(unrotate(probes.T.contiguous(), rotation).T.contiguous())
     return found[0], found[1]
 
 

@@ -25,6 +25,8 @@ from quantizers.statistics import LayerStatistics, weighted_error
 from quantizers.transformers_plugin import quantization_config
 from quantizers.trellis_coded import TrellisCoded
 from quantizers.trellis_format import TrellisFormat
+from quantizers.variable_trellis import VariableTrellis
+from quantizers.variable_trellis_format import VariableTrellisFormat
 
 __all__ = [
     "QUANTIZERS",
@@ -49,6 +51,8 @@ __all__ = [
     "StorageFormat",
     "TrellisCoded",
     "TrellisFormat",
+    "VariableTrellis",
+    "VariableTrellisFormat",
     "quantization_config",
     "quantizer_from_label",
     "weighted_error",

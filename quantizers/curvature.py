@@ -44,12 +44,11 @@ class Triangular:
         return Triangular(torch.eye(size, device=device), torch.ones(size, device=device), damping)
 
     @functools.cached_property
-    def inverse_mean_square(self) -> float:
-        """|U^-1|^2 / n: how much larger errors are in the weight's own basis than in the triangular one, squared."""
-        size = len(self.pivots)
-        identity = torch.eye(size, device=self.unit_upper.device)
+    def inverse_squares(self) -> Float64[Tensor, " n"]:
+        """Squared norms of the rows of U^-1: what an error in the triangular basis comes to in the weight's own."""
+        identity = torch.eye(len(self.pivots), device=self.unit_upper.device)
         inverse = torch.linalg.solve_triangular(self.unit_upper, identity, upper=True, unitriangular=True)
-        return float(inverse.square().sum(dtype=torch.float64)) / size
+        return inverse.square().sum(dim=1, dtype=torch.float64)
 
     def in_blocks(self, size: int) -> "Triangular":
         """The same product with U the identity within blocks of `size`, for blocks that are rounded at one go."""

@@ -26,8 +26,10 @@ from quantizers.base import AbstractQuantizer
 from quantizers.curvature import Triangular, factorize
 from quantizers.lq import LowRankPlus, whitening_factors
 from quantizers.rotated import AbstractRotated
+from quantizers.sides import Sides
 from quantizers.statistics import LayerStatistics
 from solvers.low_rank import truncated_svd, whiten_both
+from solvers.whitening import Factor
 
 LARGEST_RANK = 16  # of the first spectrum; larger ranks make another
 # Share of a low-rank part's gain that is left when its factors are rounded (BENCHMARKS.md, factor bits).
@@ -49,13 +51,13 @@ class ErrorEstimator:
     ) -> None:
         self.weight, self.statistics = weight, statistics
         self.has_feedback = statistics is not None and statistics.input_curvature is not None
-        importance = _importance(weight, statistics)
+        importance = self._importance()
         self.importance_sum = float(importance.sum(dtype=torch.float64))
         rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
         self.sampled = weight[rows]
         self.sampled_importance = importance[rows].contiguous()
         self._errors: dict[AbstractQuantizer, float] = {}
-        self._factors: dict[tuple[int, tuple[int, int]], tuple[Triangular | None, Triangular]] = {}
+        self._sides: dict[tuple[int, tuple[int, int]], Sides] = {}
         self._captured: dict[object, Float64[Tensor, " ranks"]] = {}
 
     def error(self, quantizer: AbstractQuantizer) -> float:
@@ -81,24 +83,22 @@ class ErrorEstimator:
 
     def _rotated_error(self, quantizer: AbstractRotated) -> float:
         mean_square = float(self.weight.square().mean(dtype=torch.float64))
-        if not self.has_feedback:
-            return quantizer.distortion * mean_square * self.importance_sum
-        outputs, inputs = self._factors_of(quantizer)
-        by_rows = len(self.weight) if outputs is None else float(outputs.pivots.sum(dtype=torch.float64))
-        total = by_rows * float(inputs.pivots.sum(dtype=torch.float64))
-        return quantizer.distortion * mean_square * quantizer.growth(outputs, inputs) * total
+        loss = mean_square * quantizer.loss(self._sides_of(quantizer))
+        return loss if self.has_feedback else loss * self.importance_sum / self.weight.numel()
 
-    def _factors_of(self, quantizer: AbstractRotated) -> tuple[Triangular | None, Triangular]:
+    def _sides_of(self, quantizer: AbstractRotated) -> Sides:
         key = (quantizer.format.seed, quantizer.tile)
-        if key not in self._factors:
+        if key not in self._sides:
             shape = (self.weight.shape[0], self.weight.shape[1])
-            self._factors[key] = quantizer.factors(shape, self.statistics, self.weight.device)
-        return self._factors[key]
+            self._sides[key] = quantizer.sides(shape, self.statistics, self.weight.device)
+        return self._sides[key]
 
     def _captured_share(self, quantizer: LowRankPlus) -> float:
         """Of the whitened residual's energy, what the leading `rank` components hold."""
         plain, rank = quantizer.quantizer, quantizer.rank
-        key = (plain.format.seed, plain.tile) if isinstance(plain, AbstractRotated) else plain.format.codebook_name
+        key: object = plain.format.codebook_name
+        if isinstance(plain, AbstractRotated):
+            key = plain = plain.representative
         if key not in self._captured or len(self._captured[key]) < rank:
             most = min(LARGEST_RANK, *self.weight.shape)
             self._captured[key] = _leading_shares(self._whitened_residual(plain), max(rank, most))
@@ -109,16 +109,37 @@ class ErrorEstimator:
         learnt = self.statistics
         normal = _normal(self.weight.shape[0], self.weight.shape[1]).to(self.weight.device)
         if isinstance(plain, AbstractRotated) and self.has_feedback:
-            outputs, inputs = self._factors_of(plain)
-            columns_weighed = inputs.weigh(normal)
-            return columns_weighed if outputs is None else outputs.weigh(columns_weighed.T).T
-        rows, columns = whitening_factors(learnt)
+            sides = self._sides_of(plain)
+            columns_weighed = sides.inputs.weigh(normal * sides.spread_out(plain.distortions(sides)).sqrt())
+            return columns_weighed if sides.outputs is None else sides.outputs.weigh(columns_weighed.T).T
+        rows, columns = self._whitening
         if isinstance(plain, AbstractRotated):
             return whiten_both(normal, rows, columns)
-        if learnt is not None and learnt.input_curvature is not None:  # feedback from column to column
+        if self.has_feedback:  # from column to column
             errors = normal * self.weight.square().mean(dim=1, keepdim=True).sqrt()
-            return whiten_both(factorize(learnt.input_curvature).weigh(errors), rows, None)
+            return whiten_both(self._inputs.weigh(errors), rows, None)
         return whiten_both(self.weight - plain.quantize(self.weight, learnt).dequantize(), rows, columns)
+
+    def _importance(self) -> Float32[Tensor, "out in"]:
+        """Weights of independent errors: of plain rounding, or of rounding with feedback in the triangular basis."""
+        statistics = self.statistics
+        if statistics is None:
+            return torch.ones_like(self.weight)
+        if statistics.input_curvature is None:
+            return statistics.importance(len(self.weight))
+        outputs = statistics.output_curvature
+        rows = self.weight.new_ones(len(self.weight)) if outputs is None else outputs.diagonal()  # no feedback there
+        return rows[:, None] * self._inputs.pivots
+
+    @functools.cached_property
+    def _inputs(self) -> Triangular:
+        assert self.statistics is not None
+        assert self.statistics.input_curvature is not None
+        return factorize(self.statistics.input_curvature)
+
+    @functools.cached_property
+    def _whitening(self) -> tuple[Factor, Factor]:
+        return whitening_factors(self.statistics)
 
 
 def sample_rows(
@@ -141,17 +162,6 @@ def sample_rows(
     drawn = torch.searchsorted(share.cumsum(0), points).clamp_max(total - 1)
     rows, counts = drawn.unique(return_counts=True)
     return rows, counts / (num_rows * share[rows])
-
-
-def _importance(weight: Tensor, statistics: LayerStatistics | None) -> Tensor:
-    """Weights of independent errors: of plain rounding, or of rounding with feedback in the triangular basis."""
-    if statistics is None:
-        return torch.ones_like(weight)
-    if statistics.input_curvature is None:
-        return statistics.importance(len(weight))
-    outputs = statistics.output_curvature
-    rows = weight.new_ones(len(weight)) if outputs is None else outputs.diagonal()  # rows get no feedback
-    return rows[:, None] * factorize(statistics.input_curvature).pivots
 
 
 def _leading_shares(residual: Tensor, rank: int) -> Float64[Tensor, " ranks"]:

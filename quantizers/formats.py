@@ -9,9 +9,11 @@ from quantizers.integer_format import IntegerFormat
 from quantizers.lattice_format import LatticeFormat
 from quantizers.learned_format import LearnedFormat
 from quantizers.trellis_format import TrellisFormat
+from quantizers.variable_trellis_format import VariableTrellisFormat
 
 FORMATS: dict[str, type[StorageFormat]] = {
-    form.kind: form for form in (BlockFormat, IntegerFormat, LearnedFormat, TrellisFormat, LatticeFormat)
+    form.kind: form
+    for form in (BlockFormat, IntegerFormat, LearnedFormat, TrellisFormat, VariableTrellisFormat, LatticeFormat)
 }
 PACKED_NAMES = {*FACTOR_NAMES, *(name for form in FORMATS.values() for name in form.plain_names)}
 

@@ -9,13 +9,14 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Float64, Int64, UInt8
 from torch import Tensor
 
 from quantizers.lattice import DIMENSION, fine_encode, lattice_encode
 from quantizers.lattice_format import NUM_PATTERNS, STEPS, LatticeFormat, num_vectors
 from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
+from quantizers.sides import Sides
 
 # Standard normal numbers are multiplied by this before their points are looked up: by trial, as the STEPS beside them.
 NORMAL_SCALES = {2: 1.03, 3: 0.97, 4: 0.91}
@@ -48,13 +49,17 @@ class LatticeCoded(AbstractRotated):
         return TILE_HEIGHT, DIMENSION
 
     @property
-    def distortion(self) -> float:
+    def representative(self) -> "LatticeCoded":
         """See AbstractRotated."""
-        return _distortion(self.bits)
+        return LatticeCoded(2, seed=self.seed)
 
-    def rounder(self, shape: tuple[int, int], root_mean_square: Float32[Tensor, ""]) -> StoringRounder:
+    def distortions(self, sides: Sides) -> Float64[Tensor, "rows columns"]:
         """See AbstractRotated."""
-        return _LatticeRounder(self.format, shape, root_mean_square / NORMAL_SCALES[self.bits])
+        return sides.inputs.pivots.new_full((1, 1), _distortion(self.bits), dtype=torch.float64)
+
+    def rounder(self, root_mean_square: Float32[Tensor, ""], sides: Sides) -> StoringRounder:
+        """See AbstractRotated."""
+        return _LatticeRounder(self.format, sides.shape, root_mean_square / NORMAL_SCALES[self.bits])
 
 
 def encode_points(vectors: Float32[Tensor, "n 8"], form: LatticeFormat) -> UInt8[Tensor, "n bytes"]:

@@ -55,6 +55,11 @@ def trellis_levels(bits: int, state_bits: int = 8) -> Float32[Tensor, " state"]:
     return trained[f"{bits}.{state_bits}"].clone()
 
 
+def has_trellis_levels(bits: int, state_bits: int) -> bool:
+    """Were levels trained for these settings?"""
+    return f"{bits}.{state_bits}" in _trained_levels()
+
+
 @functools.cache
 def _trained_levels() -> dict[str, Tensor]:
     return load_file(LEVELS_FILE)

@@ -9,11 +9,12 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
+from quantizers.sides import Sides
 from quantizers.trellis import decode, encode, trellis_levels
 from quantizers.trellis_format import TILE, TrellisFormat, num_tiles
 
@@ -46,17 +47,22 @@ class TrellisCoded(AbstractRotated):
         return TILE, TILE
 
     @property
-    def distortion(self) -> float:
+    def representative(self) -> "TrellisCoded":
         """See AbstractRotated."""
-        return _distortion(self.bits, self.state_bits)
+        return TrellisCoded(2, seed=self.seed)
 
-    def rounder(self, shape: tuple[int, int], root_mean_square: Float32[Tensor, ""]) -> StoringRounder:
+    def distortions(self, sides: Sides) -> Float64[Tensor, "rows columns"]:
         """See AbstractRotated."""
-        return _TrellisRounder(self.format, shape, root_mean_square)
+        return sides.inputs.pivots.new_full((1, 1), trellis_distortion(self.bits, self.state_bits), dtype=torch.float64)
+
+    def rounder(self, root_mean_square: Float32[Tensor, ""], sides: Sides) -> StoringRounder:
+        """See AbstractRotated."""
+        return _TrellisRounder(self.format, sides.shape, root_mean_square)
 
 
 @functools.cache
-def _distortion(bits: int, state_bits: int) -> float:
+def trellis_distortion(bits: int, state_bits: int) -> float:
+    """Mean squared error of standard normal numbers."""
     levels = trellis_levels(bits, state_bits)
     values = torch.randn(64, TILE * TILE, generator=torch.Generator().manual_seed(0))
     return float((values - decode(encode(values, levels, bits), levels, bits)).square().mean())

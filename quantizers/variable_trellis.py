@@ -1,0 +1,115 @@
+"""Trellis-coded quantization with more bits where errors count more (QTIP, arXiv:2406.11235; tile_rates.py).
+
+Rounding with feedback leaves tiles whose errors count very differently. Where all have the same number of bits, those
+that are rounded last make up much of the loss; sharing the same bits out leaves 10 to 15% less. And the average may be
+any number of eighths of a bit. A million weights take 3.1 seconds with feedback on both sides (2.5 bits, one thread).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
+
+from quantizers.packing import pack
+from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
+from quantizers.sides import Sides
+from quantizers.tile_rates import TileRates, fill_tiles
+from quantizers.trellis import decode, encode
+from quantizers.trellis_coded import trellis_distortion
+from quantizers.trellis_format import TILE, num_tiles
+from quantizers.variable_trellis_format import WIDTHS, VariableTrellisFormat
+
+
+@dataclass(frozen=True)
+class VariableTrellis(AbstractRotated):
+    """A tail-biting path for every 16 x 16 tile of the rotated weight, of 1 to 5 bits a weight.
+
+    Attributes:
+        bits: bits a weight on average, 1 to 5 in eighths.
+        state_bits: 2**state_bits states at the widths that have levels for so many; time grows with their number.
+        seed: of the rotations.
+    """
+
+    bits: float
+    state_bits: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.format  # raises where a setting is out of range
+
+    @property
+    def format(self) -> VariableTrellisFormat:
+        """See AbstractQuantizer."""
+        return VariableTrellisFormat(self.bits, self.state_bits, self.seed)
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """See AbstractRotated."""
+        return TILE, TILE
+
+    def rates(self, sides: Sides) -> TileRates:
+        """Which tile gets how many bits."""
+        rows, columns = sides.tile_sums(lambda factor: factor.pivots.double())
+        return fill_tiles(rows, columns, self.format.total_bits(sides.shape))
+
+    @property
+    def representative(self) -> "VariableTrellis":
+        """See AbstractRotated."""
+        return VariableTrellis(3.0, seed=self.seed)
+
+    def distortions(self, sides: Sides) -> Float64[Tensor, "rows columns"]:
+        """See AbstractRotated."""
+        bits = self.rates(sides).bits()
+        by_width = [trellis_distortion(width, self.format.state_bits_of(width)) for width in WIDTHS]
+        return torch.tensor(by_width, dtype=torch.float64, device=bits.device)[bits - WIDTHS[0]]
+
+    def rounder(self, root_mean_square: Float32[Tensor, ""], sides: Sides) -> StoringRounder:
+        """See AbstractRotated."""
+        return _VariableRounder(self.format, sides.shape, root_mean_square, self.rates(sides))
+
+
+class _VariableRounder:
+    """A TileRounder; `plain` gives the tensors to store once every tile is rounded."""
+
+    def __init__(self, form: VariableTrellisFormat, shape: tuple[int, int], scale: Tensor, rates: TileRates) -> None:
+        self.scale, self.rates = scale, rates
+        self.bits = rates.bits()
+        self.levels = {width: form.levels_of(width, form.levels.to(scale.device)) for width in WIDTHS}
+        self.symbols = torch.zeros((*num_tiles(shape), TILE * TILE), dtype=torch.uint8, device=scale.device)
+
+    def round_tiles(
+        self,
+        rows: Int64[Tensor, " tiles"],
+        columns: Int64[Tensor, " tiles"],
+        target: Float32[Tensor, "tiles height width"],
+        right: Float32[Tensor, "tiles width width"],
+    ) -> Float32[Tensor, "tiles height width"]:
+        """See TileRounder; there is no feedback within a tile."""
+        places = stacked_places(rows, columns, target, TILE)
+        widths = self.bits[places]
+        tiles = (target / self.scale.clamp_min(TINY)).reshape(-1, TILE * TILE)
+        symbols, values = torch.empty_like(tiles, dtype=torch.uint8), torch.empty_like(tiles)
+        for width in widths.unique().tolist():
+            here = widths == width
+            symbols[here] = encode(tiles[here], self.levels[width], width)
+            values[here] = decode(symbols[here], self.levels[width], width)
+        self.symbols[places] = symbols
+        return (values * self.scale).view(target.shape)
+
+    def plain(self) -> dict[str, Tensor]:
+        """The tensors of `VariableTrellisFormat.plain_specs`."""
+        widths, symbols = self.bits.view(-1), self.symbols.flatten(0, 1)
+        words: list[Tensor] = [symbols.new_empty(0, dtype=torch.int32)] * len(widths)
+        for width in widths.unique().tolist():
+            here = (widths == width).nonzero()[:, 0]
+            own = pack(symbols[here].view(-1), width).view(len(here), -1)
+            for tile, packed in zip(here.tolist(), own, strict=True):
+                words[tile] = packed
+        return {
+            "weight_packed": torch.cat(words),
+            "weight_scale": self.scale.reshape(1),
+            "weight_row_rates": self.rates.rows,
+            "weight_column_rates": self.rates.columns,
+            "weight_num_ahead": self.rates.num_ahead,
+        }
