@@ -16,6 +16,7 @@ from quantizers import (
     LowRankPlus,
     NormalFloat,
     TrellisCoded,
+    VariableTrellis,
 )
 
 # bits, block_size, scale_bits, super_block: every code width, block size and scale width at least once.
@@ -51,11 +52,14 @@ LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
 ROTATED_QUANTIZERS: list[AbstractQuantizer] = [
     *(TrellisCoded(bits) for bits in (1, 2, 3, 4, 5)),
     TrellisCoded(2, 10, seed=7),
+    *(VariableTrellis(bits) for bits in (1.0, 2.25, 3.5, 5.0)),
+    VariableTrellis(2.5, 10, seed=7),
     *(LatticeCoded(bits) for bits in (2, 3, 4)),
     LatticeCoded(2, seed=7),
 ]
 ROTATED_LOW_RANK_QUANTIZERS: list[AbstractQuantizer] = [
     LowRankPlus(TrellisCoded(2), 2, 8, max_iterations=1),
+    LowRankPlus(VariableTrellis(2.125), 2, 4, max_iterations=1),
     LowRankPlus(LatticeCoded(3), 1, max_iterations=1),
 ]
 BLOCK_QUANTIZERS = PLAIN_QUANTIZERS + LOW_RANK_QUANTIZERS

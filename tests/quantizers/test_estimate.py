@@ -14,6 +14,7 @@ from quantizers import (
     LowRankPlus,
     NormalFloat,
     TrellisCoded,
+    VariableTrellis,
     weighted_error,
 )
 from quantizers.estimate import sample_rows
@@ -21,7 +22,11 @@ from tests.quantizers.helpers import normal_weight, quantizer_id, uneven_statist
 from tests.quantizers.test_feedback import correlated
 
 BLOCK_QUANTIZERS: list[AbstractQuantizer] = [NormalFloat(4), LloydMax(3, 32, 4), Integer(3, 32, 4), KMeans(2)]
-ROTATED_QUANTIZERS: list[AbstractQuantizer] = [TrellisCoded(2), *(LatticeCoded(bits) for bits in (2, 3, 4))]
+ROTATED_QUANTIZERS: list[AbstractQuantizer] = [
+    TrellisCoded(2),
+    VariableTrellis(2.5),
+    *(LatticeCoded(bits) for bits in (2, 3, 4)),
+]
 
 
 def statistics_of(kind: str, shape: tuple[int, int]) -> LayerStatistics | None:
@@ -104,7 +109,7 @@ def test_one_strong_direction_of_the_input_is_worth_a_rank(plain: AbstractQuanti
 def test_more_bits_are_expected_to_lose_less() -> None:
     weight, statistics = normal_weight((96, 192)), statistics_of("input", (96, 192))
     estimator = ErrorEstimator(weight, statistics, num_rows=32, seed=0)
-    for family in (LloydMax, Integer, KMeans, TrellisCoded, LatticeCoded):
+    for family in (LloydMax, Integer, KMeans, TrellisCoded, VariableTrellis, LatticeCoded):
         errors = [estimator.error(family(bits)) for bits in (2, 3, 4)]
         assert errors == sorted(errors, reverse=True)
 

@@ -17,6 +17,7 @@ from quantizers import (
     NormalFloat,
     QuantizedTensor,
     TrellisCoded,
+    VariableTrellis,
     weighted_error,
 )
 from quantizers.blocks import spread
@@ -158,6 +159,7 @@ QUANTIZERS: list[AbstractQuantizer] = [
     Integer(3, 32, 6),
     KMeans(3, 32, 6),
     TrellisCoded(2),
+    VariableTrellis(2.0),
     LatticeCoded(2),
 ]
 

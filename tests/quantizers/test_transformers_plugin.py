@@ -26,6 +26,7 @@ from quantizers import (
     QuantizedLinear,
     QuantizedTensor,
     TrellisCoded,
+    VariableTrellis,
     quantization_config,
 )
 from tests.models import build_llama, save_model
@@ -42,6 +43,7 @@ OTHER_KINDS: list[AbstractQuantizer] = [
     Integer(3, 32, 4),
     KMeans(3, 32, 4),
     TrellisCoded(3),
+    VariableTrellis(2.75),
     *(LatticeCoded(bits) for bits in (2, 3, 4)),
     LowRankPlus(KMeans(2), 2),
 ]
