@@ -23,6 +23,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "candidates": PRESETS["fast"]["candidates"],
     },
     "without low-rank parts": {"ranks": (0,)},
+    "with bits by tiles": {"candidates": tuple(f"vtrellis{quarters / 4:g}" for quarters in range(4, 21))},
     "with 1024 states": {"candidates": PRESETS["best"]["candidates"]},
     "with recovery": {"recover": True},
     "with 1024 states and recovery": {"candidates": PRESETS["best"]["candidates"], "recover": True},
