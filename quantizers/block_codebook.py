@@ -40,7 +40,7 @@ def quantize_blocks(
     """
     weight = finite_float32(weight)
     levels = form.levels.to(weight.device)
-    plain = round_onto_levels(weight, metric_of(statistics), form, levels, scale)
+    plain = round_onto_levels(weight, metric_of(statistics, form.block_size), form, levels, scale)
     return QuantizedTensor(form, (weight.shape[0], weight.shape[1]), plain, levels)
 
 

@@ -1,7 +1,8 @@
 """Rounding block by block under parameters (a scale, perhaps a zero-point) that are found for each block.
 
 Without a curvature all blocks are rounded at once. With one, a tile is one column of blocks: its parameters are
-found when it has taken up all errors before it, and inside of it each column's error is passed on to the next.
+found when it has taken up all errors before it, and inside of it each column's error is passed on to the next. Tiles
+and their columns take turns as column_order.py says; codes and parameters are stored in the weight's own order.
 (Feedback between rows too makes targets that outgrow scales of few bits: a model came out worse by it.)
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.blocks import to_blocks
-from quantizers.curvature import Triangular, factorize
+from quantizers.column_order import OrderedColumns, order_columns
 from quantizers.feedback import round_with_feedback
 from quantizers.packing import pack
 from quantizers.statistics import LayerStatistics
@@ -24,7 +25,7 @@ from quantizers.stored_scales import BlockColumns
 FindParameters = Callable[[Tensor, Tensor | None], Float32[Tensor, "n parameters"]]
 # Weights [out, tiles, columns] -> the codes nearest to them under their blocks' parameters, and the values of these.
 RoundWeights = Callable[[Tensor], tuple[UInt8[Tensor, "out tiles columns"], Float32[Tensor, "out tiles columns"]]]
-Metric = Float[Tensor, "out in"] | Triangular | None  # a Fisher diagonal, factors of H_I, or nothing known
+Metric = Float[Tensor, "out in"] | OrderedColumns | None  # a Fisher diagonal, factors of H_I, or nothing known
 
 
 @runtime_checkable
@@ -40,12 +41,12 @@ class BlockParameters(Protocol):
         ...
 
 
-def metric_of(statistics: LayerStatistics | None) -> Metric:
+def metric_of(statistics: LayerStatistics | None, block_size: int) -> Metric:
     """What rounding block by block heeds of the statistics."""
     if statistics is None:
         return None
     if statistics.input_curvature is not None:
-        return factorize(statistics.input_curvature)
+        return order_columns(statistics.input_curvature, block_size)
     return statistics.fisher_diag
 
 
@@ -65,16 +66,15 @@ def round_blocks(
     """
     size = form.block_size
     blocks = to_blocks(weight, size)
-    weights = metric.pivots.expand(weight.shape) if isinstance(metric, Triangular) else metric
+    weights = metric.pivots.expand(weight.shape) if isinstance(metric, OrderedColumns) else metric
     if weights is None and weight.shape[1] % size:
         weights = torch.ones_like(weight)  # and 0 for the padding, which must not count
     importance = None if weights is None else to_blocks(weights, size).reshape(-1, size)
     first = find(blocks.reshape(-1, size), importance).view(*blocks.shape[:2], -1)
     parameters = parameters_of(first)
-    if isinstance(metric, Triangular):
-        pivots = to_blocks(metric.pivots[None], size)[0]
-        rounder = _BlockRounder(pivots, find, parameters, torch.zeros_like(blocks, dtype=torch.uint8))
-        round_with_feedback(weight, None, metric, (1, size), rounder)
+    if isinstance(metric, OrderedColumns):
+        rounder = _BlockRounder(metric, size, find, parameters, torch.zeros_like(blocks, dtype=torch.uint8))
+        round_with_feedback(weight[:, metric.columns], None, metric.factor, (1, size), rounder)
         codes = rounder.codes
     else:
         codes, _ = parameters.store(slice(None), first)(blocks)
@@ -83,16 +83,23 @@ def round_blocks(
 
 
 class _BlockRounder:
-    """A TileRounder for tiles that hold all rows."""
+    """A TileRounder for tiles that hold all rows and are whole blocks, in another order than the weight's."""
 
     def __init__(
         self,
-        importance: Float32[Tensor, "blocks block_size"],
+        order: OrderedColumns,
+        size: int,
         find: FindParameters,
         parameters: BlockParameters,
         codes: UInt8[Tensor, "out blocks block_size"],
     ) -> None:
-        self.importance, self.find, self.parameters, self.codes = importance, find, parameters, codes
+        self.find, self.parameters, self.codes = find, parameters, codes
+        self.importance = to_blocks(order.factor.pivots[None], size)[0]
+        columns = to_blocks(order.columns[None], size)[0]  # of each tile; 0 for the padding of the last
+        self.blocks = columns[:, 0] // size
+        places = torch.arange(size, device=columns.device)
+        padding = torch.arange(columns.numel(), device=columns.device).view_as(columns) >= len(order.columns)
+        self.places = torch.where(padding, places, columns % size)  # of a tile's columns in their block
 
     def round_tiles(
         self,
@@ -106,8 +113,9 @@ class _BlockRounder:
         size = target.shape[2]
         importance = self.importance[columns].expand(target.shape)
         found = self.find(target.reshape(-1, size), importance.reshape(-1, size)).view(*target.shape[:2], -1)
-        codes, values = _columns_in_turn(target, self.parameters.store(columns, found), right)
-        self.codes[:, columns] = codes
+        blocks = self.blocks[columns]
+        codes, values = _columns_in_turn(target, self.parameters.store(blocks, found), right)
+        self.codes[:, blocks[:, None], self.places[columns]] = codes
         return values.transpose(0, 1)
 
 

@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
+from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.base import AbstractQuantizer
-from quantizers.curvature import Triangular, factorize
+from quantizers.column_order import OrderedColumns, order_columns
 from quantizers.lq import LowRankPlus, whitening_factors
 from quantizers.rotated import AbstractRotated
 from quantizers.sides import Sides
@@ -50,12 +51,13 @@ class ErrorEstimator:
         self, weight: Float32[Tensor, "out in"], statistics: LayerStatistics | None, *, num_rows: int, seed: int
     ) -> None:
         self.weight, self.statistics = weight, statistics
+        self._orders: dict[int, OrderedColumns] = {}
+        self._importances: dict[int, Tensor] = {}
         self.has_feedback = statistics is not None and statistics.input_curvature is not None
-        importance = self._importance()
+        importance = self._importance(block_size=1)
         self.importance_sum = float(importance.sum(dtype=torch.float64))
-        rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
-        self.sampled = weight[rows]
-        self.sampled_importance = importance[rows].contiguous()
+        self.rows, self.times = sample_rows(importance.sum(dim=1) * weight.square().mean(dim=1), num_rows, seed)
+        self.sampled = weight[self.rows]
         self._errors: dict[AbstractQuantizer, float] = {}
         self._sides: dict[tuple[int, tuple[int, int]], Sides] = {}
         self._captured: dict[object, Float64[Tensor, " ranks"]] = {}
@@ -76,9 +78,10 @@ class ErrorEstimator:
         return self._errors[quantizer]
 
     def _sampled_error(self, quantizer: AbstractQuantizer) -> float:
-        statistics = None if self.statistics is None else LayerStatistics(fisher_diag=self.sampled_importance)
+        importance = self._sampled_importance(_block_size(quantizer))
+        statistics = None if self.statistics is None else LayerStatistics(fisher_diag=importance)
         residual = self.sampled - quantizer.quantize(self.sampled, statistics).dequantize()
-        errors = (residual.square() * self.sampled_importance).sum(dim=1, dtype=torch.float64)
+        errors = (residual.square() * importance).sum(dim=1, dtype=torch.float64)
         return float(errors @ self.times)
 
     def _rotated_error(self, quantizer: AbstractRotated) -> float:
@@ -117,10 +120,15 @@ class ErrorEstimator:
             return whiten_both(normal, rows, columns)
         if self.has_feedback:  # from column to column
             errors = normal * self.weight.square().mean(dim=1, keepdim=True).sqrt()
-            return whiten_both(self._inputs.weigh(errors), rows, None)
+            return whiten_both(self._columns(_block_size(plain)).factor.weigh(errors), rows, None)
         return whiten_both(self.weight - plain.quantize(self.weight, learnt).dequantize(), rows, columns)
 
-    def _importance(self) -> Float32[Tensor, "out in"]:
+    def _sampled_importance(self, block_size: int) -> Float32[Tensor, "rows in"]:
+        if block_size not in self._importances:
+            self._importances[block_size] = self._importance(block_size)[self.rows].contiguous()
+        return self._importances[block_size]
+
+    def _importance(self, block_size: int) -> Float32[Tensor, "out in"]:
         """Weights of independent errors: of plain rounding, or of rounding with feedback in the triangular basis."""
         statistics = self.statistics
         if statistics is None:
@@ -129,17 +137,24 @@ class ErrorEstimator:
             return statistics.importance(len(self.weight))
         outputs = statistics.output_curvature
         rows = self.weight.new_ones(len(self.weight)) if outputs is None else outputs.diagonal()  # no feedback there
-        return rows[:, None] * self._inputs.pivots
+        return rows[:, None] * self._columns(block_size).pivots
 
-    @functools.cached_property
-    def _inputs(self) -> Triangular:
-        assert self.statistics is not None
-        assert self.statistics.input_curvature is not None
-        return factorize(self.statistics.input_curvature)
+    def _columns(self, block_size: int) -> OrderedColumns:
+        if block_size not in self._orders:
+            assert self.statistics is not None
+            assert self.statistics.input_curvature is not None
+            self._orders[block_size] = order_columns(self.statistics.input_curvature, block_size)
+        return self._orders[block_size]
 
     @functools.cached_property
     def _whitening(self) -> tuple[Factor, Factor]:
         return whitening_factors(self.statistics)
+
+
+def _block_size(quantizer: AbstractQuantizer) -> int:
+    """Columns that are rounded one after the other; 1 where nobody knows."""
+    form = quantizer.format
+    return form.block_size if isinstance(form, AbstractBlockFormat) else 1
 
 
 def sample_rows(

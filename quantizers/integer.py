@@ -50,7 +50,9 @@ class Integer(AbstractQuantizer):
         """See AbstractQuantizer."""
         weight, form = finite_float32(weight), self.format
         find = partial(search_affine, bits=self.bits)
-        plain = round_blocks(weight, metric_of(statistics), form, find, lambda first: _IntegerParameters(first, form))
+        plain = round_blocks(
+            weight, metric_of(statistics, form.block_size), form, find, lambda first: _IntegerParameters(first, form)
+        )
         return QuantizedTensor(form, (weight.shape[0], weight.shape[1]), plain, form.levels.to(weight.device))
 
 

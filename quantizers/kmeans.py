@@ -19,7 +19,7 @@ from quantizers.block_codebook import round_onto_levels
 from quantizers.block_rounding import Metric, metric_of
 from quantizers.blocks import spread
 from quantizers.codebooks import lloyd_max
-from quantizers.curvature import Triangular
+from quantizers.column_order import OrderedColumns
 from quantizers.learned_format import LearnedFormat
 from quantizers.packing import unpack
 from quantizers.quantized import QuantizedTensor
@@ -62,9 +62,9 @@ class KMeans(AbstractQuantizer):
         With a curvature the levels are fitted to plain rounding in its triangular basis, where errors are
         independent, and then take part in rounding with feedback, as Lloyd-Max's do: the better of the two is kept.
         """
-        weight, metric = finite_float32(weight), metric_of(statistics)
+        weight, metric = finite_float32(weight), metric_of(statistics, self.block_size)
         start = _as_stored(lloyd_max(self.bits).to(weight.device))
-        if not isinstance(metric, Triangular):
+        if not isinstance(metric, OrderedColumns):
             return self._fit(weight, metric, start)
         levels = self._fit(weight, metric.pivots.expand(weight.shape), start).plain["weight_levels"].float()
         results = [self._round(weight, metric, levels) for levels in (levels, start)]
