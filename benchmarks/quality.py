@@ -1,7 +1,7 @@
 """Quality at equal stored bits: ours by preset, the published recipe, and other quantizers as installed.
 
     python -m benchmarks.quality [--model demo] [--budgets 2.25 2.5 ...] [--recipes default] [--peers] [--dither]
-        [--device cuda]
+        [--uniform lloyd3-g32-s4 ...] [--device cuda]
 
 Prints one Markdown table. All rows have the same evaluation windows, count every stored bit, and see the same 64 x 512
 tokens of calibration text; only recovery trains on more of that text. What was made before, with the same settings and
@@ -10,6 +10,7 @@ code, is taken from the registry; seconds are then those of the making, kept bes
     ours, PRESET     `compress` as a user runs it: statistics, cost table, plan, matrices, recovery
     LQ-LoRA          the published recipe with our parts: absmax NormalFloat, integer program over Fisher-weighted
                      errors, rank 8 in 16 bits for every matrix, no recovery
+    uniform          one quantizer for all matrices, by its label
     others           see benchmarks/peers: each in a process of its own, dequantized by itself
 """
 
@@ -43,7 +44,7 @@ from pipeline.recovered import KEPT_FILE, read_kept
 from pipeline.run import Run
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics
-from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, NormalFloat
+from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, NormalFloat, quantizer_from_label
 from registry import Artifact, Registry
 from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
@@ -211,6 +212,16 @@ class Published:
         return cost_table(matrices, offered, cost=lambda name, label: found[name][label])
 
 
+def uniform(bench: Bench, labels: list[str]) -> None:
+    """One quantizer for all matrices, under the default's statistics."""
+    artifact = bench.run_of("default", 3.0).statistics()
+    assert artifact is not None
+    learnt = Statistics.open(lambda name: bench.registry.path(artifact, name)).of
+    for label in labels:
+        quantizer = quantizer_from_label(label)
+        quantized(bench, label, lambda matrix, quantizer=quantizer: quantizer, learnt)
+
+
 def others(bench: Bench, only: list[str]) -> None:
     """The peers, each as installed."""
     folder = home() / "peers" / bench.model.digest[:12]
@@ -231,11 +242,12 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="as `compress` takes it")
-    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
+    parser.add_argument("--budgets", type=float, nargs="*", default=BUDGETS, help="bits per parameter")
     recipes = [PUBLISHED_RECIPE, "fast", "default", "best"]
     parser.add_argument("--recipes", nargs="*", choices=recipes, default=recipes, help="our presets, and LQ-LoRA's")
     parser.add_argument("--peers", nargs="*", help="run them: all, or those named", metavar="PEER_OR_LABEL")
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for our rows and the evaluation")
+    parser.add_argument("--uniform", nargs="*", default=[], help="one quantizer for all matrices", metavar="LABEL")
     parser.add_argument("--dither", action="store_true", help="take a copy with uniform dither of one step")
     asked = parser.parse_args()
     model = asked.model
@@ -254,6 +266,9 @@ def main() -> None:
             published.row(budget)
         for preset in (recipe for recipe in asked.recipes if recipe in PRESETS):
             ours(bench, seconds, f"ours, {preset}", preset, budget)
+    if asked.uniform:
+        print("| **uniform** | | | | | | |", flush=True)
+        uniform(bench, asked.uniform)
     if asked.peers is not None:
         print("| **others, at their own sizes** | | | | | | |", flush=True)
         others(bench, asked.peers)

@@ -22,7 +22,13 @@ from quantizers.linear import QuantizedLinear
 QUANT_METHOD = "bitsmith"
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
-STORED_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+STORED_DTYPES = {
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 
 
 def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]]]) -> dict[str, Any]:

@@ -41,8 +41,13 @@ RECOVERED: dict[str, Any] = SMALL | {
     "recover_steps": 6,
     "recover_learning_rate": 3e-3,
 }
-# Every kind of stored tensor is there: a block format with factors of 8 bits, one without, and a trellis.
-FIXED = (("down_proj", "lloyd2-g32-s4-r2-f8"), ("gate_proj", "lloyd2-g32-s4"), ("up_proj", "trellis2-r2"))
+# Every kind of stored tensor is there: a block format with factors of 8 bits, one without, and trellises.
+FIXED = (
+    ("down_proj", "lloyd2-g32-s4-r2-f8"),
+    ("gate_proj", "lloyd2-g32-s4"),
+    ("up_proj", "trellis2-r2"),
+    ("o_proj", "vtrellis2.5"),
+)
 
 
 def run(model: Path, place: Path, **changes: Any) -> Compressed:
@@ -92,6 +97,8 @@ def test_scales_factors_and_norms_change_and_nothing_else(finished, plain: Path)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     layer = "model.layers.0.mlp"
     assert f"{layer}.up_proj.weight_scale" in changed
+    assert "model.layers.0.self_attn.o_proj.weight_scale" in changed
+    assert not any(name.endswith(("_rates", "_ahead")) for name in changed)
     assert f"{layer}.gate_proj.weight_scale_step" in changed
     assert f"{layer}.down_proj.low_rank_out_packed" in changed
     assert f"{layer}.up_proj.low_rank_in" in changed
