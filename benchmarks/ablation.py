@@ -23,7 +23,9 @@ STEPS: dict[str, dict[str, Any]] = {
         "candidates": PRESETS["fast"]["candidates"],
     },
     "without low-rank parts": {"ranks": (0,)},
-    "with bits by tiles": {"candidates": tuple(f"vtrellis{quarters / 4:g}" for quarters in range(4, 21))},
+    "with bits by tiles": {
+        "candidates": (*(f"vtrellis{quarters / 4:g}" for quarters in range(4, 21)), "lloyd6-g64-s6", "nf8-g64-s8")
+    },
     "with 1024 states": {"candidates": PRESETS["best"]["candidates"]},
     "with recovery": {"recover": True},
     "with 1024 states and recovery": {"candidates": PRESETS["best"]["candidates"], "recover": True},

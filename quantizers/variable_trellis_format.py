@@ -13,11 +13,12 @@ The tiles' bits add up to the whole part of `bits` times the number of tiles. Wh
 last tiles are padded, and the padding is stored. The levels of all widths stand one after the other, 1 bit first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from quantizers.format import TensorSpecs
@@ -119,19 +120,25 @@ class VariableTrellisFormat(AbstractRotatedFormat):
         rates = TileRates(stored["weight_row_rates"], stored["weight_column_rates"], stored["weight_num_ahead"])
         bits = rates.bits()
         rows, columns = bits.shape
-        widths = bits.view(-1)
-        ends = WORDS_A_BIT * widths.cumsum(0)
-        if int(ends[-1]) != len(words):
+        num_words = WORDS_A_BIT * int(bits.sum())
+        if num_words != len(words):
             raise ValueError(
-                f"the tiles take {int(ends[-1])} words by their rates, but {len(words)} are there; the file is damaged"
+                f"the tiles take {num_words} words by their rates, but {len(words)} are there; the file is damaged"
             )
         tiles = levels.new_empty(rows * columns, TILE * TILE)
-        for width in WIDTHS:
-            here = (widths == width).nonzero()[:, 0]
-            if len(here):
-                along = torch.arange(WORDS_A_BIT * width, device=words.device)
-                own = words[(ends[here] - WORDS_A_BIT * width)[:, None] + along]
-                symbols = unpack(own.view(-1), width, len(here) * TILE * TILE).view(-1, TILE * TILE)
-                tiles[here] = decode(symbols, self.levels_of(width, levels), width)
+        for width, here, places in tiles_by_width(bits):
+            symbols = unpack(words[places].view(-1), width, len(here) * TILE * TILE).view(-1, TILE * TILE)
+            tiles[here] = decode(symbols, self.levels_of(width, levels), width)
         tiles = (tiles * stored["weight_scale"]).view(rows, columns, TILE, TILE)
         return self.unrotate(from_tiles(tiles)[: shape[0], : shape[1]])
+
+
+def tiles_by_width(
+    bits: Int64[Tensor, "rows columns"],
+) -> Iterator[tuple[int, Int64[Tensor, " tiles"], Int64[Tensor, "tiles words"]]]:
+    """Each width that occurs, the tiles that have it (counted row by row), and where their words stand."""
+    widths = bits.view(-1)
+    starts = WORDS_A_BIT * (widths.cumsum(0) - widths)
+    for width in widths.unique().tolist():
+        here = (widths == width).nonzero()[:, 0]
+        yield width, here, starts[here, None] + torch.arange(WORDS_A_BIT * width, device=bits.device)
