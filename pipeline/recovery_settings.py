@@ -16,7 +16,7 @@ class RecoverySettings(BaseModel):
 
     train: tuple[Kind, ...] = Field(("factors", "norms"), min_length=1, description="see pipeline/trainable.py")
     steps: int = Field(100, ge=1, description="of the optimizer, at most")
-    batch_windows: int = Field(4, ge=1, description="windows a step, one forward and backward pass each")
+    batch_windows: int = Field(2, ge=1, description="windows a step, one forward and backward pass each")
     learning_rate: float = Field(1e-3, gt=0, description="at its height, of AdamW without decay")
     warmup_share: float = Field(0.1, ge=0, lt=1, description="of the steps, linear; the rest falls as a half cosine")
     clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient over all that is trained")
@@ -26,7 +26,7 @@ class RecoverySettings(BaseModel):
     num_top: int = Field(64, ge=1, description="tokens a position that are told apart in the divergence")
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the windows, the last ones, never trained on")
     most_held_out: int = Field(16, ge=1, description="and no more windows than these")
-    check_every: int = Field(20, ge=1, description="steps between measurements on the held-out windows")
+    check_every: int = Field(30, ge=1, description="steps between measurements on the held-out windows")
     patience: int = Field(3, ge=1, description="measurements in a row without a gain after which it stops")
     compute: Compute = Field("bfloat16", description="of the matrix products, by autocast")
     seed: int = Field(0, ge=0, description="of the order of the windows")
