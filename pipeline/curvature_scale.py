@@ -11,16 +11,15 @@ labels drawn from the model,
 is set against what the factors expect of the same probes, tr(H_O E H_I E^T). The ratio is the matrix's scale.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.degraded import say_if_degraded
 from pipeline.model import Matrix, Model
 from quantizers import LayerStatistics, TrellisCoded
-from quantizers.curvature import DAMPING
 from quantizers.hadamard import unrotate
 
 NUM_PROBES = 64
@@ -84,21 +83,11 @@ def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[s
         (sides.inputs, rounding.seed + 1, "inputs"),
     ):
         assert factor is not None
-        if factor.damping > DAMPING:
-            say(_degraded(matrix.name, side, factor.damping))
+        say_if_degraded(matrix.name, side, factor, say)
         white = torch.randn(len(factor.pivots), NUM_PROBES, generator=generator).to(factor.pivots.device)
         probes = torch.linalg.solve_triangular(factor.unit_upper.T, white, upper=False, unitriangular=True)
         found.append(unrotate(probes.T.contiguous(), rotation).T.contiguous())
     return found[0], found[1]
-
-
-def _degraded(name: str, side: str, damping: float) -> str:
-    if math.isinf(damping):
-        return (
-            f"{name}: the calibration text tells nothing about its {side}, so their errors all count alike and none "
-            "makes up for another. More or other text may help."
-        )
-    return f"{name}: the curvature of its {side} is nearly singular; {damping:g} of its mean was added to the diagonal."
 
 
 def _probing(out: Tensor, into: Tensor, response: Tensor):

@@ -29,6 +29,7 @@ from pipeline.atomic import replace_file, write_json
 from pipeline.calibration import TokenWindows
 from pipeline.curvature_scale import measure_scales
 from pipeline.curvature_sums import Metric, Sums, sums_of
+from pipeline.degraded import say_all_degraded
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
 from pipeline.progress import SILENT, Progress
@@ -108,7 +109,10 @@ def collect_statistics(
         "scales": {},
     }
     _write(model, running, work / "out", facts)
-    if network is not None and num_checked:
+    found = Statistics.open(lambda name: work / "out" / name)
+    if not num_checked:
+        say_all_degraded(model.matrices, found.of, progress.say)
+    elif network is not None:
 
         def run_windows() -> Iterator[int]:
             titled = progress.track(checked, "Scale of the curvature", total=num_checked)
@@ -116,7 +120,6 @@ def collect_statistics(
                 _one_window(network, tokens.to(device), sums, index, seed)
                 yield tokens.numel()
 
-        found = Statistics.open(lambda name: work / "out" / name)
         scales = measure_scales(network, model, found.of, run_windows, seed=seed, device=device, say=progress.say)
         facts["scales"] = {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()}
         write_json(work / "out" / "statistics.json", facts)

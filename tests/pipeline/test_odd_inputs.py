@@ -7,10 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.calibration import token_windows
 from pipeline.compress import Compressed, compress
+from pipeline.curvature_sums import Metric
 from pipeline.errors import BudgetError
+from pipeline.model import open_model
 from pipeline.packed import load_packed
 from pipeline.recipe import PRESETS, Recipe
+from pipeline.statistics import collect_statistics
 from registry import Registry
 from tests.pipeline.small import SMALL
 
@@ -58,6 +62,35 @@ def test_a_strange_matrix_ends_in_a_valid_checkpoint(change, matrix: str, tiny_m
 def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     done = default_run(request.getfixturevalue(folder), tmp_path, budget="5bpw", ranks=(1,))
     assert done.plan.bits_per_param <= 5
+
+
+class Notes:
+    """A progress that remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def track(self, items, description, total=None, done=0):
+        yield from items
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+@pytest.mark.parametrize("metric", ["kronecker", "sequence", "input"])
+@pytest.mark.parametrize("num_samples", [1, 4], ids="{} windows".format)
+def test_inputs_that_are_always_zero_are_told_of(
+    metric: Metric, num_samples: int, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = changed(tiny_model_dir, tmp_path / "m", "model.layers.0.self_attn.v_proj.weight", torch.zeros_like)
+    model, notes = open_model(str(folder)), Notes()
+    windows = token_windows(None, model.tokenizer(), num_windows=num_samples, seq_len=32, seed=0)
+    (tmp_path / "work").mkdir()
+    collect_statistics(model, windows, metric, tmp_path / "work", seed=0, device="cpu", progress=notes)
+    told = [note.partition(": ")[0] for note in notes.said if "tells nothing about its inputs" in note]
+    attention = "model.layers.0.self_attn"
+    idle = [] if metric == "input" else [f"{attention}.q_proj.weight", f"{attention}.k_proj.weight"]  # no gradient
+    assert told == [*idle, f"{attention}.o_proj.weight"]
 
 
 def test_a_text_of_one_repeated_token(tiny_model_dir: Path, tmp_path: Path) -> None:
