@@ -3,6 +3,7 @@
 Knows nothing of tensors. Importing it is cheap; the database and the Hub's client load when first used.
 """
 
+from registry.alias import AliasMove
 from registry.artifact import Artifact, FileEntry, canonical_json, sha256_of
 from registry.errors import (
     AmbiguousDigestError,
@@ -22,11 +23,13 @@ from registry.errors import (
     UnsafePathError,
 )
 from registry.hub import PushResult, pull, push
-from registry.registry import Lineage, Registry, Verification
+from registry.registry import Lineage, Registry
 from registry.store import Store
+from registry.verification import Verification
 from registry.version import Version, VersionReference, checked_name
 
 __all__ = [
+    "AliasMove",
     "AmbiguousDigestError",
     "Artifact",
     "FileEntry",

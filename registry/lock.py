@@ -1,4 +1,4 @@
-"""One process at a time: an advisory lock on a file, which the system releases when its holder dies."""
+"""One process at a time, or many of one kind: advisory locks on files, which the system releases when a holder dies."""
 
 import fcntl
 import os
@@ -22,6 +22,39 @@ def exclusive(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterato
         yield
     finally:
         path.unlink(missing_ok=True)  # while we hold it: who waits sees that the file is another one now
+        os.close(descriptor)
+
+
+@contextmanager
+def held_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of `exclusive` if nobody does; whether it is held."""
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield _is_still_at(descriptor, path)
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def flocked(path: Path, *, exclusively: bool) -> Iterator[None]:
+    """Hold the lock on `path` alone, or with all others who do not want it alone; the file stays."""
+    with disk_errors(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX if exclusively else fcntl.LOCK_SH)
+        except OSError:
+            os.close(descriptor)
+            raise
+    try:
+        yield
+    finally:
         os.close(descriptor)
 
 

@@ -1,43 +1,34 @@
 """The registry: results that are never made twice, and versions that never change.
 
 <root>/
-    index.sqlite     names, versions, lineage, finished steps (index.py)
+    registry.toml    where the index is, if not here (settings.py)
+    index.sqlite     names, versions, aliases, lineage, finished steps (index.py)
     blobs/           every file once, by its hash (store.py)
-    steps/<key>/     the work of a step under way: whatever `build` keeps there survives a kill
-        out/             what the step will hand over
-        sealed.json      written once `out/` is complete and hashed; from then on `build` is not called again
-    steps/<key>.lock held by the process that builds
+    steps/           work under way (step.py)
+    uses/            what living processes need (uses.py)
     pulls/           downloads under way (hub.py)
 """
 
-import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from registry.artifact import Artifact, FileEntry, checked_path, sha256_of
-from registry.errors import (
-    AmbiguousDigestError,
-    IntegrityError,
-    InvalidDescriptionError,
-    NotFoundError,
-    RegistryError,
-    UnsafePathError,
-)
-from registry.lock import exclusive
+from registry.alias import AliasMove, actor, checked_alias
+from registry.artifact import Artifact
+from registry.errors import AmbiguousDigestError, IntegrityError, NotFoundError
+from registry.files import files_below
 from registry.progress import SILENT, Progress
-from registry.store import Store, disk_errors, fsync, hash_file, write_atomically
+from registry.store import Store
+from registry.uses import Uses
+from registry.verification import Verification
 from registry.version import Version, VersionReference, checked_name
 
 if TYPE_CHECKING:
+    from registry.collection import Collected
     from registry.index import Index
-
-REHASH_LIMIT_BYTES = 64 << 20
-
-Settings = Mapping[str, Any]
-Build = Callable[[Path], Settings | None]
+    from registry.step import Build, Settings, Steps
 
 
 @dataclass(frozen=True)
@@ -46,40 +37,6 @@ class Lineage:
 
     artifacts: tuple[Artifact, ...]
     missing: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What re-hashing every file of a version found.
-
-    Attributes:
-        missing: paths whose blob is gone.
-        damaged: path -> the error that says what was expected and what is there.
-        num_files, size_bytes: of the whole version, damaged or not.
-    """
-
-    version: Version
-    missing: tuple[str, ...]
-    damaged: Mapping[str, IntegrityError]
-    num_files: int
-    size_bytes: int
-
-    @property
-    def ok(self) -> bool:
-        return not self.missing and not self.damaged
-
-    def raise_if_damaged(self) -> None:
-        """Raises IntegrityError naming every file that is missing or damaged."""
-        if self.ok:
-            return
-        bad = [f"{path} (missing)" for path in self.missing] + [f"{path} (changed)" for path in self.damaged]
-        first = next(iter(self.damaged.values()), None)
-        raise IntegrityError(
-            f"{self.version}: {', '.join(bad)}",
-            first.expected if first else f"all {self.num_files} files",
-            first.got if first else f"{self.num_files - len(self.missing)} of them",
-            "Pull the version again, or run the command that made it again.",
-        )
 
 
 class Registry:
@@ -95,9 +52,22 @@ class Registry:
 
     @cached_property
     def _index(self) -> "Index":
-        from registry.index import Index  # SQLAlchemy takes a quarter of a second to import
+        from registry.database import Database  # SQLAlchemy takes a quarter of a second to import
+        from registry.index import Index
+        from registry.settings import RegistrySettings
 
-        return Index(self.root / "index.sqlite")
+        url = RegistrySettings.read(self.root).database
+        return Index(Database(url or f"sqlite:///{self.root / 'index.sqlite'}"))
+
+    @cached_property
+    def _uses(self) -> Uses:
+        return Uses(self.root / "uses")
+
+    @cached_property
+    def _steps(self) -> "Steps":
+        from registry.step import Steps
+
+        return Steps(self.root / "steps", self.store, self._index, self._uses)
 
     # Artifacts
 
@@ -106,7 +76,7 @@ class Registry:
         kind: str,
         folder: Path,
         parents: Iterable[str] = (),
-        metadata: Settings | None = None,
+        metadata: "Settings | None" = None,
         *,
         move: bool = False,
     ) -> Artifact:
@@ -120,17 +90,19 @@ class Registry:
             RegistryError: `folder` is missing, empty, or holds a link or a special file.
             UnsafePathError: a file name that not every system can hold.
         """
-        files = {path: self.store.add(folder / path, move=move) for path in _files_below(folder)}
-        artifact = Artifact.create(kind, files, parents, metadata)
-        self._index.add_artifact(artifact)
+        with self._index.database.keeping():
+            files = {path: self.store.add(folder / path, move=move) for path in files_below(folder)}
+            artifact = Artifact.create(kind, files, parents, metadata)
+            self._index.add_artifact(artifact)
         return artifact
 
     def record(self, artifact: Artifact) -> None:
         """Enter an artifact whose blobs are all in the store. Raises NotFoundError naming one that is not."""
-        for path, entry in artifact.files.items():
-            if not self.store.has(entry):
-                raise NotFoundError(f"{path} of {artifact.kind} {artifact.digest[:12]} is not in the store.")
-        self._index.add_artifact(artifact)
+        with self._index.database.keeping():
+            for path, entry in artifact.files.items():
+                if not self.store.has(entry):
+                    raise NotFoundError(f"{path} of {artifact.kind} {artifact.digest[:12]} is not in the store.")
+            self._index.add_artifact(artifact)
 
     def get(self, digest: str) -> Artifact:
         """The artifact of that full digest. Raises NotFoundError."""
@@ -191,24 +163,30 @@ class Registry:
             NotFoundError: `artifact` or `report` is not in this registry.
         """
         checked_name(name)
-        self.get(artifact.digest)
-        if report is not None:
-            self.get(report.digest)
-        return self._index.add_version(name, artifact.digest, report.digest if report else None, note)
+        with self._index.database.keeping():
+            self.get(artifact.digest)
+            if report is not None:
+                self.get(report.digest)
+            return self._index.add_version(name, artifact.digest, report.digest if report else None, note)
 
     def version(self, reference: str) -> Version:
-        """The version that "name:3" names, or the latest of "name".
+        """The version that "name:3" or "name@alias" names, or the latest of "name".
 
         Raises:
-            NotFoundError: names the versions that are there, or the nearest names.
+            NotFoundError: names the versions or aliases that are there, or the nearest names.
             InvalidNameError: `reference` is malformed.
         """
         wanted = VersionReference.parse(reference)
-        version = self._index.version(wanted.name, wanted.number)
-        if version is not None:
-            return version
+        aliases = self.aliases(wanted.name) if wanted.alias else {}
+        if wanted.alias is None or wanted.alias in aliases:
+            number = aliases[wanted.alias] if wanted.alias else wanted.number
+            if (version := self._index.version(wanted.name, number)) is not None:
+                return version
         everything = self.versions()
         advice = "`bitsmith registry list` shows all."
+        if wanted.alias and any(version.name == wanted.name for version in everything):
+            advice = f"`bitsmith registry alias {wanted.name} {wanted.alias}` makes it."
+            raise NotFoundError.among("alias", reference, (f"{wanted.name}@{alias}" for alias in aliases), advice)
         if mine := [str(version) for version in everything if version.name == wanted.name]:
             raise NotFoundError.among("version", reference, mine, advice)
         raise NotFoundError.among("model", wanted.name, (version.name for version in everything), advice)
@@ -216,6 +194,53 @@ class Registry:
     def versions(self) -> list[Version]:
         """All versions, by name and number."""
         return self._index.versions()
+
+    # Aliases
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """alias -> number of the version of `name`; without `latest`, which needs no entry."""
+        return self._index.aliases().get(name, {})
+
+    def alias(self, reference: str, alias: str, *, reason: str = "", action: str = AliasMove.SET) -> AliasMove:
+        """Let `alias` name the version that `reference` names now. Every move is logged, for good.
+
+        Args:
+            action: AliasMove.SET, or PROMOTE where a gate was passed.
+        Raises:
+            InvalidNameError: `alias` or `reference` is malformed, or `alias` is "latest".
+            NotFoundError: there is no such version.
+        """
+        checked_alias(alias)
+        version = self.version(reference)
+        return self._index.move_alias(
+            version.name, alias, version.number, action=action, moved_by=actor(), reason=reason
+        )
+
+    def remove_alias(self, name: str, alias: str, *, reason: str = "") -> AliasMove:
+        """Let `alias` name nothing any more. Raises NotFoundError where it did not."""
+        self.version(f"{name}@{checked_alias(alias)}")
+        return self._index.move_alias(name, alias, None, action=AliasMove.REMOVE, moved_by=actor(), reason=reason)
+
+    def rollback(self, name: str, alias: str, *, reason: str = "") -> AliasMove:
+        """Let `alias` name what it named before its last move; again, what it named before that.
+
+        Raises:
+            NotFoundError: `alias` names nothing, or never named another version.
+        """
+        current = self.version(f"{name}@{checked_alias(alias)}")
+        move = self._index.move_alias_back(name, alias, moved_by=actor(), reason=reason)
+        if move is None:
+            raise NotFoundError(
+                f"{name}@{alias} has named no version before {current}, so that there is nothing to go back to. "
+                f"`bitsmith registry alias {name}:NUMBER {alias}` names another."
+            )
+        return move
+
+    def alias_moves(self, name: str, alias: str | None = None) -> list[AliasMove]:
+        """The log of one model's aliases, the oldest move first."""
+        return self._index.alias_moves(checked_name(name), alias)
+
+    # Soundness
 
     def verify(self, reference: str, *, progress: Progress = SILENT) -> Verification:
         """Re-hash every file of a version. What is wrong is in the result; nothing is raised for it."""
@@ -232,14 +257,20 @@ class Registry:
                 damaged[path] = error
         return Verification(version, tuple(missing), damaged, len(artifact.files), artifact.size_bytes)
 
+    def collect_garbage(self, *, grace_seconds: float, dry_run: bool = False) -> "Collected":
+        """Remove what no version, no living process and nobody within the grace needs; see collection.py."""
+        from registry.collection import collect
+
+        return collect(self.root, self.store, self._index, grace_seconds=grace_seconds, dry_run=dry_run)
+
     # Steps
 
     def step(
         self,
         kind: str,
         parents: Iterable[str],
-        settings: Settings,
-        build: Build,
+        settings: "Settings",
+        build: "Build",
         *,
         resume: bool = True,
         progress: Progress = SILENT,
@@ -261,113 +292,8 @@ class Registry:
             RegistryError: `build` left nothing in "out", or the disk refuses.
             TypeError: `settings` or the facts are not plain JSON.
         """
-        parents = tuple(parents)
-        key = _step_key(kind, parents, settings)
-        if resume and (artifact := self._finished(key)):
-            return artifact
-        workdir = self.root / "steps" / key
-        with disk_errors(workdir):
-            workdir.parent.mkdir(exist_ok=True)
+        return self._steps.run(kind, parents, settings, build, resume=resume, progress=progress)
 
-        def say_waiting() -> None:
-            progress.say(f"Another process is working on this {kind} step; waiting for its result.")
-
-        with exclusive(workdir.with_name(f"{key}.lock"), say_waiting):
-            if not resume:
-                self._index.forget_step(key)
-                _remove(workdir)
-            elif artifact := self._finished(key):  # made while we waited
-                return artifact
-            artifact = self._sealed(workdir) or _seal(workdir, kind, parents, settings, build)
-            self._take_in(artifact, workdir / "out")
-            self._index.record_step(key, artifact)
-            _remove(workdir)
-        return artifact
-
-    def has_step(self, kind: str, parents: Iterable[str], settings: Settings) -> Artifact | None:
+    def has_step(self, kind: str, parents: Iterable[str], settings: "Settings") -> Artifact | None:
         """The result of that step, if it is here whole; see `step`."""
-        return self._finished(_step_key(kind, tuple(parents), settings))
-
-    def _finished(self, key: str) -> Artifact | None:
-        """The recorded result, if its blobs are sound.
-
-        Files up to `REHASH_LIMIT_BYTES` are hashed again (a fraction of a second each); larger ones must
-        have the right size, and `verify` reads them whole.
-        """
-        artifact = self._index.step_result(key)
-        if artifact is None or not all(self._is_sound(entry) for entry in artifact.files.values()):
-            return None
-        return artifact
-
-    def _is_sound(self, entry: FileEntry) -> bool:
-        if not self.store.has(entry):
-            return False
-        return entry.size_bytes > REHASH_LIMIT_BYTES or hash_file(self.store.path(entry.sha256)) == entry
-
-    def _sealed(self, workdir: Path) -> Artifact | None:
-        """What an earlier process had finished building but not yet taken in; None starts or continues it."""
-        seal = workdir / "sealed.json"
-        if not seal.exists():
-            return None
-        try:
-            artifact = Artifact.from_json(seal.read_bytes())
-        except (InvalidDescriptionError, UnsafePathError, IntegrityError):
-            artifact = None
-        if artifact is not None and all(
-            self._is_at_hand(workdir / "out" / path, entry) for path, entry in artifact.files.items()
-        ):
-            return artifact
-        _remove(workdir)
-        return None
-
-    def _is_at_hand(self, path: Path, entry: FileEntry) -> bool:
-        """Is the file still in the work folder, or already in the store?"""
-        return hash_file(path) == entry if path.is_file() else self._is_sound(entry)
-
-    def _take_in(self, artifact: Artifact, out: Path) -> None:
-        for path, entry in artifact.files.items():
-            if (out / path).exists():
-                self.store.adopt(out / path, entry)
-
-
-def _step_key(kind: str, parents: tuple[str, ...], settings: Settings) -> str:
-    return sha256_of({"kind": kind, "parents": parents, "settings": settings})
-
-
-def _seal(workdir: Path, kind: str, parents: tuple[str, ...], settings: Settings, build: Build) -> Artifact:
-    """Run `build`, hash what it left, and note that it is done."""
-    with disk_errors(workdir):
-        workdir.mkdir(exist_ok=True)
-    facts = build(workdir)
-    out = workdir / "out"
-    files = {}
-    for path in _files_below(out):
-        with disk_errors(out / path):
-            files[path] = hash_file(out / path)
-            fsync(out / path)
-    artifact = Artifact.create(kind, files, parents, {**(facts or {}), "settings": settings})
-    write_atomically(workdir / "sealed.json", artifact.to_json())
-    return artifact
-
-
-def _files_below(folder: Path) -> list[str]:
-    """Relative posix paths of all files, sorted."""
-    if not folder.is_dir():
-        raise RegistryError(f"{folder} is not a folder, so that there is nothing to add to the registry.")
-    found = []
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise RegistryError(
-                f"{path} is a link or a special file. The registry keeps plain files: replace it by a copy."
-            )
-        if path.is_file():
-            found.append(checked_path(path.relative_to(folder).as_posix()))
-    if not found:
-        raise RegistryError(f"{folder} holds no file, so that there is nothing to add to the registry.")
-    return sorted(found)
-
-
-def _remove(workdir: Path) -> None:
-    with disk_errors(workdir):
-        if workdir.exists():
-            shutil.rmtree(workdir)
+        return self._steps.find(kind, parents, settings)

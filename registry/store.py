@@ -83,6 +83,16 @@ class Store:
                 fsync(path)
                 self._install(path, entry)
 
+    def blobs(self) -> Iterator[Path]:
+        """All blobs, each named by its hash."""
+        with disk_errors(self._blobs):
+            yield from (path for path in self._blobs.glob("??/*") if path.is_file())
+
+    def unfinished(self) -> Iterator[Path]:
+        """Copies under way, and what a killed process left of one."""
+        with disk_errors(self._incoming):
+            yield from self._incoming.glob("*")
+
     def verify(self, entry: FileEntry, what: str) -> None:
         """Read the whole blob and compare it with `entry`.
 

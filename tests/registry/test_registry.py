@@ -1,7 +1,6 @@
 """Laws of names and versions: immutable, without a gap, found again or refused with a hint."""
 
 import shutil
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +15,7 @@ from registry import (
     NotFoundError,
     Registry,
     RegistryError,
-    SchemaError,
 )
-from registry.index import SCHEMA_NUMBER
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,9 +144,9 @@ for artifact in artifacts:
 """
 
 
-def test_processes_that_publish_at_once_get_every_number_once(tmp_path: Path):
+def test_processes_that_publish_at_once_get_every_number_once(registry: Registry):
     num_processes, num_each = 4, 25
-    command = [sys.executable, "-c", PUBLISH, str(tmp_path / "registry")]
+    command = [sys.executable, "-c", PUBLISH, str(registry.root)]
     pipe = subprocess.PIPE
     processes = [
         subprocess.Popen([*command, str(p), str(num_each)], stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
@@ -165,23 +162,7 @@ def test_processes_that_publish_at_once_get_every_number_once(tmp_path: Path):
     numbers = [int(line) for process in processes for line in process.communicate(timeout=60)[0].split()]
     assert [process.returncode for process in processes] == [0] * num_processes
     assert sorted(numbers) == list(range(1, num_processes * num_each + 1))
-    registry = Registry(tmp_path / "registry")
     assert len({version.digest for version in registry.versions()}) == len(numbers)
-
-
-def test_a_newer_database_is_refused(registry: Registry, checkpoint: Artifact):
-    with sqlite3.connect(registry.root / "index.sqlite") as database:
-        database.execute("UPDATE registry_schema SET number = ?", (SCHEMA_NUMBER + 1,))
-    with pytest.raises(SchemaError, match="upgrade"):
-        Registry(registry.root).versions()
-
-
-def test_a_damaged_database_is_a_registry_error(registry: Registry, checkpoint: Artifact):
-    for journal in registry.root.glob("index.sqlite-*"):
-        journal.unlink()
-    (registry.root / "index.sqlite").write_bytes(b"not a database" * 500)
-    with pytest.raises(RegistryError, match=r"index\.sqlite cannot be used"):
-        Registry(registry.root).versions()
 
 
 def test_the_registry_may_move(registry: Registry, checkpoint: Artifact, tmp_path: Path):

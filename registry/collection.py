@@ -1,0 +1,115 @@
+"""Garbage collection: remove what nobody needs.
+
+Kept are, with all that they were made from,
+
+    the artifact and the report of every version, so of every alias
+    what living processes made or found in steps (uses.py)
+    what was made, found or published within the grace
+
+and the work of steps that a living process holds, or that was touched within the grace. The rest goes: artifacts from
+the index first, then blobs that no artifact names. A kill between the two leaves blobs for the next collection. Nobody
+adds to the registry while it is collected (`Database.collecting`).
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from registry.artifact import Artifact
+from registry.index import Index
+from registry.lock import held_if_free
+from registry.store import Store, disk_errors
+from registry.uses import digests_in_use
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What was removed, or would be.
+
+    Attributes:
+        artifacts: forgotten.
+        num_blobs: that no artifact names, or that were never finished.
+        folders: of steps and downloads that nobody goes on with.
+        size_bytes: of blobs and folders.
+    """
+
+    artifacts: tuple[Artifact, ...]
+    num_blobs: int
+    folders: tuple[Path, ...]
+    size_bytes: int
+
+
+def collect(root: Path, store: Store, index: Index, *, grace_seconds: float, dry_run: bool) -> Collected:
+    """Remove what the module's docstring says, or only tell; waits until nobody adds to the registry.
+
+    Args:
+        grace_seconds: what was used within this time stays.
+    Raises:
+        RegistryError: the disk or the database refuses.
+    """
+    oldest = time.time() - grace_seconds
+    with index.database.collecting():
+        found = index.artifacts()
+        needed = _needed(index, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
+        needed |= _with_ancestors(index, digests_in_use(root / "uses"))
+        doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
+        kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
+        blobs = [blob for blob in store.blobs() if blob.name not in kept and _newest(blob) < oldest]
+        blobs += store.unfinished()
+        size_bytes = sum(_size_bytes(blob) for blob in blobs)
+        if not dry_run:
+            index.forget_artifacts([artifact.digest for artifact in doomed])
+            for blob in blobs:
+                with disk_errors(blob):
+                    blob.unlink(missing_ok=True)
+        folders = []
+        for folder in _abandoned(root, oldest):
+            folders.append(folder)
+            size_bytes += _size_bytes(folder)
+            if not dry_run:
+                with disk_errors(folder):
+                    shutil.rmtree(folder)
+    return Collected(doomed, len(blobs), tuple(folders), size_bytes)
+
+
+def _needed(index: Index, recent: Iterable[Artifact]) -> set[str]:
+    roots = {artifact.digest for artifact in recent}
+    for version in index.versions():
+        roots |= {version.digest} | ({version.report_digest} if version.report_digest else set())
+    return _with_ancestors(index, roots)
+
+
+def _with_ancestors(index: Index, digests: Iterable[str]) -> set[str]:
+    found: set[str] = set()
+    for digest in digests:
+        if digest not in found:
+            found.update(index.ancestors(digest))
+    return found
+
+
+def _abandoned(root: Path, oldest: float) -> Iterator[Path]:
+    """Work of steps and downloads that nobody holds nor touched since; a step stays held while it is yielded."""
+    for folder in sorted((root / "steps").glob("*/")):
+        with held_if_free(folder.with_name(f"{folder.name}.lock")) as is_free:
+            if is_free and _newest(folder) < oldest:
+                yield folder
+    yield from (folder for folder in sorted((root / "pulls").glob("*/")) if _newest(folder) < oldest)
+
+
+def _newest(path: Path) -> float:
+    """When the newest file in or below `path` was changed, in seconds since 1970."""
+    inside = path.rglob("*") if path.is_dir() else ()
+    return max((os.lstat(each).st_mtime for each in (path, *inside)), default=0.0)
+
+
+def _size_bytes(path: Path) -> int:
+    inside = path.rglob("*") if path.is_dir() else (path,)
+    return sum(each.lstat().st_size for each in inside if not each.is_dir())
+
+
+def _seconds(moment: str) -> float:
+    return datetime.fromisoformat(moment).replace(tzinfo=UTC).timestamp()

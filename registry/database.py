@@ -1,0 +1,192 @@
+"""The database behind the index: SQLite in a file, or PostgreSQL by its URL.
+
+SQLite runs in write-ahead mode, and a writer begins with BEGIN IMMEDIATE: writers come one after the other, and a
+reader never waits for one. In PostgreSQL writers of different rows run side by side; who must not, locks a row.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from sqlalchemy import URL, Connection, Table, create_engine, event, inspect, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.pool import NullPool
+
+from registry.errors import RegistryError, SchemaError
+from registry.lock import exclusive, flocked
+from registry.schema import REVISIONS
+
+BUSY_TIMEOUT_SECONDS = 60
+_MIGRATION_LOCK, _COLLECTION_LOCK = 7_210_001, 7_210_002  # advisory locks of PostgreSQL; any numbers of our own
+_LEGACY_TABLE = "registry_schema"  # before Alembic: one number, always 1
+
+
+class Database:
+    """A database with the tables of schema.py, made or brought up to date when this is made.
+
+    Every method raises RegistryError, naming the database, where it is locked, damaged, unreachable or unwritable.
+
+    Args:
+        url: `sqlite:///path` or `postgresql://user@host/name`.
+    Raises:
+        RegistryError: the URL names another kind of database, or psycopg is missing.
+        SchemaError: the database was written by a newer version of the program.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = _checked(url)
+        self._held = threading.local()
+        self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        try:
+            self._engine = create_engine(self._url, poolclass=NullPool)
+        except ImportError as error:
+            raise RegistryError(
+                f"The registry's database {self.name} needs {error.name}. Install it with "
+                "`pip install 'bitsmith[postgres]'`."
+            ) from error
+        if self.is_sqlite:
+            event.listen(self._engine, "connect", _configure)
+            event.listen(self._engine, "begin", _begin)
+        self._prepare()
+
+    @property
+    def name(self) -> str:
+        """For messages; without a password."""
+        return str(self._url.database) if self.is_sqlite else self._url.render_as_string(hide_password=True)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """A transaction that does not write."""
+        with self._errors(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """A transaction, committed at the end and undone by an exception."""
+        writer = self._engine.execution_options(bitsmith_begin="BEGIN IMMEDIATE")
+        with self._errors(), writer.begin() as connection:
+            yield connection
+
+    def insert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
+        """An insert that knows `on_conflict_do_nothing` and `on_conflict_do_update`."""
+        return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Nobody is `collecting` while any number of processes are in here."""
+        with self._collection(exclusively=False):
+            yield
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Alone: nobody else is in here, nor `keeping`."""
+        with self._collection(exclusively=True):
+            yield
+
+    @contextmanager
+    def _collection(self, *, exclusively: bool) -> Iterator[None]:
+        if getattr(self._held, "depth", 0):  # a second lock of one thread could wait for a collector that waits for it
+            assert not exclusively, "this thread keeps what it would collect"
+            yield
+            return
+        self._held.depth = 1
+        try:
+            with self._locked(exclusively):
+                yield
+        finally:
+            self._held.depth = 0
+
+    @contextmanager
+    def _locked(self, exclusively: bool) -> Iterator[None]:
+        if self.is_sqlite:
+            with flocked(self._beside("collection.lock"), exclusively=exclusively):
+                yield
+            return
+        with self._errors(), self._engine.connect() as connection:
+            # held by this connection's session, and gone with it
+            connection.execute(text(f"SELECT pg_advisory_lock{'' if exclusively else '_shared'}({_COLLECTION_LOCK})"))
+            connection.rollback()
+            yield
+
+    def _prepare(self) -> None:
+        with self.reading() as connection:
+            found = _revision(connection)
+        if found == REVISIONS[-1]:
+            return
+        if found is not None and found not in REVISIONS:
+            raise SchemaError(
+                f"The registry's database {self.name} has schema {found}, and this program knows schemas up to "
+                f"{REVISIONS[-1]}. It was written by a newer bitsmith: upgrade with "
+                "`pip install --upgrade bitsmith`, or choose another registry with BITSMITH_HOME."
+            )
+        with exclusive(self._beside("migration.lock")) if self.is_sqlite else nullcontext():
+            self._upgrade()
+
+    def _upgrade(self) -> None:
+        from alembic import command
+        from alembic.config import Config
+
+        if self.is_sqlite:
+            with self._errors():
+                raw = self._engine.raw_connection()
+                try:
+                    raw.cursor().execute("PRAGMA journal_mode=WAL")  # kept in the file; not possible in a transaction
+                finally:
+                    raw.close()
+        with self.writing() as connection:
+            if not self.is_sqlite:
+                connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+            config = Config()
+            config.set_main_option("script_location", "registry:migrations")
+            config.attributes["connection"] = connection
+            if _revision(connection) is None and inspect(connection).has_table(_LEGACY_TABLE):
+                command.stamp(config, REVISIONS[0])
+            command.upgrade(config, "head")
+
+    def _beside(self, suffix: str) -> Path:
+        path = Path(str(self._url.database))
+        return path.with_name(f"{path.name}.{suffix}")
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (SQLAlchemyError, OSError) as error:
+            cause = " ".join(str(getattr(error, "orig", None) or error).split())
+            raise RegistryError(
+                f"The registry's database {self.name} cannot be used ({cause}). If it is locked, another "
+                f"bitsmith has been writing for over {BUSY_TIMEOUT_SECONDS} s: wait for it. If it does not answer, is "
+                "read-only or has no space left, mend that. If it is malformed, restore it from a backup."
+            ) from error
+
+
+def _checked(url: str) -> URL:
+    try:
+        found = make_url(url)
+    except ArgumentError:
+        found = None
+    if found is None or found.get_backend_name() not in ("sqlite", "postgresql"):
+        raise RegistryError(
+            "The registry's database must be given as sqlite:///path or postgresql://user@host/name. Mend "
+            "BITSMITH_DATABASE, or unset it for a SQLite file in the registry's folder."
+        )
+    return found.set(drivername="postgresql+psycopg") if found.get_backend_name() == "postgresql" else found
+
+
+def _revision(connection: Connection) -> str | None:
+    """What Alembic wrote; None in a database without its table."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.scalar(text("SELECT version_num FROM alembic_version"))
+
+
+def _configure(connection, _record) -> None:
+    connection.isolation_level = None  # the transactions are ours (`_begin`), not the driver's
+    connection.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_SECONDS * 1000}")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _begin(connection: Connection) -> None:
+    connection.exec_driver_sql(connection.get_execution_options().get("bitsmith_begin", "BEGIN"))

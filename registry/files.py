@@ -1,0 +1,28 @@
+"""The files of a folder that is to be added."""
+
+from pathlib import Path
+
+from registry.artifact import checked_path
+from registry.errors import RegistryError
+
+
+def files_below(folder: Path) -> list[str]:
+    """Relative posix paths of all files, sorted.
+
+    Raises:
+        RegistryError: the folder is missing or empty, or holds a link or a special file.
+        UnsafePathError: a name that not every system can hold.
+    """
+    if not folder.is_dir():
+        raise RegistryError(f"{folder} is not a folder, so that there is nothing to add to the registry.")
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise RegistryError(
+                f"{path} is a link or a special file. The registry keeps plain files: replace it by a copy."
+            )
+        if path.is_file():
+            found.append(checked_path(path.relative_to(folder).as_posix()))
+    if not found:
+        raise RegistryError(f"{folder} holds no file, so that there is nothing to add to the registry.")
+    return sorted(found)

@@ -1,0 +1,48 @@
+"""Where a registry keeps its index: `registry.toml` in its folder, so that no two processes can disagree.
+
+    database = "postgresql://user@host/name"    # a password belongs into ~/.pgpass or PGPASSWORD
+
+Without the file, or without the line, it is SQLite in `index.sqlite` beside it.
+"""
+
+import json
+import tomllib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from registry.errors import RegistryError
+from registry.store import disk_errors, write_atomically
+
+FILE = "registry.toml"
+
+
+@dataclass(frozen=True)
+class RegistrySettings:
+    """See the module's docstring; None is the default."""
+
+    database: str | None = None
+
+    @staticmethod
+    def read(root: Path) -> "RegistrySettings":
+        """Of the registry in the folder `root`.
+
+        Raises:
+            RegistryError: the file cannot be read, or has a line that is not known.
+        """
+        path = root / FILE
+        try:
+            with disk_errors(path):
+                text = path.read_text(encoding="utf-8") if path.exists() else ""
+            found = RegistrySettings(**tomllib.loads(text))
+            if not all(value is None or isinstance(value, str) for value in asdict(found).values()):
+                raise TypeError("a value is no text")
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
+            raise RegistryError(
+                f'{path} cannot be read ({error}). Expected at most the line `database = "postgresql://user@host/name"`.'
+            ) from error
+        return found
+
+    def write(self, root: Path) -> None:
+        """For the registry in the folder `root`."""
+        lines = [f"{key} = {json.dumps(value)}\n" for key, value in asdict(self).items() if value is not None]
+        write_atomically(root / FILE, "".join(lines))

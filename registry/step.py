@@ -1,0 +1,151 @@
+"""Steps: work whose result is kept under the sha256 of all that decides it, so that it is never done twice.
+
+steps/<key>/         the work of a step under way: whatever `build` keeps there survives a kill
+    out/             what the step will hand over
+    sealed.json      written once `out/` is complete and hashed; from then on `build` is not called again
+steps/<key>.lock     held by the process that builds
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from registry.artifact import Artifact, FileEntry, sha256_of
+from registry.errors import IntegrityError, InvalidDescriptionError, UnsafePathError
+from registry.files import files_below
+from registry.index import Index
+from registry.lock import exclusive
+from registry.progress import Progress
+from registry.store import Store, disk_errors, fsync, hash_file, write_atomically
+from registry.uses import Uses
+
+REHASH_LIMIT_BYTES = 64 << 20
+
+Settings = Mapping[str, Any]
+Build = Callable[[Path], Settings | None]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one registry, in `folder`.
+
+    Attributes:
+        uses: of this process; what it made or found is kept for it.
+    """
+
+    folder: Path
+    store: Store
+    index: Index
+    uses: Uses
+
+    def run(
+        self, kind: str, parents: Iterable[str], settings: Settings, build: Build, *, resume: bool, progress: Progress
+    ) -> Artifact:
+        """See `Registry.step`."""
+        parents = tuple(parents)
+        key = _key(kind, parents, settings)
+        with self.index.database.keeping():
+            self.uses.add(*parents)
+        if resume and (artifact := self._taken(key)):
+            return artifact
+        workdir = self.folder / key
+        with disk_errors(workdir):
+            workdir.parent.mkdir(exist_ok=True)
+
+        def say_waiting() -> None:
+            progress.say(f"Another process is working on this {kind} step; waiting for its result.")
+
+        with exclusive(workdir.with_name(f"{key}.lock"), say_waiting):
+            if not resume:
+                self.index.forget_step(key)
+                _remove(workdir)
+            elif artifact := self._taken(key):  # made while we waited
+                return artifact
+            artifact = self._sealed(workdir) or _seal(workdir, kind, parents, settings, build)
+            with self.index.database.keeping():
+                self._take_in(artifact, workdir / "out")
+                self.index.record_step(key, artifact)
+                self.uses.add(artifact.digest)
+            _remove(workdir)
+        return artifact
+
+    def find(self, kind: str, parents: Iterable[str], settings: Settings) -> Artifact | None:
+        """See `Registry.has_step`."""
+        return self._finished(_key(kind, tuple(parents), settings))
+
+    def _taken(self, key: str) -> Artifact | None:
+        """The recorded result, noted as used."""
+        with self.index.database.keeping():
+            if artifact := self._finished(key):
+                self.uses.add(artifact.digest)
+                self.index.touch([artifact.digest])
+        return artifact
+
+    def _finished(self, key: str) -> Artifact | None:
+        """The recorded result, if its blobs are sound.
+
+        Files up to `REHASH_LIMIT_BYTES` are hashed again (a fraction of a second each); larger ones must
+        have the right size, and `verify` reads them whole.
+        """
+        artifact = self.index.step_result(key)
+        if artifact is None or not all(self._is_sound(entry) for entry in artifact.files.values()):
+            return None
+        return artifact
+
+    def _is_sound(self, entry: FileEntry) -> bool:
+        if not self.store.has(entry):
+            return False
+        return entry.size_bytes > REHASH_LIMIT_BYTES or hash_file(self.store.path(entry.sha256)) == entry
+
+    def _sealed(self, workdir: Path) -> Artifact | None:
+        """What an earlier process had finished building but not yet taken in; None starts or continues it."""
+        seal = workdir / "sealed.json"
+        if not seal.exists():
+            return None
+        try:
+            artifact = Artifact.from_json(seal.read_bytes())
+        except (InvalidDescriptionError, UnsafePathError, IntegrityError):
+            artifact = None
+        if artifact is not None and all(
+            self._is_at_hand(workdir / "out" / path, entry) for path, entry in artifact.files.items()
+        ):
+            return artifact
+        _remove(workdir)
+        return None
+
+    def _is_at_hand(self, path: Path, entry: FileEntry) -> bool:
+        """Is the file still in the work folder, or already in the store?"""
+        return hash_file(path) == entry if path.is_file() else self._is_sound(entry)
+
+    def _take_in(self, artifact: Artifact, out: Path) -> None:
+        for path, entry in artifact.files.items():
+            if (out / path).exists():
+                self.store.adopt(out / path, entry)
+
+
+def _key(kind: str, parents: tuple[str, ...], settings: Settings) -> str:
+    return sha256_of({"kind": kind, "parents": parents, "settings": settings})
+
+
+def _seal(workdir: Path, kind: str, parents: tuple[str, ...], settings: Settings, build: Build) -> Artifact:
+    """Run `build`, hash what it left, and note that it is done."""
+    with disk_errors(workdir):
+        workdir.mkdir(exist_ok=True)
+    facts = build(workdir)
+    out = workdir / "out"
+    files = {}
+    for path in files_below(out):
+        with disk_errors(out / path):
+            files[path] = hash_file(out / path)
+            fsync(out / path)
+    artifact = Artifact.create(kind, files, parents, {**(facts or {}), "settings": settings})
+    write_atomically(workdir / "sealed.json", artifact.to_json())
+    return artifact
+
+
+def _remove(workdir: Path) -> None:
+    with disk_errors(workdir):
+        if workdir.exists():
+            shutil.rmtree(workdir)

@@ -1,0 +1,227 @@
+"""Garbage goes; what a version, an alias, a running step, a living process or the grace needs stays."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from registry import Artifact, Registry
+from registry.collection import Collected
+
+ROOT = Path(__file__).parents[2]
+DAY = 86400.0
+
+
+def make(registry: Registry, folder: Path, kind: str = "matrices", parents: tuple[str, ...] = ()) -> Artifact:
+    return registry.add_artifact(kind, folder, parents)
+
+
+def collect(registry: Registry, **options: bool) -> Collected:
+    return registry.collect_garbage(grace_seconds=0, **options)
+
+
+def num_blobs(registry: Registry) -> int:
+    return len(list(registry.store.blobs()))
+
+
+def let_time_pass() -> None:
+    time.sleep(1.1)  # the index counts in seconds
+
+
+def test_what_versions_need_stays_and_the_rest_goes(registry: Registry, make_folder) -> None:
+    statistics = make(registry, make_folder({"s": b"statistics", "same": b"same"}))
+    checkpoint = make(registry, make_folder({"w": b"weights"}), "checkpoint", (statistics.digest, "ab" * 32))
+    report = make(registry, make_folder({"r": b"report"}), "evaluation", (checkpoint.digest,))
+    registry.publish("model", checkpoint, report)
+    garbage = make(registry, make_folder({"g": b"garbage", "same": b"same"}), parents=(statistics.digest,))
+    child = make(registry, make_folder({"c": b"child"}), parents=(garbage.digest,))
+    let_time_pass()
+    promised = collect(registry, dry_run=True)
+    assert num_blobs(registry) == 6
+    assert registry.get(garbage.digest) == garbage
+    found = collect(registry)
+    assert found == promised
+    assert set(found.artifacts) == {garbage, child}
+    assert (found.num_blobs, found.size_bytes) == (2, len(b"garbage") + len(b"child"))
+    assert num_blobs(registry) == 4
+    assert registry.verify("model").ok
+    assert registry.lineage(report.digest).artifacts == (report, checkpoint, statistics)
+    assert all(registry.store.has(entry) for entry in statistics.files.values())
+    assert collect(registry) == Collected((), 0, (), 0)
+
+
+def test_the_grace_keeps_what_was_used_lately(registry: Registry, make_folder) -> None:
+    old = make(registry, make_folder({"a": b"old"}))
+    parent = make(registry, make_folder({"a": b"parent"}))
+    let_time_pass()
+    young = make(registry, make_folder({"a": b"young"}), parents=(parent.digest,))
+    found = registry.collect_garbage(grace_seconds=0.9)
+    assert found.artifacts == (old,)
+    assert registry.get(young.digest) == young
+    assert registry.get(parent.digest) == parent
+    assert registry.collect_garbage(grace_seconds=DAY).artifacts == ()
+
+
+def test_a_step_found_again_counts_as_used(registry: Registry) -> None:
+    def build(workdir: Path) -> None:
+        (workdir / "out").mkdir()
+        (workdir / "out" / "file").write_bytes(b"1")
+
+    made = registry.step("matrices", [], {"bits": 3}, build)
+    registry._uses.close()
+    let_time_pass()
+    again = Registry(registry.root)
+    assert again.step("matrices", [], {"bits": 3}, build) == made
+    again._uses.close()
+    assert registry.collect_garbage(grace_seconds=0.9).artifacts == ()
+    let_time_pass()
+    assert registry.collect_garbage(grace_seconds=0.9).artifacts == (made,)
+    assert registry.has_step("matrices", [], {"bits": 3}) is None
+
+
+STEPS = """
+import sys
+from pathlib import Path
+from registry import Registry
+
+def build(workdir):
+    (workdir / "out").mkdir(exist_ok=True)
+    (workdir / "out" / "file").write_bytes(sys.argv[2].encode())
+
+def slow(workdir):
+    (workdir / "half").write_bytes(b"half done")
+    print("building", flush=True)
+    sys.stdin.readline()
+    build(workdir)
+
+registry = Registry(Path(sys.argv[1]))
+first = registry.step("statistics", [], {}, build)
+print(first.digest, flush=True)
+sys.stdin.readline()
+second = registry.step("costs", [first.digest], {}, slow)
+print(second.digest, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_living_process_keeps_what_it_made_and_what_it_works_on(registry: Registry) -> None:
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", STEPS, str(registry.root), "content"]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+
+        def answer() -> str:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return process.stdout.readline().strip()
+
+        first = process.stdout.readline().strip()
+        let_time_pass()
+        assert collect(registry) == Collected((), 0, (), 0), "between two steps"
+        assert answer() == "building"
+        let_time_pass()
+        assert collect(registry) == Collected((), 0, (), 0), "within a step"
+        second = answer()
+        let_time_pass()
+        assert collect(registry) == Collected((), 0, (), 0), "after a step"
+        assert registry.get(second).parents == (first,)
+        process.send_signal(signal.SIGKILL)
+    found = collect(registry)
+    assert {artifact.digest for artifact in found.artifacts} == {first, second}
+    assert list((registry.root / "uses").iterdir()) == []
+
+
+def test_the_work_of_a_dead_process_goes_after_the_grace(registry: Registry) -> None:
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", STEPS, str(registry.root), "content"]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip() == "building"
+        process.send_signal(signal.SIGKILL)
+    (folder,) = (registry.root / "steps").glob("*/")
+    assert registry.collect_garbage(grace_seconds=DAY).folders == ()
+    assert folder.exists()
+    let_time_pass()
+    found = collect(registry)
+    assert found.folders == (folder,)
+    assert found.size_bytes == len(b"half done") + len(b"content")
+    assert list((registry.root / "steps").iterdir()) == []
+
+
+def test_remains_of_killed_copies_and_downloads_go(registry: Registry, checkpoint: Artifact) -> None:
+    registry.publish("model", checkpoint)
+    (registry.root / "blobs" / "incoming" / "half").write_bytes(b"123")
+    pulled = registry.root / "pulls" / "tmpx" / "files"
+    pulled.mkdir(parents=True)
+    (pulled / "part").write_bytes(b"45")
+    let_time_pass()
+    found = collect(registry)
+    assert (found.num_blobs, found.folders, found.size_bytes) == (1, (pulled.parent,), 5)
+    assert registry.verify("model").ok
+
+
+def test_a_lost_index_does_not_cost_the_blobs(tmp_path: Path, make_folder) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.publish("model", make(registry, make_folder({"a": b"1"})))
+    for path in registry.root.glob("index.sqlite*"):
+        path.unlink()
+    assert Registry(registry.root).collect_garbage(grace_seconds=14 * DAY).num_blobs == 0
+    assert num_blobs(registry) == 1
+
+
+def test_a_collection_waits_for_who_adds(registry: Registry, make_folder, monkeypatch) -> None:
+    """The blob is in the store and the index does not know it yet: a collection that came in now would remove it."""
+    adding, may_go_on = threading.Event(), threading.Event()
+    record = registry._index.add_artifact
+
+    def slow(artifact: Artifact) -> None:
+        adding.set()
+        assert may_go_on.wait(30)
+        record(artifact)
+
+    monkeypatch.setattr(registry._index, "add_artifact", slow)
+    made: list[Artifact] = []
+    adder = threading.Thread(target=lambda: made.append(make(registry, make_folder({"a": b"1"}))))
+    adder.start()
+    assert adding.wait(30)
+    found: list[Collected] = []
+    other = Registry(registry.root)
+    collector = threading.Thread(target=lambda: found.append(other.collect_garbage(grace_seconds=-5)))
+    collector.start()
+    collector.join(0.5)
+    assert collector.is_alive()
+    may_go_on.set()
+    adder.join(30)
+    collector.join(30)
+    assert found[0].artifacts == tuple(made)
+    assert num_blobs(registry) == 0
+
+
+ADD = """
+import os, sys
+from pathlib import Path
+from registry import Registry
+registry = Registry(Path(sys.argv[1]))
+for number in range(15):
+    folder = Path(sys.argv[2]) / f"{os.getpid()}-{number}"
+    folder.mkdir()
+    (folder / "own").write_text(f"{sys.argv[3]} {number}")
+    (folder / "shared").write_text(f"shared {number % 3}")
+    registry.publish("model", registry.add_artifact("checkpoint", folder))
+"""
+
+
+def test_processes_add_while_others_collect(registry: Registry, tmp_path: Path) -> None:
+    """The grace covers the moment between adding and publishing."""
+    command = [sys.executable, "-c", ADD, str(registry.root), str(tmp_path)]
+    adders = [subprocess.Popen([*command, str(number)], cwd=ROOT) for number in range(3)]
+    while any(adder.poll() is None for adder in adders):
+        registry.collect_garbage(grace_seconds=5)
+    assert [adder.returncode for adder in adders] == [0] * 3
+    assert [version.number for version in registry.versions()] == list(range(1, 46))
+    assert all(registry.verify(str(version)).ok for version in registry.versions())
