@@ -6,16 +6,15 @@ huggingface.co/docs/hub/model-cards.
 """
 
 import html
-import json
 import re
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.command import compress_command, evaluate_command, without_local_folders
 from pipeline.origin import hub_id, model_name
+from pipeline.version_facts import VersionFacts
 
 if TYPE_CHECKING:
     from registry import Registry, Version
@@ -33,18 +32,15 @@ def write_card(registry: "Registry", version: "Version", repo_id: str) -> str:
     Raises:
         RegistryError: the version's files are not all there.
     """
-    checkpoint = registry.get(version.digest)
-    report = None
-    if version.report_digest:
-        report = _read(registry.path(registry.get(version.report_digest), "report.json"))
+    facts = VersionFacts.of(registry, version)
     return render_card(
-        plan=_read(registry.path(checkpoint, "plan.json")),
-        recipe=_read(registry.path(checkpoint, "recipe.json")),
-        report=report,
+        plan=facts.plan,
+        recipe=facts.recipe,
+        report=facts.report,
         repo_id=repo_id,
         revision=f"v{version.number}",
         digest=version.digest,
-        size_bytes=checkpoint.size_bytes,
+        size_bytes=facts.checkpoint.size_bytes,
     )
 
 
@@ -139,10 +135,6 @@ def _choices(plan: dict[str, Any]) -> list[dict[str, Any]]:
         bits = sum(matrix["size_bits"] for matrix in matrices) / num_params
         rows.append({"label": label, "num_matrices": len(matrices), "num_params": num_params, "bits": bits})
     return sorted(rows, key=lambda row: (row["bits"], row["label"]))
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _one_line(value: Any) -> str:

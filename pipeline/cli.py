@@ -4,7 +4,6 @@ Each command is a thin call on the library. Heavy imports (torch takes seconds) 
 after the arguments and the model folder have been checked, so that help and errors come at once.
 """
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.arguments import recipes_of
-from pipeline.budget import human_bytes
-from pipeline.display import ERRORS, RESULTS, Bars
+from pipeline.console import open_registry, print_json, progress_of, quiet_hub, version_json
+from pipeline.display import ERRORS, RESULTS
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.home import home
 from pipeline.options import (
@@ -56,9 +55,9 @@ from pipeline.options import (
     Solver,
 )
 from pipeline.output import check_compressed, check_free
-from pipeline.progress import SILENT, Progress
+from pipeline.registry_cli import registry_app
 from pipeline.sweep_folder import check_sweep_folder
-from registry import Registry, RegistryError, Version
+from registry import Registry, RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,7 +73,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-registry_app = typer.Typer(help="What was made: names, versions, files.", no_args_is_help=True)
 app.add_typer(registry_app, name="registry")
 
 
@@ -87,9 +85,9 @@ def inspect(model: ModelArgument, revision: Revision = None, as_json: AsJson = F
     from pipeline.display import show_model
     from pipeline.model import open_model
 
-    opened = open_model(model, revision=revision, progress=_progress(quiet))
+    opened = open_model(model, revision=revision, progress=progress_of(quiet))
     if as_json:
-        _print_json(
+        print_json(
             {
                 "model": model,
                 "matrices": [asdict(matrix) for matrix in opened.matrices],
@@ -141,10 +139,10 @@ def plan(
     from pipeline.planning import make_plans
 
     root = home() / "registry"
-    made = make_plans(recipes, root, device=_device(device), dry_run=dry_run, progress=_progress(quiet))
+    made = make_plans(recipes, root, device=_device(device), dry_run=dry_run, progress=progress_of(quiet))
     if as_json:
         contents = [planned.to_json() for planned in made]
-        _print_json(contents if len(made) > 1 else contents[0])
+        print_json(contents if len(made) > 1 else contents[0])
     elif not quiet and len(made) == 1:
         show_plan(made[0])
     elif not quiet:
@@ -215,7 +213,7 @@ def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compress
     _check_model(arguments["model"], arguments["revision"], quiet)
     done = engine(
         recipes,
-        _registry(),
+        open_registry(),
         output,
         name=arguments["name"],
         device=_device(arguments["device"]),
@@ -223,7 +221,7 @@ def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compress
         quiet=quiet,
     )
     if arguments["as_json"]:
-        _print_json(done.to_json())
+        print_json(done.to_json())
     elif quiet:
         RESULTS.print(str(done.folder), soft_wrap=True)
     else:
@@ -256,7 +254,7 @@ def _compress_here(
         if not quiet:
             show(run_or_parts, output)
 
-    options |= {"progress": _progress(quiet), "on_start": on_start}
+    options |= {"progress": progress_of(quiet), "on_start": on_start}
     if len(recipes) == 1:
         return compress(recipes[0], registry, output, **options)
     return compress_budgets(recipes, registry, output, **options)
@@ -290,10 +288,10 @@ def evaluate(
         num_windows=num_windows,
         seq_len=seq_len,
         device=_device(device),
-        progress=_progress(quiet),
+        progress=progress_of(quiet),
     )
     if as_json:
-        _print_json(report.to_json())
+        print_json(report.to_json())
     else:
         show_evaluation(report)
 
@@ -327,12 +325,12 @@ def push(
     from pipeline.card import write_card
     from registry import push as registry_push
 
-    _quiet_hub(quiet or as_json)
-    store = _registry()
+    quiet_hub(quiet or as_json)
+    store = open_registry()
     card = write_card(store, store.version(name), repo)
-    pushed = registry_push(store, name, repo, private=private, card=card, progress=_progress(quiet))
+    pushed = registry_push(store, name, repo, private=private, card=card, progress=progress_of(quiet))
     if as_json:
-        _print_json(pushed.__dict__)
+        print_json(pushed.__dict__)
     elif not quiet:
         RESULTS.print(
             f"{pushed.url} (tag {pushed.tag}, commit {pushed.commit[:12]}): {pushed.num_uploaded} files sent, "
@@ -353,57 +351,15 @@ def pull(
     """Fetch a version from the Hub into the registry, every hash checked."""
     from registry import pull as registry_pull
 
-    _quiet_hub(quiet or as_json)
-    store = _registry()
-    version = registry_pull(repo, store, name=name, revision=revision, progress=_progress(quiet))
+    quiet_hub(quiet or as_json)
+    store = open_registry()
+    version = registry_pull(repo, store, name=name, revision=revision, progress=progress_of(quiet))
     if output is not None:
         store.materialize(store.get(version.digest), output.expanduser())
     if as_json:
-        _print_json(_version_json(version))
+        print_json(version_json(version))
     elif not quiet:
         RESULTS.print(f"{version} ({version.digest[:12]}){f' in {output}' if output else ''}", soft_wrap=True)
-
-
-@registry_app.command("list")
-def registry_list(as_json: AsJson = False) -> None:
-    """All versions."""
-    from pipeline.display import show_versions
-
-    versions = _registry().versions()
-    if as_json:
-        _print_json([_version_json(version) for version in versions])
-    else:
-        show_versions(_registry(), versions)
-
-
-@registry_app.command("show")
-def registry_show(name: NameArgument, as_json: AsJson = False) -> None:
-    """One version: files, lineage, recipe, quality."""
-    from pipeline.display import show_version
-
-    store = _registry()
-    version = store.version(name)
-    artifact = store.get(version.digest)
-    if as_json:
-        _print_json(_version_json(version) | json.loads(artifact.to_json()))
-    else:
-        show_version(store, version)
-
-
-@registry_app.command("verify")
-def registry_verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Re-hash every file of a version; exits with 1 if one is missing or damaged."""
-    store = _registry()
-    found = store.verify(name, progress=_progress(quiet))
-    if as_json:
-        damage = {path: str(error) for path, error in found.damaged.items()}
-        _print_json(_version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
-    found.raise_if_damaged()
-    if not quiet and not as_json:
-        RESULTS.print(
-            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound",
-            soft_wrap=True,
-        )
 
 
 class Stopped(BaseException):
@@ -448,7 +404,7 @@ def _check_model(spec: str, revision: str | None, quiet: bool) -> None:
     from pipeline.shards import read_folder
     from pipeline.sources import find_source
 
-    read_folder(find_source(spec, revision, _progress(quiet)).path)
+    read_folder(find_source(spec, revision, progress_of(quiet)).path)
 
 
 def _device(device: str) -> str:
@@ -462,33 +418,3 @@ def _device(device: str) -> str:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"Device {device!r} cannot be used: {reason}. Expected auto, cpu, cuda or cuda:N.") from None
     return device
-
-
-def _registry() -> Registry:
-    return Registry(home() / "registry")
-
-
-def _progress(quiet: bool) -> Progress:
-    return SILENT if quiet else Bars()
-
-
-def _quiet_hub(quiet: bool) -> None:
-    """The Hub's client draws bars of its own."""
-    if quiet:
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
-
-
-def _version_json(version: Version) -> dict[str, Any]:
-    return {
-        "name": version.name,
-        "version": version.number,
-        "digest": version.digest,
-        "created_at": version.created_at,
-        "note": version.note,
-    }
-
-
-def _print_json(content: Any) -> None:
-    sys.stdout.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

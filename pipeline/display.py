@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from pipeline.model import Model
     from pipeline.planning import Planned
     from pipeline.run import Run
-    from registry import Registry, Version
 
 T = TypeVar("T")
 ERRORS = Console(stderr=True)
@@ -237,48 +236,3 @@ def show_evaluation(report: "EvalReport") -> None:
     for label, original, compressed in report.rows():
         table.add_row(label, original, compressed)
     RESULTS.print(table)
-
-
-def show_versions(store: "Registry", versions: list["Version"]) -> None:
-    """The answer of `registry list`."""
-    if not versions:
-        RESULTS.print("The registry is empty. `bitsmith compress` publishes what it makes.")
-        return
-    table = new_table("version", "digest", "size", "bits", "model", "made", title="Registry")
-    table.columns[0].no_wrap, table.columns[4].no_wrap = True, False  # a model may be a long path
-    for version in versions:
-        artifact = store.get(version.digest)
-        bits = artifact.metadata.get("bits_per_param")
-        table.add_row(
-            str(version),
-            version.digest[:8],
-            human_bytes(artifact.size_bytes),
-            f"{bits:.4f}" if isinstance(bits, float) else "",
-            str(artifact.metadata.get("model", "")),
-            version.created_at[:10],
-        )
-    RESULTS.print(table)
-
-
-def show_version(store: "Registry", version: "Version") -> None:
-    """The answer of `registry show`."""
-    artifact = store.get(version.digest)
-    facts = new_table(title=str(version))
-    facts.add_row("digest", version.digest)
-    facts.add_row("made", version.created_at)
-    for key, value in sorted(artifact.metadata.get("settings", {}).items()):
-        facts.add_row(
-            key, ", ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
-        )
-    RESULTS.print(facts)
-    files = new_table("file", "size", "sha256", title="Files")
-    for path, entry in artifact.files.items():
-        files.add_row(path, human_bytes(entry.size_bytes), entry.sha256[:16])
-    RESULTS.print(files)
-    lineage = new_table("kind", "digest", title="Made from")
-    for ancestor in store.lineage(version.digest).artifacts[1:]:
-        lineage.add_row(ancestor.kind, ancestor.digest[:16])
-    RESULTS.print(lineage)
-    if version.report_digest:
-        report = store.get(version.report_digest)
-        RESULTS.print(f"report: {store.path(report, 'index.html')}", soft_wrap=True)

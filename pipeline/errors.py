@@ -47,3 +47,7 @@ class WorkerError(PipelineError, RuntimeError):
 
 class CheckpointError(PipelineError, ValueError):
     """A written checkpoint does not hold what the plan promised, or cannot be read."""
+
+
+class GateError(PipelineError, ValueError):
+    """A version does not reach what an alias requires, or the requirement is malformed; names the figures."""

@@ -7,7 +7,7 @@ import typer
 
 ModelArgument = Annotated[str, typer.Argument(help="folder with safetensors, Hub id, GGUF file, or `demo`")]
 FolderArgument = Annotated[Path, typer.Argument(help="folder that `compress` wrote")]
-NameArgument = Annotated[str, typer.Argument(help="NAME or NAME:VERSION; the latest version without a number")]
+NameArgument = Annotated[str, typer.Argument(help="NAME (the latest version), NAME:VERSION or NAME@ALIAS")]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
 BudgetOption = Annotated[
     str,

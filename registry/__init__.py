@@ -5,6 +5,7 @@ Knows nothing of tensors. Importing it is cheap; the database and the Hub's clie
 
 from registry.alias import AliasMove
 from registry.artifact import Artifact, FileEntry, canonical_json, sha256_of
+from registry.collected import Collected
 from registry.errors import (
     AmbiguousDigestError,
     HubAuthError,
@@ -32,6 +33,7 @@ __all__ = [
     "AliasMove",
     "AmbiguousDigestError",
     "Artifact",
+    "Collected",
     "FileEntry",
     "HubAuthError",
     "HubConflictError",

@@ -15,32 +15,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from registry.artifact import Artifact
+from registry.collected import Collected
 from registry.index import Index
 from registry.lock import held_if_free
 from registry.store import Store, disk_errors
 from registry.uses import digests_in_use
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What was removed, or would be.
-
-    Attributes:
-        artifacts: forgotten.
-        num_blobs: that no artifact names, or that were never finished.
-        folders: of steps and downloads that nobody goes on with.
-        size_bytes: of blobs and folders.
-    """
-
-    artifacts: tuple[Artifact, ...]
-    num_blobs: int
-    folders: tuple[Path, ...]
-    size_bytes: int
 
 
 def collect(root: Path, store: Store, index: Index, *, grace_seconds: float, dry_run: bool) -> Collected:

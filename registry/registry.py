@@ -26,7 +26,7 @@ from registry.verification import Verification
 from registry.version import Version, VersionReference, checked_name
 
 if TYPE_CHECKING:
-    from registry.collection import Collected
+    from registry.collected import Collected
     from registry.index import Index
     from registry.step import Build, Settings, Steps
 

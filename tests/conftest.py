@@ -55,3 +55,23 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "Pre
     from tests.models import build_gpt2, save_model
 
     return save_model(build_gpt2(), tmp_path_factory.mktemp("gpt2"), tokenizer=tiny_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def postgresql_socket() -> Iterator[str]:
+    from tests import postgresql
+
+    if postgresql.programs() is None:
+        pytest.skip(postgresql.MISSING)
+    with postgresql.server() as folder:
+        yield folder
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> str | None:
+    """What registry.toml says of it; None is SQLite in the registry's folder."""
+    if request.param == "sqlite":
+        return None
+    from tests import postgresql
+
+    return postgresql.new_database(request.getfixturevalue("postgresql_socket"))

@@ -87,37 +87,6 @@ def test_evaluate_and_generate(bitsmith, compressed: Path, tiny_model_dir: Path)
     assert written.out.startswith("Once upon a time")
 
 
-def test_registry_commands(bitsmith, compressed: Path) -> None:
-    name = compressed.name
-    assert f"{name}:1" in bitsmith("registry", "list").out
-    shown = bitsmith("registry", "show", name)
-    assert "model.safetensors" in shown.out
-    assert "statistics" in shown.out
-    assert "all sound" in bitsmith("registry", "verify", name).out
-    assert json.loads(bitsmith("registry", "verify", name, "--json").out)["ok"]
-    unknown = bitsmith("registry", "show", "nosuch")
-    assert unknown.code == 1
-    assert "registry list" in unknown.err
-
-
-def test_verify_finds_a_flipped_byte(bitsmith, tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
-    assert bitsmith("compress", tiny_model_dir, "-o", tmp_path / "x", *FLAGS, "-q").code == 0
-    blob = max((tmp_path / "home" / "registry" / "blobs" / "sha256").rglob("*"), key=lambda path: path.stat().st_size)
-    from registry import Registry
-
-    registry = Registry(tmp_path / "home" / "registry")
-    entry = registry.get(registry.version("x").digest).files["model.safetensors"]
-    blob = registry.store.path(entry.sha256)
-    data = bytearray(blob.read_bytes())
-    data[-1] ^= 1
-    blob.chmod(0o644)
-    blob.write_bytes(data)
-    damaged = bitsmith("registry", "verify", "x")
-    assert damaged.code == 1
-    assert "model.safetensors" in damaged.err
-
-
 MISTAKES = {
     "unknown model": (
         ["compress", "no/such/folder", "-b", "3bpw", "-o", "OUT"],

@@ -1,30 +1,12 @@
 """A registry in a temporary folder with either database, and folders to add to it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from registry import Artifact, Registry
 from registry.settings import RegistrySettings
-from tests.registry import postgresql
-
-
-@pytest.fixture(scope="session")
-def postgresql_socket() -> Iterator[str]:
-    if postgresql.programs() is None:
-        pytest.skip(postgresql.MISSING)
-    with postgresql.server() as folder:
-        yield folder
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest) -> str | None:
-    """What registry.toml says of it; None is SQLite in the registry's folder."""
-    if request.param == "sqlite":
-        return None
-    return postgresql.new_database(request.getfixturevalue("postgresql_socket"))
 
 
 @pytest.fixture

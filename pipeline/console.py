@@ -1,0 +1,44 @@
+"""What all commands share: the registry at hand, progress or silence, results as JSON."""
+
+import json
+import sys
+from typing import Any
+
+from pipeline.display import Bars
+from pipeline.home import home
+from pipeline.progress import SILENT, Progress
+from registry import Registry, Version
+
+
+def open_registry() -> Registry:
+    """The one in `home()`."""
+    return Registry(home() / "registry")
+
+
+def progress_of(quiet: bool) -> Progress:
+    """Bars on standard error, or nothing."""
+    return SILENT if quiet else Bars()
+
+
+def quiet_hub(quiet: bool) -> None:
+    """The Hub's client draws bars of its own; not if `quiet`."""
+    if quiet:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+
+
+def version_json(version: Version) -> dict[str, Any]:
+    """A version as the commands print it."""
+    return {
+        "name": version.name,
+        "version": version.number,
+        "digest": version.digest,
+        "created_at": version.created_at,
+        "note": version.note,
+    }
+
+
+def print_json(content: Any) -> None:
+    """On standard output, for machines."""
+    sys.stdout.write(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,0 +1,233 @@
+"""`bitsmith registry ...`: look at versions, compare, check, name and clean up; each a thin call on the library."""
+
+import json
+import re
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Annotated
+
+import typer
+
+from pipeline.budget import human_bytes
+from pipeline.console import open_registry, print_json, progress_of, version_json
+from pipeline.display import RESULTS
+from pipeline.errors import RecipeError
+from pipeline.options import AsJson, NameArgument, Quiet
+from registry import AliasMove, RegistryError
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+Reason = Annotated[str, typer.Option(help="why, for the log")]
+AliasArgument = Annotated[str, typer.Argument(help="a word such as production; `latest` is always the highest number")]
+
+registry_app = typer.Typer(help="What was made: names, versions, aliases, files.", no_args_is_help=True)
+
+
+@registry_app.command("init")
+def init(
+    database: Annotated[
+        str | None, typer.Option(help="postgresql://user@host/name; its password belongs into ~/.pgpass or PGPASSWORD")
+    ] = None,
+) -> None:
+    """Make the registry, with its index in SQLite beside the files, or in PostgreSQL."""
+    from pipeline.home import home
+    from registry.settings import RegistrySettings
+
+    root, settings = home() / "registry", RegistrySettings(database)
+    if (root / "index.sqlite").exists() and settings != RegistrySettings.read(root):
+        raise RegistryError(
+            f"The registry in {root} has its index already, in index.sqlite. Choose a new folder with BITSMITH_HOME, "
+            "or leave the index where it is."
+        )
+    before = RegistrySettings.read(root)
+    if before.database is not None and settings != before:
+        raise RegistryError(f"The registry in {root} has its index already, as {root / 'registry.toml'} says.")
+    settings.write(root)
+    try:
+        num_versions = len(open_registry().versions())
+    except RegistryError:
+        before.write(root)
+        raise
+    RESULTS.print(f"The registry in {root} is ready; it has {num_versions} versions.", soft_wrap=True, highlight=False)
+
+
+@registry_app.command("list")
+def list_versions(as_json: AsJson = False) -> None:
+    """All versions."""
+    from pipeline.display_registry import show_versions
+
+    store = open_registry()
+    versions = store.versions()
+    if as_json:
+        print_json([version_json(version) for version in versions])
+    else:
+        show_versions(store, versions)
+
+
+@registry_app.command()
+def show(name: NameArgument, as_json: AsJson = False) -> None:
+    """One version: files, recipe, report."""
+    from pipeline.display_registry import show_version
+
+    store = open_registry()
+    version = store.version(name)
+    artifact = store.get(version.digest)
+    if as_json:
+        print_json(version_json(version) | json.loads(artifact.to_json()))
+    else:
+        show_version(store, version)
+
+
+@registry_app.command()
+def lineage(name: NameArgument, as_json: AsJson = False) -> None:
+    """What a version was made from: results of all steps, base model, calibration, seed, program."""
+    from pipeline.display_registry import show_lineage
+
+    store = open_registry()
+    version = store.version(name)
+    found = store.lineage(version.digest)
+    if as_json:
+        artifacts = [json.loads(artifact.to_json()) for artifact in found.artifacts]
+        print_json(version_json(version) | {"artifacts": artifacts, "missing": list(found.missing)})
+    else:
+        show_lineage(version, found)
+
+
+@registry_app.command()
+def diff(before: NameArgument, after: NameArgument, as_json: AsJson = False) -> None:
+    """What changed between two versions: quality, size, recipe, choices."""
+    from pipeline.display_registry import show_diff
+    from pipeline.version_diff import VersionDiff
+    from pipeline.version_facts import VersionFacts
+
+    store = open_registry()
+    found = VersionDiff.of(*(VersionFacts.of(store, store.version(name)) for name in (before, after)))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        show_diff(found)
+
+
+@registry_app.command()
+def verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Re-hash every file of a version; exits with 1 if one is missing or damaged."""
+    store = open_registry()
+    found = store.verify(name, progress=progress_of(quiet))
+    if as_json:
+        damage = {path: str(error) for path, error in found.damaged.items()}
+        print_json(version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
+    found.raise_if_damaged()
+    if not quiet and not as_json:
+        RESULTS.print(
+            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound",
+            soft_wrap=True,
+        )
+
+
+@registry_app.command()
+def alias(
+    name: NameArgument,
+    alias: Annotated[str | None, typer.Argument(help="a word such as production; without it, show all")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="let the alias name nothing any more")] = False,
+    reason: Reason = "",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let NAME@ALIAS name a version, or show a model's aliases and the log of their moves."""
+    from pipeline.display_registry import show_aliases
+
+    store = open_registry()
+    if alias is not None:
+        if remove:
+            move = store.remove_alias(store.version(name).name, alias, reason=reason)
+        else:
+            move = store.alias(name, alias, reason=reason)
+        _show_move(move, as_json, quiet)
+        return
+    if remove:
+        raise RecipeError("Which alias is to be removed? Expected `bitsmith registry alias NAME ALIAS --remove`.")
+    model = store.version(name).name
+    aliases, moves = store.aliases(model), store.alias_moves(model)
+    if as_json:
+        print_json({"name": model, "aliases": aliases, "log": [asdict(move) for move in moves]})
+    else:
+        show_aliases(model, aliases, moves)
+
+
+@registry_app.command()
+def promote(
+    name: NameArgument,
+    alias: AliasArgument,
+    require: Annotated[
+        list[str],
+        typer.Option(help="a gate such as 'kld<=0.05', 'top1>=90' or 'size_bytes<=200e6'; repeat for several"),
+    ],
+    reason: Reason = "",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let NAME@ALIAS name a version if it meets all gates; else exit with 1 and say by how much it fails."""
+    from pipeline.gate import Requirement, check
+    from pipeline.version_facts import VersionFacts
+
+    requirements = [Requirement.parse(text) for text in require]
+    store = open_registry()
+    version = store.version(name)
+    check(str(version), VersionFacts.of(store, version).figures, requirements)
+    gates = " ".join(map(str, requirements))
+    why = f"{reason} ({gates})" if reason else gates
+    _show_move(store.alias(str(version), alias, action=AliasMove.PROMOTE, reason=why), as_json, quiet)
+
+
+@registry_app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="NAME")],
+    alias: AliasArgument,
+    reason: Reason = "",
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Let NAME@ALIAS name again what it named before its last move; once more, what it named before that."""
+    _show_move(open_registry().rollback(name, alias, reason=reason), as_json, quiet)
+
+
+@registry_app.command()
+def gc(
+    grace: Annotated[str, typer.Option(help="what was used within this time stays: 14d, 12h, 30m or 0s")] = "14d",
+    dry_run: Annotated[bool, typer.Option(help="only say what would go")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Remove results and files that no version, no running process and nobody within the grace needs."""
+    from pipeline.display_registry import show_collected
+
+    seconds = _span_seconds(grace)
+    collected = open_registry().collect_garbage(grace_seconds=seconds, dry_run=dry_run)
+    if as_json:
+        print_json(
+            {
+                "dry_run": dry_run,
+                "artifacts": [{"kind": a.kind, "digest": a.digest} for a in collected.artifacts],
+                "num_blobs": collected.num_blobs,
+                "folders": [str(folder) for folder in collected.folders],
+                "size_bytes": collected.size_bytes,
+            }
+        )
+    elif not quiet:
+        show_collected(collected, timedelta(seconds=seconds), dry_run=dry_run)
+
+
+def _span_seconds(text: str) -> float:
+    found = _SPAN.fullmatch(text.strip())
+    if found is None:
+        raise RecipeError(f"{text!r} is not a time. Expected a number and s, m, h or d, such as 14d or 0s.")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
+def _show_move(move: AliasMove, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(asdict(move))
+    elif not quiet:
+        to, before = (f"version {number}" if number else "nothing" for number in (move.to_version, move.from_version))
+        RESULTS.print(f"{move.name}@{move.alias} names {to} (before: {before})", soft_wrap=True, highlight=False)

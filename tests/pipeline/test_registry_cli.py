@@ -1,0 +1,224 @@
+"""`bitsmith registry`: what is shown, compared, promoted and removed, and what is refused."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.compress import compress
+from pipeline.recipe import Recipe
+from registry import Registry
+from tests.pipeline.conftest import Answer
+from tests.pipeline.small import SMALL
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, quick_audit: None) -> Path:
+    """A home with tiny:1 of 4.5 bits and tiny:2 of 3."""
+    home = tmp_path_factory.mktemp("home")
+    for budget in ("4.5bpw", "3bpw"):
+        recipe = Recipe.of(model=str(tiny_model_dir), **(SMALL | {"budget": budget}))
+        compress(recipe, Registry(home / "registry"), home / budget, name="tiny")
+    return home
+
+
+@pytest.fixture
+def call(made: Path, tmp_path: Path, monkeypatch, bitsmith):
+    """call("list") runs `bitsmith registry list` on a copy of `made`."""
+    shutil.copytree(made, tmp_path / "home")
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("BITSMITH_ACTOR", "nightly")
+    return lambda *arguments: bitsmith("registry", *arguments)
+
+
+def facts(answer: Answer):
+    assert answer.code == 0, answer.err
+    return json.loads(answer.out)
+
+
+def test_list_and_show(call) -> None:
+    listed = call("list").out
+    assert "tiny:1" in listed
+    assert "tiny:2" in listed
+    shown = call("show", "tiny")
+    assert "model.safetensors" in shown.out
+    assert "3bpw" in shown.out
+    assert facts(call("show", "tiny:1", "--json"))["version"] == 1
+    assert [version["version"] for version in facts(call("list", "--json"))] == [1, 2]
+    unknown = call("show", "nosuch")
+    assert unknown.code == 1
+    assert "registry list" in unknown.err
+
+
+def test_lineage_goes_down_to_the_base_model(call, tiny_model_dir: Path) -> None:
+    shown = call("lineage", "tiny").out
+    for kind in ("checkpoint", "plan", "costs", "statistics", "matrices"):
+        assert kind in shown
+    assert "see above" in shown
+    assert "base model" in shown
+    found = facts(call("lineage", "tiny:1", "--json"))
+    assert found["artifacts"][0]["digest"] == found["digest"]
+    assert found["artifacts"][0]["metadata"]["settings"]["model"] == str(tiny_model_dir)
+    assert found["missing"] == []
+
+
+def test_lineage_names_what_is_not_here(call, tmp_path: Path) -> None:
+    store = Registry(tmp_path / "home" / "registry")
+    checkpoint = store.get(store.version("tiny:1").digest)
+    other = Registry(tmp_path / "other" / "registry")
+    for entry in checkpoint.files.values():
+        other.store.add(store.store.path(entry.sha256))
+    other.record(checkpoint)
+    other.publish("tiny", checkpoint)
+    shutil.rmtree(tmp_path / "home")
+    shutil.move(tmp_path / "other", tmp_path / "home")
+    assert "not in this registry" in call("lineage", "tiny").out
+    assert len(facts(call("lineage", "tiny", "--json"))["missing"]) == len(checkpoint.parents)
+
+
+def test_diff_tells_recipe_choices_and_figures(call) -> None:
+    found = facts(call("diff", "tiny:1", "tiny@latest", "--json"))
+    assert (found["before"], found["after"]) == ("tiny:1", "tiny:2")
+    assert found["recipe"] == {"budget": ["4.5bpw", "3bpw"]}
+    before, after = found["figures"]["bits_per_param"]
+    assert before > 3 >= after
+    assert found["figures"]["kld"][1] > found["figures"]["kld"][0] > 0
+    assert found["choices"]
+    assert all(old != new for old, new in found["choices"].values())
+    assert found["shared"]["files"] > 0, "the tokenizer is the same"
+    shown = call("diff", "tiny:1", "tiny:2").out
+    assert "KL divergence" in shown
+    assert "4.5bpw" in shown
+    assert "stored once" in shown
+    same = call("diff", "tiny:1", "tiny:1")
+    assert "The same in both: recipe and plan." in same.out
+
+
+def test_aliases_are_set_shown_and_removed(call) -> None:
+    assert "has no aliases" in call("alias", "tiny").out
+    assert "tiny@production names version 1 (before: nothing)" in call("alias", "tiny:1", "production").out
+    assert facts(call("alias", "tiny:2", "production", "--reason", "smaller", "--json"))["from_version"] == 1
+    assert "production" in call("list").out
+    assert facts(call("show", "tiny@production", "--json"))["version"] == 2
+    shown = call("alias", "tiny").out
+    for word in ("tiny:2", "smaller", "nightly"):
+        assert word in shown
+    assert call("alias", "tiny", "production", "--remove").code == 0
+    log = facts(call("alias", "tiny", "--json"))
+    assert log["aliases"] == {}
+    assert [(move["action"], move["moved_by"]) for move in log["log"]] == [
+        ("set", "nightly"),
+        ("set", "nightly"),
+        ("remove", "nightly"),
+    ]
+    assert "cannot be moved" in call("alias", "tiny:1", "latest").err
+    assert call("alias", "tiny", "--remove").code == 1
+
+
+def test_promotion_takes_what_meets_the_gate_and_refuses_with_the_figures(call) -> None:
+    gate = ["--require", "bits_per_param<=3", "--require", "kld<=5"]
+    refused = call("promote", "tiny:1", "production", *gate)
+    assert refused.code == 1
+    assert "bits_per_param is 4.4" in " ".join(refused.err.split())
+    assert "wanted <=3 (not met)" in refused.err
+    assert "kld is" in refused.err
+    assert "(met)" in refused.err
+    assert "no alias" in call("show", "tiny@production").err
+    assert "names version 2" in call("promote", "tiny:2", "production", *gate, "--reason", "nightly run").out
+    (move,) = facts(call("alias", "tiny", "--json"))["log"]
+    assert (move["action"], move["reason"]) == ("promote", "nightly run (bits_per_param<=3 kld<=5)")
+
+
+@pytest.mark.parametrize("gate", ["kld", "kld<=x", "kld==1", "speed>=1", "kld<=nan", ""])
+def test_malformed_gates_are_refused(gate: str, call) -> None:
+    refused = call("promote", "tiny", "production", "--require", gate)
+    assert refused.code == 1
+    assert "is not a requirement" in refused.err
+
+
+def test_a_version_without_a_measurement_meets_no_gate_of_quality(call, tmp_path: Path) -> None:
+    store = Registry(tmp_path / "home" / "registry")
+    store.publish("pulled", store.get(store.version("tiny:1").digest))
+    refused = call("promote", "pulled", "production", "--require", "kld<=1e9")
+    assert refused.code == 1
+    assert "kld was not measured" in refused.err
+    assert call("promote", "pulled", "production", "--require", "size_bytes<=200e6").code == 0
+    assert facts(call("diff", "tiny:1", "pulled", "--json"))["figures"]["kld"][1] is None
+
+
+def test_rollback(call) -> None:
+    for number in (1, 2):
+        assert call("alias", f"tiny:{number}", "production").code == 0
+    assert "names version 1 (before: version 2)" in call("rollback", "tiny", "production", "--reason", "slow").out
+    again = call("rollback", "tiny", "production")
+    assert again.code == 1
+    assert "nothing to go back to" in again.err
+
+
+def test_gc_keeps_the_versions_and_their_lineage(call, tmp_path: Path) -> None:
+    store = Registry(tmp_path / "home" / "registry")
+    time.sleep(1.1)  # the index counts in seconds
+    orphan = tmp_path / "orphan"
+    orphan.mkdir()
+    (orphan / "file").write_bytes(b"1234")
+    digest = store.add_artifact("statistics", orphan).digest
+    assert facts(call("gc", "--json"))["artifacts"] == [], "within the grace"
+    time.sleep(1.1)
+    promised = facts(call("gc", "--grace", "0s", "--dry-run", "--json"))
+    found = facts(call("gc", "--grace", "0s", "--json"))
+    assert promised == found | {"dry_run": True}
+    assert found["artifacts"] == [{"kind": "statistics", "digest": digest}]
+    assert found["size_bytes"] == 4
+    assert "0 results, 0 files" in call("gc", "--grace", "0s").out
+    assert call("verify", "tiny:1", "-q").code == 0
+    assert facts(call("lineage", "tiny:1", "--json"))["missing"] == []
+
+
+@pytest.mark.parametrize("grace", ["", "14", "d", "-1d", "1w"])
+def test_malformed_times_are_refused(grace: str, call) -> None:
+    refused = call("gc", f"--grace={grace}")
+    assert refused.code == 1
+    assert "is not a time" in refused.err
+
+
+def test_verify_finds_a_flipped_byte(call, tmp_path: Path) -> None:
+    assert "all sound" in call("verify", "tiny:1").out
+    assert facts(call("verify", "tiny:1", "--json"))["ok"]
+    store = Registry(tmp_path / "home" / "registry")
+    blob = store.path(store.get(store.version("tiny:1").digest), "model.safetensors")
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    damaged = call("verify", "tiny:1")
+    assert damaged.code == 1
+    assert "model.safetensors" in damaged.err
+
+
+def test_init_refuses_a_second_index(call) -> None:
+    assert "2 versions" in call("init").out
+    refused = call("init", "--database", "postgresql://host/name")
+    assert refused.code == 1
+    assert "has its index already" in refused.err
+
+
+def test_init_makes_a_registry_with_either_database(bitsmith, database, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    options = [] if database is None else ["--database", database]
+    for _ in range(2):
+        made = bitsmith("registry", "init", *options)
+        assert made.code == 0, made.err
+        assert "0 versions" in made.out
+    assert (tmp_path / "home" / "registry" / "index.sqlite").exists() == (database is None)
+    if database is not None:
+        assert "as " in bitsmith("registry", "init").err
+
+
+def test_init_leaves_nothing_behind_where_the_server_does_not_answer(bitsmith, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    refused = bitsmith("registry", "init", "--database", "postgresql://ann:secret@127.0.0.1:1/models")
+    assert refused.code == 1
+    assert "secret" not in refused.err
+    assert bitsmith("registry", "init").code == 0
