@@ -12,6 +12,7 @@ from pipeline.budget import human_bytes
 from pipeline.console import open_registry, print_json, progress_of, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
+from pipeline.home import home
 from pipeline.options import AsJson, NameArgument, Quiet
 from registry import AliasMove, RegistryError
 
@@ -31,7 +32,6 @@ def init(
     ] = None,
 ) -> None:
     """Make the registry, with its index in SQLite beside the files, or in PostgreSQL."""
-    from pipeline.home import home
     from registry.settings import RegistrySettings
 
     root, settings = home() / "registry", RegistrySettings(database)
@@ -216,6 +216,29 @@ def gc(
         )
     elif not quiet:
         show_collected(collected, timedelta(seconds=seconds), dry_run=dry_run)
+
+
+@registry_app.command()
+def doctor(
+    repair: Annotated[bool, typer.Option("--repair", help="mend what can be mended")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read the whole registry, and name every damage; exits with 1 if one is left."""
+    from registry import Registry
+
+    found = Registry.examine(home() / "registry", repair=repair, progress=progress_of(quiet))
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    elif not quiet:
+        for finding in found:
+            RESULTS.print(str(finding), soft_wrap=True, highlight=False, markup=False)
+        if not found:
+            RESULTS.print("The registry is sound.")
+    if left := [finding for finding in found if not finding.is_repaired]:
+        raise RegistryError(
+            f"{len(left)} of {len(found)} damages are left: {', '.join(each.what for each in left[:5])}."
+        )
 
 
 def _span_seconds(text: str) -> float:

@@ -16,7 +16,7 @@ class AliasMove:
     """One row of the log, which is only ever added to.
 
     Attributes:
-        number: counts all moves of a registry.
+        number: counts the moves of all aliases of a name, from 1.
         action: SET, PROMOTE, ROLLBACK or REMOVE.
         from_version, to_version: None where the alias named nothing.
         moved_at: ISO 8601, UTC.
@@ -28,8 +28,8 @@ class AliasMove:
     ROLLBACK: ClassVar[str] = "rollback"
     REMOVE: ClassVar[str] = "remove"
 
-    number: int
     name: str
+    number: int
     alias: str
     action: str
     from_version: int | None

@@ -21,12 +21,15 @@ from pathlib import Path
 from registry.artifact import Artifact
 from registry.collected import Collected
 from registry.index import Index
+from registry.ledger import Ledger
 from registry.lock import held_if_free
 from registry.store import Store, disk_errors
 from registry.uses import digests_in_use
 
 
-def collect(root: Path, store: Store, index: Index, *, grace_seconds: float, dry_run: bool) -> Collected:
+def collect(
+    root: Path, store: Store, index: Index, ledger: Ledger, *, grace_seconds: float, dry_run: bool
+) -> Collected:
     """Remove what the module's docstring says, or only tell; waits until nobody adds to the registry.
 
     Args:
@@ -36,8 +39,9 @@ def collect(root: Path, store: Store, index: Index, *, grace_seconds: float, dry
     """
     oldest = time.time() - grace_seconds
     with index.database.collecting():
+        index.take_in_records()
         found = index.artifacts()
-        needed = _needed(index, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
+        needed = _needed(index, ledger, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
         needed |= _with_ancestors(index, digests_in_use(root / "uses"))
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
         kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
@@ -59,9 +63,9 @@ def collect(root: Path, store: Store, index: Index, *, grace_seconds: float, dry
     return Collected(doomed, len(blobs), tuple(folders), size_bytes)
 
 
-def _needed(index: Index, recent: Iterable[Artifact]) -> set[str]:
+def _needed(index: Index, ledger: Ledger, recent: Iterable[Artifact]) -> set[str]:
     roots = {artifact.digest for artifact in recent}
-    for version in index.versions():
+    for version in ledger.versions():
         roots |= {version.digest} | ({version.report_digest} if version.report_digest else set())
     return _with_ancestors(index, roots)
 

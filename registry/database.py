@@ -14,7 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from registry.errors import RegistryError, SchemaError
+from registry.errors import IndexLostError, RegistryError, SchemaError
 from registry.lock import exclusive, flocked
 from registry.schema import REVISIONS
 
@@ -30,12 +30,14 @@ class Database:
 
     Args:
         url: `sqlite:///path` or `postgresql://user@host/name`.
+        may_be_made: make the tables where there are none, instead of raising IndexLostError.
     Raises:
+        IndexLostError: there are no tables and none may be made.
         RegistryError: the URL names another kind of database, or psycopg is missing.
         SchemaError: the database was written by a newer version of the program.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, may_be_made: bool = True) -> None:
         self._url = _checked(url)
         self._held = threading.local()
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
@@ -49,7 +51,7 @@ class Database:
         if self.is_sqlite:
             event.listen(self._engine, "connect", _configure)
             event.listen(self._engine, "begin", _begin)
-        self._prepare()
+        self._prepare(may_be_made)
 
     @property
     def name(self) -> str:
@@ -110,9 +112,14 @@ class Database:
             connection.rollback()
             yield
 
-    def _prepare(self) -> None:
+    def _prepare(self, may_be_made: bool) -> None:
+        if not may_be_made and self.is_sqlite and not Path(self.name).exists():
+            raise self._lost()
         with self.reading() as connection:
             found = _revision(connection)
+            is_empty = found is None and not inspect(connection).has_table(_LEGACY_TABLE)
+        if is_empty and not may_be_made:
+            raise self._lost()
         if found == REVISIONS[-1]:
             return
         if found is not None and found not in REVISIONS:
@@ -123,6 +130,13 @@ class Database:
             )
         with exclusive(self._beside("migration.lock")) if self.is_sqlite else nullcontext():
             self._upgrade()
+
+    def _lost(self) -> IndexLostError:
+        return IndexLostError(
+            f"The registry's database {self.name} is missing or empty, but the records beside the blobs tell of "
+            "versions: it was deleted, or BITSMITH_HOME or registry.toml names the wrong place. Restore it, or run "
+            "`bitsmith registry doctor --repair`, which makes it anew from them."
+        )
 
     def _upgrade(self) -> None:
         from alembic import command
@@ -158,8 +172,14 @@ class Database:
             raise RegistryError(
                 f"The registry's database {self.name} cannot be used ({cause}). If it is locked, another "
                 f"bitsmith has been writing for over {BUSY_TIMEOUT_SECONDS} s: wait for it. If it does not answer, is "
-                "read-only or has no space left, mend that. If it is malformed, restore it from a backup."
+                "read-only or has no space left, mend that. If it is malformed: `bitsmith registry doctor --repair`."
             ) from error
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The file of a SQLite database; None for another kind."""
+    found = _checked(url)
+    return Path(str(found.database)) if found.get_backend_name() == "sqlite" else None
 
 
 def _checked(url: str) -> URL:

@@ -49,6 +49,10 @@ class TargetExistsError(RegistryError, FileExistsError):
     """A file stands where one should be written; nothing was overwritten."""
 
 
+class IndexLostError(RegistryError):
+    """The database is gone, or is being made anew, while the records tell of versions; nothing was changed."""
+
+
 class SchemaError(RegistryError):
     """The database was written by a newer version of the program."""
 

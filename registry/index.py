@@ -1,37 +1,37 @@
-"""What the registry knows besides bytes: artifacts and their parents, finished steps, models, versions and aliases.
+"""Artifacts, what they were made from, and the steps that made them: questions to a `Database`, and changes of it.
 
-Questions to a `Database`, and changes of it, each one transaction. Two processes never get the same version number: the
-one that gives it out holds the model's row.
+Each change is one transaction. The record of an artifact (records.py) is written before, so that the database is never
+ahead of the records.
 """
 
-from collections.abc import Collection, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterable, Mapping
 from datetime import UTC, datetime
+from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, literal, select, update
+from sqlalchemy import Connection, delete, func, literal, select, update
 
-from registry.alias import AliasMove
-from registry.artifact import Artifact
+from registry.artifact import Artifact, sha256_of
 from registry.database import Database
-from registry.errors import NotFoundError
-from registry.schema import alias_moves, aliases, artifact_parents, artifacts, models, step_results, versions
-from registry.version import Version
+from registry.records import Records
+from registry.schema import artifact_parents, artifacts, step_results
 
 MOST_PARAMETERS = 500  # of one statement; SQLite's own limit was 999 once
 
 
 class Index:
-    """What `database` knows. Every method raises RegistryError as `Database` does."""
+    """What `database` knows of artifacts. Every method raises RegistryError as `Database` and `Records` do."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, records: Records) -> None:
         self.database = database
+        self.records = records
 
     # Artifacts
 
     def add_artifact(self, artifact: Artifact) -> None:
         """Record an artifact and its parents, or that one that is known already was used now."""
+        self.records.add_artifact(artifact)
         with self.database.writing() as connection:
-            self._insert_artifact(connection, artifact)
+            self.insert_artifact(connection, artifact)
 
     def artifact(self, digest: str) -> Artifact | None:
         """The artifact of that exact digest."""
@@ -63,6 +63,8 @@ class Index:
     def forget_artifacts(self, digests: Collection[str]) -> None:
         """Drop artifacts, and the records that steps made them. No version may need one."""
         wanted = sorted(digests)
+        for digest in wanted:
+            self.records.remove_artifact(digest)
         with self.database.writing() as connection:
             for start in range(0, len(wanted), MOST_PARAMETERS):
                 some = wanted[start : start + MOST_PARAMETERS]
@@ -73,10 +75,10 @@ class Index:
 
     def record_step(self, key: str, artifact: Artifact) -> None:
         """Record `artifact` and that it is the result of step `key`, in one transaction."""
+        self.records.add_artifact(artifact)
         with self.database.writing() as connection:
-            self._insert_artifact(connection, artifact)
-            row = self.database.insert(step_results).values(key=key, digest=artifact.digest, created_at=_now())
-            connection.execute(row.on_conflict_do_update(index_elements=["key"], set_={"digest": artifact.digest}))
+            self.insert_artifact(connection, artifact)
+            self._insert_step(connection, key, artifact.digest)
 
     def step_result(self, key: str) -> Artifact | None:
         """The recorded result of step `key`."""
@@ -89,99 +91,35 @@ class Index:
         with self.database.writing() as connection:
             connection.execute(delete(step_results).where(step_results.c.key == key))
 
-    # Versions
+    # Records
 
-    def add_version(self, name: str, digest: str, report_digest: str | None, note: str) -> Version:
-        """Give `digest` the next number under `name`, or return the version that it already has there."""
-        with self.database.writing() as connection:
-            row = self.database.insert(models).values(name=name, created_at=_now())
-            connection.execute(row.on_conflict_do_nothing())
-            self._hold_model(connection, name)
-            mine = versions.c.name == name
-            known = connection.execute(select(versions).where(mine, versions.c.digest == digest)).one_or_none()
-            if known is not None:
-                return Version(*known)
-            latest = connection.scalar(select(func.max(versions.c.version)).where(mine)) or 0
-            version = Version(name, latest + 1, digest, report_digest, _now(), note)
-            connection.execute(self.database.insert(versions).values(_as_row(version)))
-            return version
+    def take_in_records(self) -> list[Artifact]:
+        """Add every artifact that only the records have, as used now; the result of its step if a step made it.
 
-    def version(self, name: str, number: int | None) -> Version | None:
-        """One version, or the one with the highest number where `number` is None."""
-        query = select(versions).where(versions.c.name == name).order_by(versions.c.version.desc()).limit(1)
-        if number is not None:
-            query = query.where(versions.c.version == number)
-        with self.database.reading() as connection:
-            row = connection.execute(query).one_or_none()
-        return None if row is None else Version(*row)
-
-    def versions(self) -> list[Version]:
-        """All versions, by name and number."""
-        with self.database.reading() as connection:
-            rows = connection.execute(select(versions).order_by(versions.c.name, versions.c.version))
-            return [Version(*row) for row in rows]
-
-    # Aliases
-
-    def aliases(self) -> dict[str, dict[str, int]]:
-        """name -> alias -> number of the version."""
-        found: dict[str, dict[str, int]] = {}
-        query = select(aliases).order_by(aliases.c.name, aliases.c.alias)
-        with self.database.reading() as connection:
-            for name, alias, number in connection.execute(query):
-                found.setdefault(name, {})[alias] = number
-        return found
-
-    def move_alias(
-        self, name: str, alias: str, number: int | None, *, action: str, moved_by: str, reason: str
-    ) -> AliasMove:
-        """Let `alias` name version `number`, or nothing where that is None, and log it, in one transaction.
-
-        Raises:
-            NotFoundError: there is no such version.
+        Returns:
+            those that were added.
         """
-        with self.database.writing() as connection:
-            return self._move(connection, name, alias, number, action, moved_by, reason)
+        added = [artifact for digest in self.unknown() if (artifact := self.records.artifact(digest))]
+        for artifact in added:
+            with self.database.writing() as connection:
+                self.insert_artifact(connection, artifact)
+                if "settings" in artifact.metadata:
+                    self._insert_step(connection, step_key_of(artifact), artifact.digest)
+        return added
 
-    def move_alias_back(self, name: str, alias: str, *, moved_by: str, reason: str) -> AliasMove | None:
-        """Undo the last move of `alias` that is not undone yet; None where there is no version to go back to."""
-        with self.database.writing() as connection:
-            self._hold_model(connection, name)
-            earlier = AliasMove.before([AliasMove(*row) for row in connection.execute(_moves(name, alias))])
-            if earlier is None:
-                return None
-            return self._move(connection, name, alias, earlier, AliasMove.ROLLBACK, moved_by, reason)
+    def unknown(self) -> list[str]:
+        """Digests that only the records have."""
+        known = set(self.digests())
+        return [digest for digest in self.records.digests() if digest not in known]
 
-    def alias_moves(self, name: str, alias: str | None = None) -> list[AliasMove]:
-        """The log of one model, the oldest first."""
-        with self.database.reading() as connection:
-            return [AliasMove(*row) for row in connection.execute(_moves(name, alias))]
+    # Within a transaction
 
-    def _move(
-        self, connection: Connection, name: str, alias: str, number: int | None, action: str, by: str, reason: str
-    ) -> AliasMove:
-        self._hold_model(connection, name)
-        mine = (aliases.c.name == name) & (aliases.c.alias == alias)
-        before = connection.scalar(select(aliases.c.version).where(mine))
-        if number is None:
-            connection.execute(delete(aliases).where(mine))
-        else:
-            is_there = (versions.c.name == name) & (versions.c.version == number)
-            if connection.scalar(select(versions.c.version).where(is_there)) is None:
-                raise NotFoundError(f"There is no version {name}:{number}. `bitsmith registry list` shows all.")
-            row = self.database.insert(aliases).values(name=name, alias=alias, version=number)
-            keys = ["name", "alias"]
-            connection.execute(row.on_conflict_do_update(index_elements=keys, set_={"version": number}))
-        move = AliasMove(0, name, alias, action, before, number, _now(), by, reason)
-        values = {column: value for column, value in asdict(move).items() if column != "number"}
-        made = connection.execute(self.database.insert(alias_moves).values(values).returning(alias_moves.c.number))
-        return replace(move, number=made.scalar_one())
+    def is_known(self, connection: Connection, digest: str) -> bool:
+        """Is the artifact in the database?"""
+        return connection.scalar(select(artifacts.c.digest).where(artifacts.c.digest == digest)) is not None
 
-    def _hold_model(self, connection: Connection, name: str) -> None:
-        """Until the transaction ends nobody else changes versions or aliases of `name`."""
-        connection.execute(select(models.c.name).where(models.c.name == name).with_for_update())
-
-    def _insert_artifact(self, connection: Connection, artifact: Artifact) -> None:
+    def insert_artifact(self, connection: Connection, artifact: Artifact) -> None:
+        """Add the artifact, whose record is there, or note that it is used now."""
         now = _now()
         row = self.database.insert(artifacts).values(
             digest=artifact.digest,
@@ -198,26 +136,24 @@ class Index:
             ]
             connection.execute(self.database.insert(artifact_parents).on_conflict_do_nothing(), parents)
 
+    def _insert_step(self, connection: Connection, key: str, digest: str) -> None:
+        row = self.database.insert(step_results).values(key=key, digest=digest, created_at=_now())
+        connection.execute(row.on_conflict_do_update(index_elements=["key"], set_={"digest": digest}))
+
     def touch(self, digests: Iterable[str]) -> None:
         """Note that these artifacts are used now."""
         with self.database.writing() as connection:
             connection.execute(update(artifacts).where(artifacts.c.digest.in_(list(digests))).values(used_at=_now()))
 
 
-def _moves(name: str, alias: str | None) -> Select:
-    query = select(alias_moves).where(alias_moves.c.name == name).order_by(alias_moves.c.number)
-    return query if alias is None else query.where(alias_moves.c.alias == alias)
+def step_key(kind: str, parents: Iterable[str], settings: Mapping[str, Any]) -> str:
+    """Names all that decides the result of a step."""
+    return sha256_of({"kind": kind, "parents": tuple(parents), "settings": settings})
 
 
-def _as_row(version: Version) -> dict[str, object]:
-    return {
-        "name": version.name,
-        "version": version.number,
-        "digest": version.digest,
-        "report_digest": version.report_digest,
-        "created_at": version.created_at,
-        "note": version.note,
-    }
+def step_key_of(artifact: Artifact) -> str:
+    """Of the step that made the artifact."""
+    return step_key(artifact.kind, artifact.parents, artifact.metadata["settings"])
 
 
 def _now() -> str:

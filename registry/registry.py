@@ -2,7 +2,8 @@
 
 <root>/
     registry.toml    where the index is, if not here (settings.py)
-    index.sqlite     names, versions, aliases, lineage, finished steps (index.py)
+    index.sqlite     artifacts, lineage, finished steps (index.py), versions and aliases (ledger.py)
+    records/         the same as files, in case the index is lost (records.py)
     blobs/           every file once, by its hash (store.py)
     steps/           work under way (step.py)
     uses/            what living processes need (uses.py)
@@ -27,7 +28,9 @@ from registry.version import Version, VersionReference, checked_name
 
 if TYPE_CHECKING:
     from registry.collected import Collected
+    from registry.doctor import Finding
     from registry.index import Index
+    from registry.ledger import Ledger
     from registry.step import Build, Settings, Steps
 
 
@@ -52,12 +55,15 @@ class Registry:
 
     @cached_property
     def _index(self) -> "Index":
-        from registry.database import Database  # SQLAlchemy takes a quarter of a second to import
-        from registry.index import Index
-        from registry.settings import RegistrySettings
+        from registry.opening import open_index  # SQLAlchemy takes a quarter of a second to import
 
-        url = RegistrySettings.read(self.root).database
-        return Index(Database(url or f"sqlite:///{self.root / 'index.sqlite'}"))
+        return open_index(self.root)
+
+    @cached_property
+    def _ledger(self) -> "Ledger":
+        from registry.ledger import Ledger
+
+        return Ledger(self._index)
 
     @cached_property
     def _uses(self) -> Uses:
@@ -167,7 +173,7 @@ class Registry:
             self.get(artifact.digest)
             if report is not None:
                 self.get(report.digest)
-            return self._index.add_version(name, artifact.digest, report.digest if report else None, note)
+            return self._ledger.add_version(name, artifact.digest, report.digest if report else None, note)
 
     def version(self, reference: str) -> Version:
         """The version that "name:3" or "name@alias" names, or the latest of "name".
@@ -180,7 +186,7 @@ class Registry:
         aliases = self.aliases(wanted.name) if wanted.alias else {}
         if wanted.alias is None or wanted.alias in aliases:
             number = aliases[wanted.alias] if wanted.alias else wanted.number
-            if (version := self._index.version(wanted.name, number)) is not None:
+            if (version := self._ledger.version(wanted.name, number)) is not None:
                 return version
         everything = self.versions()
         advice = "`bitsmith registry list` shows all."
@@ -193,13 +199,13 @@ class Registry:
 
     def versions(self) -> list[Version]:
         """All versions, by name and number."""
-        return self._index.versions()
+        return self._ledger.versions()
 
     # Aliases
 
     def aliases(self, name: str) -> dict[str, int]:
         """alias -> number of the version of `name`; without `latest`, which needs no entry."""
-        return self._index.aliases().get(name, {})
+        return self._ledger.aliases(name)
 
     def alias(self, reference: str, alias: str, *, reason: str = "", action: str = AliasMove.SET) -> AliasMove:
         """Let `alias` name the version that `reference` names now. Every move is logged, for good.
@@ -212,14 +218,14 @@ class Registry:
         """
         checked_alias(alias)
         version = self.version(reference)
-        return self._index.move_alias(
+        return self._ledger.move_alias(
             version.name, alias, version.number, action=action, moved_by=actor(), reason=reason
         )
 
     def remove_alias(self, name: str, alias: str, *, reason: str = "") -> AliasMove:
         """Let `alias` name nothing any more. Raises NotFoundError where it did not."""
         self.version(f"{name}@{checked_alias(alias)}")
-        return self._index.move_alias(name, alias, None, action=AliasMove.REMOVE, moved_by=actor(), reason=reason)
+        return self._ledger.move_alias(name, alias, None, action=AliasMove.REMOVE, moved_by=actor(), reason=reason)
 
     def rollback(self, name: str, alias: str, *, reason: str = "") -> AliasMove:
         """Let `alias` name what it named before its last move; again, what it named before that.
@@ -228,7 +234,7 @@ class Registry:
             NotFoundError: `alias` names nothing, or never named another version.
         """
         current = self.version(f"{name}@{checked_alias(alias)}")
-        move = self._index.move_alias_back(name, alias, moved_by=actor(), reason=reason)
+        move = self._ledger.move_alias_back(name, alias, moved_by=actor(), reason=reason)
         if move is None:
             raise NotFoundError(
                 f"{name}@{alias} has named no version before {current}, so that there is nothing to go back to. "
@@ -238,7 +244,7 @@ class Registry:
 
     def alias_moves(self, name: str, alias: str | None = None) -> list[AliasMove]:
         """The log of one model's aliases, the oldest move first."""
-        return self._index.alias_moves(checked_name(name), alias)
+        return self._ledger.moves(checked_name(name), alias)
 
     # Soundness
 
@@ -257,11 +263,18 @@ class Registry:
                 damaged[path] = error
         return Verification(version, tuple(missing), damaged, len(artifact.files), artifact.size_bytes)
 
+    @staticmethod
+    def examine(root: Path, *, repair: bool = False, progress: Progress = SILENT) -> "list[Finding]":
+        """All damages of the registry in `root`, which need not open; see doctor.py."""
+        from registry.doctor import examine
+
+        return examine(Path(root), repair=repair, progress=progress)
+
     def collect_garbage(self, *, grace_seconds: float, dry_run: bool = False) -> "Collected":
         """Remove what no version, no living process and nobody within the grace needs; see collection.py."""
         from registry.collection import collect
 
-        return collect(self.root, self.store, self._index, grace_seconds=grace_seconds, dry_run=dry_run)
+        return collect(self.root, self.store, self._index, self._ledger, grace_seconds=grace_seconds, dry_run=dry_run)
 
     # Steps
 

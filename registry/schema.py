@@ -74,8 +74,8 @@ aliases = Table(
 alias_moves = Table(
     "alias_moves",
     metadata,
+    Column("name", String(96), primary_key=True),
     Column("number", Integer, primary_key=True),
-    Column("name", String(96), nullable=False, index=True),
     Column("alias", String(96), nullable=False),
     Column("action", String, nullable=False),
     Column("from_version", Integer),

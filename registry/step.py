@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from registry.artifact import Artifact, FileEntry, sha256_of
+from registry.artifact import Artifact, FileEntry
 from registry.errors import IntegrityError, InvalidDescriptionError, UnsafePathError
 from registry.files import files_below
-from registry.index import Index
+from registry.index import Index, step_key
 from registry.lock import exclusive
 from registry.progress import Progress
 from registry.store import Store, disk_errors, fsync, hash_file, write_atomically
@@ -45,7 +45,7 @@ class Steps:
     ) -> Artifact:
         """See `Registry.step`."""
         parents = tuple(parents)
-        key = _key(kind, parents, settings)
+        key = step_key(kind, parents, settings)
         with self.index.database.keeping():
             self.uses.add(*parents)
         if resume and (artifact := self._taken(key)):
@@ -73,7 +73,7 @@ class Steps:
 
     def find(self, kind: str, parents: Iterable[str], settings: Settings) -> Artifact | None:
         """See `Registry.has_step`."""
-        return self._finished(_key(kind, tuple(parents), settings))
+        return self._finished(step_key(kind, tuple(parents), settings))
 
     def _taken(self, key: str) -> Artifact | None:
         """The recorded result, noted as used."""
@@ -123,10 +123,6 @@ class Steps:
         for path, entry in artifact.files.items():
             if (out / path).exists():
                 self.store.adopt(out / path, entry)
-
-
-def _key(kind: str, parents: tuple[str, ...], settings: Settings) -> str:
-    return sha256_of({"kind": kind, "parents": parents, "settings": settings})
 
 
 def _seal(workdir: Path, kind: str, parents: tuple[str, ...], settings: Settings, build: Build) -> Artifact:

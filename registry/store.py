@@ -88,6 +88,15 @@ class Store:
         with disk_errors(self._blobs):
             yield from (path for path in self._blobs.glob("??/*") if path.is_file())
 
+    def set_aside(self, sha256: str) -> Path:
+        """Take a damaged blob out of its name, into blobs/damaged; the next that has the right bytes takes the name."""
+        path = self.path(sha256)
+        target = self._blobs.parent / "damaged" / sha256
+        with disk_errors(path):
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+        return target
+
     def unfinished(self) -> Iterator[Path]:
         """Copies under way, and what a killed process left of one."""
         with disk_errors(self._incoming):

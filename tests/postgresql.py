@@ -54,3 +54,14 @@ def new_database(socket_folder: str) -> str:
     with psycopg.connect(f"host={socket_folder} user=postgres dbname=postgres", autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}".encode())
     return f"postgresql://postgres@/{name}?host={socket_folder}"
+
+
+def copy_of(url: str) -> str:
+    """The URL of a new database with the content of another, to which nobody may be connected."""
+    import psycopg
+
+    rest, _, socket_folder = url.partition("?host=")
+    name, copy = rest.rpartition("/")[2], f"test_{uuid4().hex}"
+    with psycopg.connect(f"host={socket_folder} user=postgres dbname=postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {copy} TEMPLATE {name}".encode())
+    return f"postgresql://postgres@/{copy}?host={socket_folder}"

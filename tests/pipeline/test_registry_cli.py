@@ -222,3 +222,26 @@ def test_init_leaves_nothing_behind_where_the_server_does_not_answer(bitsmith, t
     assert refused.code == 1
     assert "secret" not in refused.err
     assert bitsmith("registry", "init").code == 0
+
+
+def test_doctor_names_damage_and_mends_what_it_can(call, tmp_path: Path) -> None:
+    assert "The registry is sound." in call("doctor").out
+    root = tmp_path / "home" / "registry"
+    for path in root.glob("index.sqlite*"):
+        path.unlink()
+    lost = call("list")
+    assert lost.code == 1
+    assert "doctor --repair" in lost.err
+    found = call("doctor")
+    assert found.code == 1
+    assert "1 of 1 damages are left: the index" in found.err
+    assert "Repaired." in call("doctor", "--repair").out
+    assert "tiny:2" in call("list").out
+    store = Registry(root)
+    store.path(store.get(store.version("tiny:1").digest), "model.safetensors").unlink()
+    answer = call("doctor", "--repair", "--json")
+    assert answer.code == 1
+    (finding,) = json.loads(answer.out)
+    assert finding["problem"] == "is missing"
+    assert "tiny:1" in finding["advice"]
+    assert not finding["is_repaired"]

@@ -73,15 +73,15 @@ def test_a_rollback_is_the_inverse_of_a_move(seed: int) -> None:
         assert back == (stack[-2] if len(stack) > 1 else None)
         if back is not None and draw.random() < 0.4:
             stack.pop()
-            moves.append(AliasMove(number, "m", "a", AliasMove.ROLLBACK, current, back, "", "", ""))
+            moves.append(AliasMove("m", number, "a", AliasMove.ROLLBACK, current, back, "", "", ""))
         elif draw.random() < 0.1:
             stack.clear()
-            moves.append(AliasMove(number, "m", "a", AliasMove.REMOVE, current, None, "", "", ""))
+            moves.append(AliasMove("m", number, "a", AliasMove.REMOVE, current, None, "", "", ""))
         else:
             target = draw.randint(1, 4)
             if target != current:
                 stack.append(target)
-            moves.append(AliasMove(number, "m", "a", AliasMove.SET, current, target, "", "", ""))
+            moves.append(AliasMove("m", number, "a", AliasMove.SET, current, target, "", "", ""))
 
 
 def test_what_is_not_there_is_named(three: Registry) -> None:

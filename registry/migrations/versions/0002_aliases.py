@@ -33,8 +33,8 @@ def upgrade() -> None:
     )
     op.create_table(
         "alias_moves",
+        sa.Column("name", sa.String(96), primary_key=True),
         sa.Column("number", sa.Integer, primary_key=True),
-        sa.Column("name", sa.String(96), nullable=False),
         sa.Column("alias", sa.String(96), nullable=False),
         sa.Column("action", sa.String, nullable=False),
         sa.Column("from_version", sa.Integer),
@@ -43,7 +43,6 @@ def upgrade() -> None:
         sa.Column("moved_by", sa.String, nullable=False),
         sa.Column("reason", sa.String, nullable=False),
     )
-    op.create_index("ix_alias_moves_name", "alias_moves", ["name"])
     if op.get_bind().dialect.name == "sqlite":
         for verb in ("UPDATE", "DELETE"):
             op.execute(SQLITE_TRIGGER.format(verb=verb))
