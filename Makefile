@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-quality peers clean
+.PHONY: demo test test-slow lint format bench bench-quality drill-registry peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -41,6 +41,9 @@ bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers --dither
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.ablation
+
+drill-registry: $(READY) ## kill -9 and many processes at once, on SQLite and PostgreSQL (apt-get install postgresql)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_drill
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs
 

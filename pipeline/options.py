@@ -66,7 +66,7 @@ RecoverSamples = Annotated[
 RecoverSteps = Annotated[
     int | None, typer.Option(help="steps of that training at most, 200 by default, 300 with `best`")
 ]
-RecoverLearningRate = Annotated[float | None, typer.Option(help="of that training, at its height; 0.003 by default")]
+RecoverLearningRate = Annotated[float | None, typer.Option(help="of that training, at its height; 0.001 by default")]
 RecoverKlWeight = Annotated[
     float | None, typer.Option(help="weight in that training's loss of the divergence from the original, 1 by default")
 ]

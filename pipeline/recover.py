@@ -5,7 +5,8 @@ AdamW moves float32 master copies. Each forward pass runs with their values as t
 taken as if that rounding were not there (straight-through), so training sees what the reader of the checkpoint will.
 
 The last windows are never trained on. Every few steps the divergence from the original is measured on them, the best
-values are kept, and where none was better than the start, nothing is changed.
+values are kept, and where none was better than the start, nothing is changed. In the second half of the steps, when
+the rate falls, it stops after a few measurements without a gain; at its height they go up and down.
 """
 
 import hashlib
@@ -140,7 +141,7 @@ class _Training:
             state.checks.append(Check(0, self.held_out_kl(), None))
         steps = range(state.step, settings.steps)
         for step in progress.track(steps, "Recovery", total=settings.steps, done=state.step):
-            if state.checks_without_gain >= settings.patience:
+            if step > settings.steps / 2 and state.checks_without_gain >= settings.patience:
                 break
             state.losses.append(self.add_gradients(step))
             self.move(step)

@@ -27,7 +27,7 @@ class RecoverySettings(BaseModel):
     held_out_share: float = Field(0.125, gt=0, lt=1, description="of the windows, the last ones, never trained on")
     most_held_out: int = Field(16, ge=1, description="and no more windows than these")
     check_every: int = Field(30, ge=1, description="steps between measurements on the held-out windows")
-    patience: int = Field(3, ge=1, description="measurements in a row without a gain after which it stops")
+    patience: int = Field(3, ge=1, description="measurements without a gain after which it stops, late")
     compute: Compute = Field("bfloat16", description="of the matrix products, by autocast")
     seed: int = Field(0, ge=0, description="of the order of the windows")
 

@@ -156,7 +156,7 @@ class _Examination:
         try:
             ledger.take_in_records()
             added = [fact for fact in ledger.facts() if (type(fact), fact.name, fact.number) not in facts]
-            artifacts = index.take_in_records() if self.repair else index.unknown()
+            artifacts = index.take_in_records()
         except (InvalidDescriptionError, IntegrityError) as error:
             yield Finding("the records", str(error), False, "Restore the file from a backup.")
             return
@@ -164,7 +164,7 @@ class _Examination:
             kind = "version" if isinstance(fact, Version) else "move"
             yield Finding("the index", f"lacked {kind} {fact.number} of {fact.name}", True)
         if artifacts:
-            yield Finding("the index", f"lacked {len(artifacts)} artifacts", self.repair, _REPAIR)
+            yield Finding("the index", f"lacked {len(artifacts)} artifacts", True)
 
     def _blobs(self, artifacts: list[Artifact]) -> Iterator[Finding]:
         places: dict[str, list[tuple[Artifact, str]]] = {}
