@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import asdict
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
 from pipeline.home import home
 from pipeline.options import AsJson, NameArgument, Quiet
-from registry import AliasMove, RegistryError
+from registry import AliasMove, RegistryError, export_version, import_version
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -216,6 +217,40 @@ def gc(
         )
     elif not quiet:
         show_collected(collected, timedelta(seconds=seconds), dry_run=dry_run)
+
+
+@registry_app.command("export")
+def export(
+    name: NameArgument,
+    file: Annotated[Path, typer.Argument(help="file to write, such as model.tar; must not exist")],
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a version into one file: its files, its report, and the descriptions of all that it was made from."""
+    exported = export_version(open_registry(), name, file.expanduser(), progress=progress_of(quiet))
+    if as_json:
+        print_json(version_json(exported.version) | {"file": str(file), "size_bytes": exported.size_bytes})
+    elif not quiet:
+        RESULTS.print(
+            f"{file}: {exported.version}, {exported.num_files} files, {human_bytes(exported.size_bytes)}",
+            soft_wrap=True,
+            highlight=False,
+        )
+
+
+@registry_app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="file that `registry export` wrote")],
+    name: Annotated[str | None, typer.Option(help="name to publish it under; the exported one by default")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take in an exported version, every byte checked, and publish it under the next number."""
+    version = import_version(open_registry(), file.expanduser(), name=name, progress=progress_of(quiet))
+    if as_json:
+        print_json(version_json(version))
+    elif not quiet:
+        RESULTS.print(f"{version} ({version.digest[:12]})", soft_wrap=True, highlight=False)
 
 
 @registry_app.command()

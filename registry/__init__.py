@@ -27,6 +27,7 @@ from registry.errors import (
 from registry.hub import PushResult, pull, push
 from registry.registry import Lineage, Registry
 from registry.store import Store
+from registry.transfer import Exported, export_version, import_version
 from registry.verification import Verification
 from registry.version import Version, VersionReference, checked_name
 
@@ -35,6 +36,7 @@ __all__ = [
     "AmbiguousDigestError",
     "Artifact",
     "Collected",
+    "Exported",
     "FileEntry",
     "HubAuthError",
     "HubConflictError",
@@ -60,6 +62,8 @@ __all__ = [
     "VersionReference",
     "canonical_json",
     "checked_name",
+    "export_version",
+    "import_version",
     "pull",
     "push",
     "sha256_of",

@@ -190,7 +190,7 @@ class _Examination:
                     "same bytes heal every version that has them."
                 )
                 yield Finding(f"{path} (blob {sha256[:12]})", problem, False, advice)
-            else:
+            elif was_damaged:
                 what = f"{path} of {artifact.kind} {artifact.digest[:12]} (blob {sha256[:12]})"
                 advice = "No version needs it: it is made again when a run needs it."
-                yield Finding(what, problem, self.repair or not was_damaged, f"{advice} {_REPAIR}")
+                yield Finding(what, problem, self.repair, f"{advice} {_REPAIR}")

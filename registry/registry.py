@@ -11,6 +11,7 @@
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +110,14 @@ class Registry:
                 if not self.store.has(entry):
                     raise NotFoundError(f"{path} of {artifact.kind} {artifact.digest[:12]} is not in the store.")
             self._index.add_artifact(artifact)
+
+    def remember(self, artifact: Artifact) -> None:
+        """Enter an artifact as what another was made from, whether its blobs are here or not."""
+        self._index.add_artifact(artifact)
+
+    def adding(self) -> AbstractContextManager[None]:
+        """Nothing that is added inside is collected before the end."""
+        return self._index.database.keeping()
 
     def get(self, digest: str) -> Artifact:
         """The artifact of that full digest. Raises NotFoundError."""

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from registry.artifact import Artifact, FileEntry, checked_digest, checked_path
 from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
@@ -73,6 +73,28 @@ class Store:
             entry = copy_hashed(path, copy)
             self._install(copy, entry)
         return entry
+
+    def receive(self, content: IO[bytes], entry: FileEntry, what: str) -> None:
+        """Take in `entry.size_bytes` bytes of `content`, which must be those that `entry` names.
+
+        Args:
+            what: their name for the reader of an error.
+        Raises:
+            IntegrityError: they are others, or fewer. Nothing was taken in.
+        """
+        with disk_errors(self._incoming), self._incoming_path() as copy:
+            digest, left = hashlib.sha256(), entry.size_bytes
+            with copy.open("xb") as writer:
+                while chunk := content.read(min(CHUNK_BYTES, left)):
+                    digest.update(chunk)
+                    writer.write(chunk)
+                    left -= len(chunk)
+                writer.flush()
+                os.fsync(writer.fileno())
+            found = FileEntry(digest.hexdigest(), entry.size_bytes - left)
+            if found != entry:
+                raise IntegrityError(what, f"sha256 {entry.sha256}", f"sha256 {found.sha256}, {found.size_bytes} bytes")
+            self._install(copy, entry)
 
     def adopt(self, path: Path, entry: FileEntry) -> None:
         """Rename `path`, which was just hashed to `entry`, into the store."""

@@ -245,3 +245,20 @@ def test_doctor_names_damage_and_mends_what_it_can(call, tmp_path: Path) -> None
     assert finding["problem"] == "is missing"
     assert "tiny:1" in finding["advice"]
     assert not finding["is_repaired"]
+
+
+def test_export_and_import(call, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "tiny.tar"
+    assert "tiny:2" in call("export", "tiny", file).out
+    assert call("export", "tiny", file).code == 1
+    assert facts(call("import", file, "--name", "copy", "--json"))["version"] == 1
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "elsewhere"))
+    assert "tiny:1" in call("import", file).out
+    assert "all sound" in call("verify", "tiny").out
+    assert "3bpw" in call("show", "tiny").out
+    assert "statistics" in call("lineage", "tiny").out
+    assert "The registry is sound." in call("doctor").out
+    (tmp_path / "cut.tar").write_bytes(file.read_bytes()[:5000])
+    cut = call("import", tmp_path / "cut.tar", "--name", "cut")
+    assert cut.code == 1
+    assert "Nothing was published" in cut.err

@@ -258,7 +258,8 @@ def test_damaged_files_are_named_with_their_versions_and_healed_by_the_same_byte
 def test_a_damaged_result_that_no_version_needs_is_made_again(damage: str, registry: Registry) -> None:
     made = registry.step("statistics", [], {"seed": 0}, build)
     damaged(registry.path(made, "file"), damage)
-    assert [finding.is_repaired for finding in examine(registry, repair=True)] == [True]
+    repaired = [finding.is_repaired for finding in examine(registry, repair=True)]
+    assert repaired == ([] if damage == "delete" else [True]), "what is only missing is made again anyway"
     assert Registry(registry.root).step("statistics", [], {"seed": 0}, build) == made
     assert examine(registry) == []
 
