@@ -1,6 +1,7 @@
 """`bitsmith registry ...`: look at versions, compare, check, name and clean up; each a thin call on the library."""
 
 import json
+import os
 import re
 from dataclasses import asdict
 from datetime import timedelta
@@ -15,7 +16,7 @@ from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
 from pipeline.home import home
 from pipeline.options import AsJson, NameArgument, Quiet
-from registry import AliasMove, RegistryError, export_version, import_version
+from registry import AliasMove, RegistryError, export_version, import_version, sign_version, verify_signature
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -111,18 +112,52 @@ def diff(before: NameArgument, after: NameArgument, as_json: AsJson = False) -> 
 
 
 @registry_app.command()
-def verify(name: NameArgument, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """Re-hash every file of a version; exits with 1 if one is missing or damaged."""
+def sign(
+    name: NameArgument,
+    key: Annotated[Path, typer.Option(help="private key of an elliptic curve, in PEM")],
+    password_variable: Annotated[
+        str | None, typer.Option(help="environment variable with the key's password, if it has one")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sign all files of a version with a key of your own; `verify --public-key` checks it, here or elsewhere."""
+    password = None
+    if password_variable is not None:
+        password = os.environ.get(password_variable)
+        if password is None:
+            raise RecipeError(f"The environment has no {password_variable} with the key's password. Set it.")
+    store = open_registry()
+    signature = sign_version(store, name, key.expanduser(), password=password)
+    if not quiet:
+        RESULTS.print(f"{store.version(name)} is signed ({signature.digest[:12]})", soft_wrap=True, highlight=False)
+
+
+@registry_app.command()
+def verify(
+    name: NameArgument,
+    public_key: Annotated[Path | None, typer.Option(help="require a signature of this key, in PEM")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Re-hash every file of a version, and compare its tensors with its plan; exits with 1 if anything differs."""
     store = open_registry()
     found = store.verify(name, progress=progress_of(quiet))
     if as_json:
         damage = {path: str(error) for path, error in found.damaged.items()}
         print_json(version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
     found.raise_if_damaged()
+    if public_key is not None:
+        verify_signature(store, name, public_key.expanduser())
+    from pipeline.planned_tensors import check_planned
+
+    num_matrices = check_planned(store, found.version)
     if not quiet and not as_json:
+        signed = "" if public_key is None else f", signed with the key of {public_key}"
         RESULTS.print(
-            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound",
+            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound; {num_matrices} "
+            f"matrices as planned{signed}",
             soft_wrap=True,
+            highlight=False,
         )
 
 

@@ -21,11 +21,13 @@ from registry.errors import (
     NotPublishedError,
     RegistryError,
     SchemaError,
+    SignatureError,
     TargetExistsError,
     UnsafePathError,
 )
 from registry.hub import PushResult, pull, push
 from registry.registry import Lineage, Registry
+from registry.signing import sign_version, signatures, verify_signature
 from registry.store import Store
 from registry.transfer import Exported, export_version, import_version
 from registry.verification import Verification
@@ -54,6 +56,7 @@ __all__ = [
     "Registry",
     "RegistryError",
     "SchemaError",
+    "SignatureError",
     "Store",
     "TargetExistsError",
     "UnsafePathError",
@@ -67,4 +70,7 @@ __all__ = [
     "pull",
     "push",
     "sha256_of",
+    "sign_version",
+    "signatures",
+    "verify_signature",
 ]

@@ -2,7 +2,7 @@
 
 Kept are, with all that they were made from,
 
-    the artifact and the report of every version, so of every alias
+    the artifact, the report and the signatures of every version, so of every alias
     what living processes made or found in steps (uses.py)
     what was made, found or published within the grace
 
@@ -43,6 +43,7 @@ def collect(
         found = index.artifacts()
         needed = _needed(index, ledger, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
         needed |= _with_ancestors(index, digests_in_use(root / "uses"))
+        needed |= {a.digest for a, _ in found if a.kind == "signature" and needed.issuperset(a.parents)}
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
         kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
         blobs = [blob for blob in store.blobs() if blob.name not in kept and _newest(blob) < oldest]
@@ -84,7 +85,8 @@ def _abandoned(root: Path, oldest: float) -> Iterator[Path]:
         with held_if_free(folder.with_name(f"{folder.name}.lock")) as is_free:
             if is_free and _newest(folder) < oldest:
                 yield folder
-    yield from (folder for folder in sorted((root / "pulls").glob("*/")) if _newest(folder) < oldest)
+    others = sorted((*(root / "pulls").glob("*/"), *root.glob("signing-*/")))
+    yield from (folder for folder in others if _newest(folder) < oldest)
 
 
 def _newest(path: Path) -> float:

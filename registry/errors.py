@@ -70,6 +70,10 @@ class IntegrityError(RegistryError, ValueError):
         super().__init__(f"{what} is damaged: expected {expected} but got {got}. {advice}".rstrip())
 
 
+class SignatureError(RegistryError):
+    """A version has no signature of the key that was asked for, or the key cannot be used."""
+
+
 class HubError(RegistryError):
     """Root of what can go wrong with a repository on the Hugging Face Hub."""
 

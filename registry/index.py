@@ -60,6 +60,12 @@ class Index:
         with self.database.reading() as connection:
             return list(connection.scalars(query))
 
+    def children(self, digest: str) -> list[str]:
+        """What was made from `digest` itself, sorted."""
+        query = select(artifact_parents.c.digest).where(artifact_parents.c.parent == digest).distinct()
+        with self.database.reading() as connection:
+            return sorted(connection.scalars(query))
+
     def forget_artifacts(self, digests: Collection[str]) -> None:
         """Drop artifacts, and the records that steps made them. No version may need one."""
         wanted = sorted(digests)

@@ -165,6 +165,10 @@ class Registry:
                 known.append(artifact)
         return Lineage(tuple(known), tuple(missing))
 
+    def children(self, digest: str) -> list[Artifact]:
+        """What was made from the artifact itself, such as its signatures."""
+        return [self.get(child) for child in self._index.children(digest)]
+
     # Versions
 
     def publish(self, name: str, artifact: Artifact, report: Artifact | None = None, note: str = "") -> Version:

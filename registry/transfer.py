@@ -1,8 +1,8 @@
 """A version in one file, to carry into another registry: descriptions of all that it was made from, and its own files.
 
-    bitsmith-export.json        format, name, number, digests of the checkpoint and the report, time, note
-    artifacts/<digest>.json     descriptions: checkpoint, report, and their ancestors
-    blobs/<sha256>              the files of checkpoint and report
+    bitsmith-export.json        format, name, number, digests of checkpoint, report and signatures, time, note
+    artifacts/<digest>.json     descriptions: of these, and of all that they were made from
+    blobs/<sha256>              the files of checkpoint, report and signatures
 
 An uncompressed tar, since weights do not shrink; equal versions give equal files. Who reads one trusts no byte of it.
 """
@@ -21,6 +21,7 @@ from registry.artifact import Artifact, FileEntry, canonical_json, checked_diges
 from registry.errors import IntegrityError, InvalidDescriptionError, RegistryError, TargetExistsError
 from registry.progress import SILENT, Progress
 from registry.registry import Registry
+from registry.signing import signatures
 from registry.store import disk_errors, fsync, temporary_beside
 from registry.version import Version, checked_name
 
@@ -50,12 +51,13 @@ def export_version(registry: Registry, reference: str, path: Path, *, progress: 
     version = registry.version(reference)
     if path.exists():
         raise TargetExistsError(f"{path} exists already. Choose another name, or move it away.")
-    own = [registry.get(digest) for digest in (version.digest, version.report_digest) if digest]
+    signed = signatures(registry, version.digest)
+    own = [registry.get(digest) for digest in (version.digest, version.report_digest) if digest] + signed
     described = {each.digest: each for one in own for each in registry.lineage(one.digest).artifacts}
     files = {entry.sha256: entry for artifact in own for entry in artifact.files.values()}
     with disk_errors(path), temporary_beside(path, root=path.parent) as partial:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
-            head = {"format": FORMAT, "version": asdict(version)}
+            head = {"format": FORMAT, "version": asdict(version), "signatures": [each.digest for each in signed]}
             _add_text(tar, _HEAD, canonical_json(head))
             for digest, artifact in sorted(described.items()):
                 _add_text(tar, f"artifacts/{digest}.json", artifact.to_json())
@@ -87,7 +89,8 @@ def import_version(registry: Registry, path: Path, *, name: str | None = None, p
         head = next(members, None)
         if head is None or head[0] != _HEAD:
             raise _not_ours(path, f"its first member is not {_HEAD}")
-        exported = _exported_version(path, _read(path, *head))
+        exported, signed = _exported(path, _read(path, *head))
+        own = [digest for digest in (exported.digest, exported.report_digest, *signed) if digest]
         artifacts: dict[str, Artifact] = {}
         entries: dict[str, FileEntry] = {}
         received: set[str] = set()
@@ -98,7 +101,7 @@ def import_version(registry: Registry, path: Path, *, name: str | None = None, p
             digest = found[2] or found[4]
             if found[1]:
                 artifacts[digest] = _artifact(path, digest, _read(path, member, size_bytes, content))
-                if digest in (exported.digest, exported.report_digest):
+                if digest in own:
                     entries |= {entry.sha256: entry for entry in artifacts[digest].files.values()}
                 continue
             if digest not in entries:
@@ -108,7 +111,6 @@ def import_version(registry: Registry, path: Path, *, name: str | None = None, p
                 raise IntegrityError(f"blob {digest[:12]} of {path}", expected, f"{size_bytes} bytes")
             registry.store.receive(content, entries[digest], f"blob {digest[:12]} of {path}")
             received.add(digest)
-        own = [digest for digest in (exported.digest, exported.report_digest) if digest]
         if missing := [digest for digest in own if digest not in artifacts] or sorted(entries.keys() - received):
             raise IntegrityError(str(path), "a whole export", f"one without {missing[0][:12]}", "Export it again.")
         for digest, artifact in artifacts.items():
@@ -140,7 +142,8 @@ def _opened(path: Path) -> Iterator[Iterator[tuple[str, int, IO[bytes]]]]:
             raise _not_ours(path, str(error)) from error
 
 
-def _exported_version(path: Path, content: Any) -> Version:
+def _exported(path: Path, content: Any) -> tuple[Version, list[str]]:
+    """The version, and the digests of its signatures."""
     try:
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}")
@@ -149,9 +152,10 @@ def _exported_version(path: Path, content: Any) -> Version:
         checked_digest(version.digest)
         if version.report_digest is not None:
             checked_digest(version.report_digest)
+        signed = [checked_digest(digest) for digest in content["signatures"]]
     except (KeyError, TypeError, ValueError) as error:
         raise _not_ours(path, f"{_HEAD} is not understood: {error}") from error
-    return version
+    return version, signed
 
 
 def _artifact(path: Path, digest: str, content: Any) -> Artifact:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from tests.keys import write_keys
 from tests.registry.hub_server import WRITE_TOKEN, HubServer
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +38,7 @@ def test_there_are_commands() -> None:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory):
     home = tmp_path_factory.mktemp("readme")
+    write_keys(home, "key", ec.SECP256R1())
     with HubServer() as hub:
         yield os.environ | {
             "BITSMITH_HOME": str(home / "home"),

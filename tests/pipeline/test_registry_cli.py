@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.compress import compress
 from pipeline.recipe import Recipe
 from registry import Registry
+from tests.keys import write_keys
 from tests.pipeline.conftest import Answer
 from tests.pipeline.small import SMALL
 
@@ -262,3 +264,19 @@ def test_export_and_import(call, tmp_path: Path, monkeypatch) -> None:
     cut = call("import", tmp_path / "cut.tar", "--name", "cut")
     assert cut.code == 1
     assert "Nothing was published" in cut.err
+
+
+def test_sign_and_verify_with_a_key(call, tmp_path: Path, monkeypatch) -> None:
+    private, public = write_keys(tmp_path, "key", ec.SECP256R1(), b"word")
+    _, foreign = write_keys(tmp_path, "foreign", ec.SECP256R1())
+    assert "it has none" in call("verify", "tiny", "--public-key", public).err
+    assert call("sign", "tiny", "--key", private, "--password-variable", "NO_SUCH").code == 1
+    monkeypatch.setenv("KEY_PASSWORD", "word")
+    signed = call("sign", "tiny", "--key", private, "--password-variable", "KEY_PASSWORD")
+    assert "tiny:2 is signed" in signed.out, signed.err
+    verified = call("verify", "tiny", "--public-key", public)
+    assert "14 matrices as planned, signed with the key" in verified.out
+    refused = call("verify", "tiny", "--public-key", foreign)
+    assert refused.code == 1
+    assert "none holds" in refused.err
+    assert call("verify", "tiny:1", "--public-key", public).code == 1
