@@ -111,7 +111,7 @@ class Ledger:
 
     def _catch_up(self, names: list[str]) -> None:
         with self._database.reading() as connection:
-            last = {table.name: _last_of_all(connection, table) for table in (versions, alias_moves)}
+            last = {table.name: _last_of(connection, table, names) for table in (versions, alias_moves)}
         for name in names:
             next_version, next_move = (last[table.name].get(name, 0) + 1 for table in (versions, alias_moves))
             if self._records.has(Version, name, next_version) or self._records.has(AliasMove, name, next_move):
@@ -183,8 +183,10 @@ def _last(connection: Connection, table: Table, name: str) -> int:
     return connection.scalar(select(func.max(_number(table))).where(table.c.name == name)) or 0
 
 
-def _last_of_all(connection: Connection, table: Table) -> dict[str, int]:
+def _last_of(connection: Connection, table: Table, names: list[str]) -> dict[str, int]:
     query = select(table.c.name, func.max(_number(table)).label("last")).group_by(table.c.name)
+    if len(names) == 1:
+        query = query.where(table.c.name == names[0])
     return {row.name: row.last for row in connection.execute(query)}
 
 

@@ -16,7 +16,9 @@ class Uses:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._path = folder / secrets.token_hex(16)
         self._descriptor: int | None = None
+        self._process = os.getpid()
         self._known: set[str] = set()
 
     def add(self, *digests: str) -> None:
@@ -27,15 +29,16 @@ class Uses:
         with disk_errors(self._folder):
             if self._descriptor is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                path = self._folder / secrets.token_hex(16)
-                self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+                self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             os.write(self._descriptor, "".join(f"{digest}\n" for digest in sorted(new)).encode())
         self._known |= new
 
     def close(self) -> None:
-        """Need nothing any more."""
+        """Need nothing any more. What a kill leaves, `digests_in_use` removes."""
         if self._descriptor is not None:
+            if self._process == os.getpid():  # a fork's copy goes before the process that it came from
+                self._path.unlink(missing_ok=True)
             os.close(self._descriptor)
         self._descriptor, self._known = None, set()
 

@@ -145,6 +145,12 @@ def test_a_living_process_keeps_what_it_made_and_what_it_works_on(registry: Regi
     assert list((registry.root / "uses").iterdir()) == []
 
 
+def test_a_process_that_ends_well_leaves_no_list(registry: Registry) -> None:
+    command = [sys.executable, "-c", STEPS, str(registry.root), "content"]
+    subprocess.run(command, input="\n" * 3, stdout=subprocess.DEVNULL, text=True, cwd=ROOT, check=True)
+    assert list((registry.root / "uses").iterdir()) == []
+
+
 def test_the_work_of_a_dead_process_goes_after_the_grace(registry: Registry) -> None:
     pipe, command = subprocess.PIPE, [sys.executable, "-c", STEPS, str(registry.root), "content"]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT) as process:
