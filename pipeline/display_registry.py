@@ -20,16 +20,17 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
     if not versions:
         RESULTS.print("The registry is empty. `bitsmith compress` publishes what it makes.")
         return
-    table = new_table("version", "aliases", "digest", "size", "bits", "model", "made", title="Registry")
-    table.columns[0].no_wrap, table.columns[5].no_wrap = True, False  # a model may be a long path
+    table = new_table("version", "aliases", "size", "bits", "model", "made", title="Registry")
+    for column in table.columns:
+        column.no_wrap = column.header in ("version", "size", "bits", "made")  # a model may be a long path
     aliases = {name: store.aliases(name) for name in {version.name for version in versions}}
     for version in versions:
         artifact = store.get(version.digest)
         bits = artifact.metadata.get("bits_per_param")
+        named = (alias for alias, number in aliases[version.name].items() if number == version.number)
         table.add_row(
             str(version),
-            ", ".join(alias for alias, number in aliases[version.name].items() if number == version.number),
-            version.digest[:8],
+            ", ".join(named) or "-",
             human_bytes(artifact.size_bytes),
             f"{bits:.4f}" if isinstance(bits, float) else "",
             str(artifact.metadata.get("model", "")),

@@ -28,6 +28,7 @@ from registry.version import Version, checked_name
 FORMAT = 1
 MOST_DESCRIPTION_BYTES = 64 << 20
 _HEAD = "bitsmith-export.json"
+_AGAIN = "Nothing was published. Export the version again."
 _MEMBER = re.compile(r"(artifacts)/([0-9a-f]{64})\.json|(blobs)/([0-9a-f]{64})")
 
 
@@ -108,11 +109,11 @@ def import_version(registry: Registry, path: Path, *, name: str | None = None, p
                 raise _not_ours(path, f"no description names its blob {digest[:12]}")
             if size_bytes != entries[digest].size_bytes:
                 expected = f"{entries[digest].size_bytes} bytes"
-                raise IntegrityError(f"blob {digest[:12]} of {path}", expected, f"{size_bytes} bytes")
+                raise IntegrityError(f"blob {digest[:12]} of {path}", expected, f"{size_bytes} bytes", _AGAIN)
             registry.store.receive(content, entries[digest], f"blob {digest[:12]} of {path}")
             received.add(digest)
         if missing := [digest for digest in own if digest not in artifacts] or sorted(entries.keys() - received):
-            raise IntegrityError(str(path), "a whole export", f"one without {missing[0][:12]}", "Export it again.")
+            raise IntegrityError(str(path), "a whole export", f"one without {missing[0][:12]}", _AGAIN)
         for digest, artifact in artifacts.items():
             if digest not in own:
                 registry.remember(artifact)
@@ -161,7 +162,7 @@ def _exported(path: Path, content: Any) -> tuple[Version, list[str]]:
 def _artifact(path: Path, digest: str, content: Any) -> Artifact:
     artifact = Artifact.from_json(json.dumps(content))
     if artifact.digest != digest:
-        raise IntegrityError(f"artifacts/{digest[:12]}… in {path}", digest, artifact.digest)
+        raise IntegrityError(f"artifacts/{digest[:12]}… in {path}", digest, artifact.digest, _AGAIN)
     return artifact
 
 
@@ -171,7 +172,7 @@ def _read(path: Path, member: str, size_bytes: int, content: IO[bytes]) -> Any:
     try:
         return json.loads(content.read())
     except ValueError as error:
-        raise InvalidDescriptionError(f"{member} in {path} is not JSON ({error}). Export the version again.") from error
+        raise InvalidDescriptionError(f"{member} in {path} is not JSON ({error}). {_AGAIN}") from error
 
 
 def _add_text(tar: tarfile.TarFile, name: str, text: str) -> None:
