@@ -142,15 +142,17 @@ def verify(
     """Re-hash every file of a version, and compare its tensors with its plan; exits with 1 if anything differs."""
     store = open_registry()
     found = store.verify(name, progress=progress_of(quiet))
+    num_matrices = 0
+    if found.ok:  # before a word of "ok" is printed
+        from pipeline.planned_tensors import check_planned
+
+        if public_key is not None:
+            verify_signature(store, name, public_key.expanduser())
+        num_matrices = check_planned(store, found.version)
     if as_json:
         damage = {path: str(error) for path, error in found.damaged.items()}
         print_json(version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
     found.raise_if_damaged()
-    if public_key is not None:
-        verify_signature(store, name, public_key.expanduser())
-    from pipeline.planned_tensors import check_planned
-
-    num_matrices = check_planned(store, found.version)
     if not quiet and not as_json:
         signed = "" if public_key is None else f", signed with the key of {public_key}"
         RESULTS.print(

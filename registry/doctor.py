@@ -120,10 +120,12 @@ class _Examination:
                 problem = f"is damaged ({error})"
             if problem is None:
                 continue
+            if digest not in known:  # nothing to write it from
+                yield Finding(what, problem, False, "Restore the file from a backup, or remove it.")
+                continue
             if self.repair:
                 index.records.remove_artifact(digest)
-                if digest in known:
-                    index.records.add_artifact(known[digest])
+                index.records.add_artifact(known[digest])
             yield Finding(what, problem, self.repair, _REPAIR)
 
     def _records_of_names(self, records: Records, ledger: Ledger) -> Iterator[Finding]:

@@ -36,8 +36,10 @@ def held_if_free(path: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
         else:
-            yield _is_still_at(descriptor, path)
-            path.unlink(missing_ok=True)
+            is_ours = _is_still_at(descriptor, path)  # else its holder left, and the name is another's by now
+            yield is_ours
+            if is_ours:
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

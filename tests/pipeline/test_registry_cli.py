@@ -280,3 +280,4 @@ def test_sign_and_verify_with_a_key(call, tmp_path: Path, monkeypatch) -> None:
     assert refused.code == 1
     assert "none holds" in refused.err
     assert call("verify", "tiny:1", "--public-key", public).code == 1
+    assert call("verify", "tiny:1", "--public-key", public, "--json").out == "", "nothing says ok"

@@ -277,3 +277,11 @@ def test_collection_takes_the_records_too(full: Registry, make_folder) -> None:
     assert collected.artifacts == (garbage,)
     assert full._index.records.artifact(garbage.digest) is None
     assert examine(full) == []
+
+
+def test_a_damaged_record_of_what_the_index_does_not_know_is_not_removed(full: Registry) -> None:
+    path = full.root / "records" / "artifacts" / "ab" / ("ab" * 32 + ".json")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{")
+    assert [finding.is_repaired for finding in examine(full, repair=True)] == [False, False]
+    assert path.read_text() == "{"
