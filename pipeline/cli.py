@@ -353,7 +353,7 @@ def pull(
 
     quiet_hub(quiet or as_json)
     store = open_registry()
-    version = registry_pull(repo, store, name=name, revision=revision, progress=progress_of(quiet))
+    version = registry_pull(repo, store, name=name, revision=revision, progress=progress_of(quiet)).version
     if output is not None:
         store.materialize(store.get(version.digest), output.expanduser())
     if as_json:

@@ -12,6 +12,7 @@ from registry.errors import (
     HubConflictError,
     HubError,
     HubNotFoundError,
+    HubRaceError,
     HubUnavailableError,
     IndexLostError,
     IntegrityError,
@@ -19,13 +20,17 @@ from registry.errors import (
     InvalidNameError,
     NotFoundError,
     NotPublishedError,
+    PinError,
     RegistryError,
     SchemaError,
     SignatureError,
     TargetExistsError,
+    UnsafeFileError,
     UnsafePathError,
 )
-from registry.hub import PushResult, pull, push
+from registry.hub_pull import PullResult, pull
+from registry.hub_push import PushResult, SignKey, push
+from registry.patience import Patience
 from registry.registry import Lineage, Registry
 from registry.signing import sign_version, signatures, verify_signature
 from registry.store import Store
@@ -44,6 +49,7 @@ __all__ = [
     "HubConflictError",
     "HubError",
     "HubNotFoundError",
+    "HubRaceError",
     "HubUnavailableError",
     "IndexLostError",
     "IntegrityError",
@@ -52,13 +58,18 @@ __all__ = [
     "Lineage",
     "NotFoundError",
     "NotPublishedError",
+    "Patience",
+    "PinError",
+    "PullResult",
     "PushResult",
     "Registry",
     "RegistryError",
     "SchemaError",
+    "SignKey",
     "SignatureError",
     "Store",
     "TargetExistsError",
+    "UnsafeFileError",
     "UnsafePathError",
     "Verification",
     "Version",

@@ -95,7 +95,7 @@ class Artifact:
                 raise ValueError("unknown format")
             files = {path: FileEntry(**entry) for path, entry in found.pop("files").items()}
             artifact = cls.create(files=files, **found)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, UnsafePathError):
                 raise
             raise InvalidDescriptionError(

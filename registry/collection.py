@@ -2,7 +2,7 @@
 
 Kept are, with all that they were made from,
 
-    the artifact, the report and the signatures of every version, so of every alias
+    the artifact and the report of every version, so of every alias, its signatures and where it was published
     what living processes made or found in steps (uses.py)
     what was made, found or published within the grace
 
@@ -26,6 +26,8 @@ from registry.lock import held_if_free
 from registry.store import Store, disk_errors
 from registry.uses import digests_in_use
 
+_KEPT_WITH_PARENTS = {"signature", "publication"}
+
 
 def collect(
     root: Path, store: Store, index: Index, ledger: Ledger, *, grace_seconds: float, dry_run: bool
@@ -43,7 +45,7 @@ def collect(
         found = index.artifacts()
         needed = _needed(index, ledger, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
         needed |= _with_ancestors(index, digests_in_use(root / "uses"))
-        needed |= {a.digest for a, _ in found if a.kind == "signature" and needed.issuperset(a.parents)}
+        needed |= {a.digest for a, _ in found if a.kind in _KEPT_WITH_PARENTS and needed.issuperset(a.parents)}
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
         kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
         blobs = [blob for blob in store.blobs() if blob.name not in kept and _newest(blob) < oldest]
@@ -60,7 +62,7 @@ def collect(
             size_bytes += _size_bytes(folder)
             if not dry_run:
                 with disk_errors(folder):
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
     return Collected(doomed, len(blobs), tuple(folders), size_bytes)
 
 
@@ -85,8 +87,8 @@ def _abandoned(root: Path, oldest: float) -> Iterator[Path]:
         with held_if_free(folder.with_name(f"{folder.name}.lock")) as is_free:
             if is_free and _newest(folder) < oldest:
                 yield folder
-    others = sorted((*(root / "pulls").glob("*/"), *root.glob("signing-*/")))
-    yield from (folder for folder in others if _newest(folder) < oldest)
+    others = sorted((*(root / "pulls").glob("*"), *root.glob("signing-*/")))
+    yield from (path for path in others if _newest(path) < oldest)
 
 
 def _newest(path: Path) -> float:

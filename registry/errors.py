@@ -45,6 +45,14 @@ class UnsafePathError(RegistryError, ValueError):
     """A file name that would leave its folder, or that some system cannot hold."""
 
 
+class UnsafeFileError(RegistryError, ValueError):
+    """A file that a loader could execute: a pickle, or code."""
+
+
+class PinError(RegistryError):
+    """A lock file pins another version than the one that is asked for or found."""
+
+
 class TargetExistsError(RegistryError, FileExistsError):
     """A file stands where one should be written; nothing was overwritten."""
 
@@ -90,8 +98,20 @@ class HubConflictError(HubError):
     """Someone else's commit, tag or repository is in the way; nothing of theirs was touched."""
 
 
+class HubRaceError(HubConflictError):
+    """Someone else's commit came between reading and writing: to read again and try again is right."""
+
+
 class HubUnavailableError(HubError, ConnectionError):
-    """The network or the server does not answer for now (429, 5xx): trying again later is right."""
+    """The network or the server does not answer for now (429, 5xx): trying again later is right.
+
+    Attributes:
+        retry_after_seconds: what the server asked for, if it did.
+    """
+
+    def __init__(self, message: str, retry_after_seconds: float | None = None) -> None:
+        self.retry_after_seconds = retry_after_seconds
+        super().__init__(message)
 
 
 class NotPublishedError(HubError, ValueError):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from registry.errors import (
     HubAuthError,
-    HubConflictError,
     HubError,
     HubNotFoundError,
+    HubRaceError,
     HubUnavailableError,
     RegistryError,
 )
@@ -52,11 +52,11 @@ def _translated(error: Exception, repo_id: str, right: str, token: str | None, f
     if isinstance(error, hf.HFValidationError):
         return HubError(f"{repo_id!r} is not a repository on the Hub ({text}). Write it as user/name.")
     if "xet-write-token" in text:
-        return HubUnavailableError(
+        return HubError(
             f"The server of {repo_id} does not speak Xet ({text}). Set HF_HUB_DISABLE_XET=1 and run it again."
         )
     if isinstance(error, hf.OfflineModeIsEnabled):
-        return HubUnavailableError(f"{repo_id} was not asked: HF_HUB_OFFLINE is set. Unset it to reach the Hub.")
+        return HubError(f"{repo_id} was not asked: HF_HUB_OFFLINE is set. Unset it to reach the Hub.")
     if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError | TimeoutError):
         return disk_error(error, folder)
     if isinstance(error, hf.HTTPError | OSError):
@@ -84,13 +84,31 @@ def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str)
     if status == 404:
         return HubNotFoundError(f"{repo_id} lacks what was asked for (404: {said}).")
     if status in (409, 412):
-        return HubConflictError(
+        return HubRaceError(
             f"Someone else changed {repo_id} at the same moment ({status}: {said}). Nothing of theirs was "
             "overwritten. Look at what they did, then run the same command again."
         )
+    if status == 413:
+        return HubError(
+            f"The Hub finds a file too large for {repo_id} (413: {said}). Nothing was published. Make a smaller "
+            "version, or ask the server's owner for its limits."
+        )
     if status in (408, 429) or status >= 500:
-        return HubUnavailableError(f"The Hub did not do it for now ({status}: {said}). {_TRY_AGAIN}")
+        answer = f"The Hub did not do it for now ({status}: {said}). {_TRY_AGAIN}"
+        return HubUnavailableError(answer, _retry_after_seconds(cause))
     return HubError(f"The Hub refused to {right} {repo_id} ({status}: {said}). Mend what it names and try again.")
+
+
+def _retry_after_seconds(cause: Exception) -> float | None:
+    """What the answer asks for, in either of the Hub's ways."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    headers = cause.response.headers  # type: ignore[attr-defined]
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return float(limit.reset_in_seconds)
+    asked = headers.get("Retry-After", "")
+    return float(asked) if asked.isdecimal() else None
 
 
 def _log_in(repo_id: str, right: str) -> str:
@@ -100,7 +118,7 @@ def _log_in(repo_id: str, right: str) -> str:
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
 
 
 def _blotted(text: str, token: str | None) -> str:

@@ -1,12 +1,18 @@
-"""A registry in a temporary folder with either database, and folders to add to it."""
+"""A registry in a temporary folder with either database, folders to add to it, and a Hub to publish on."""
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from registry import Artifact, Registry
+from registry import Artifact, Registry, Version
 from registry.settings import RegistrySettings
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub_server import HubServer
 
 
 @pytest.fixture
@@ -40,3 +46,28 @@ def checkpoint(registry: Registry, make_folder) -> Artifact:
         "model.safetensors": bytes(range(256)) * 64,
     }
     return registry.add_artifact("checkpoint", make_folder(files), ["ab" * 32], {"bits": 3.0})
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+    with HubServer() as server:
+        yield server
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "other")
+
+
+@pytest.fixture
+def version(registry: Registry, checkpoint: Artifact) -> Version:
+    return registry.publish("tiny", checkpoint)

@@ -1,68 +1,48 @@
 """The part of the Hub's HTTP surface that publishing a version needs, in memory, on the loopback interface.
 
 Strict where the real one is: tokens, `parentCommit` (412), tags that exist (409), uploaded bytes that do not
-have the announced sha256. Faults are injected through `HubServer.faults` and `HubServer.before_commit`.
+have the announced sha256, paths, model cards, .gitignore. Faults are injected through the attributes of `HubServer`.
 """
 
 import base64
 import hashlib
 import json
+import re
+import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub_model import LFS_FROM_BYTES, Files, Repo, StoredFile
 
 WRITE_TOKEN = "hf_write_secret_of_alice"
 READ_TOKEN = "hf_read_secret_of_alice"
-LFS_FROM_BYTES = 1000
 PAGE_SIZE = 2
-Files = dict[str, "StoredFile"]
-
-
-@dataclass
-class StoredFile:
-    """Bytes and what the server claims about them; the two differ only after `HubServer.corrupt`."""
-
-    content: bytes
-    is_lfs: bool
-
-    def __post_init__(self) -> None:
-        self.size = len(self.content)
-        self.sha256 = hashlib.sha256(self.content).hexdigest()
-        self.git_oid = hashlib.sha1(b"blob %d\0" % self.size + self.content).hexdigest()
-
-    @property
-    def etag(self) -> str:
-        return self.sha256 if self.is_lfs else self.git_oid
-
-
-@dataclass
-class Repo:
-    private: bool
-    commits: dict[str, Files] = field(default_factory=dict)
-    branches: dict[str, str] = field(default_factory=dict)
-    tags: dict[str, str] = field(default_factory=dict)
-
-    def resolve(self, revision: str) -> str | None:
-        name = self.branches.get(revision) or self.tags.get(revision) or revision
-        return name if name in self.commits else None
-
-    def commit(self, files: Files, summary: str) -> str:
-        parent = self.branches.get("main", "")
-        listing = json.dumps([[path, file.etag] for path, file in sorted(files.items())])
-        oid = hashlib.sha1(f"{parent}{summary}{len(self.commits)}{listing}".encode()).hexdigest()
-        self.commits[oid] = files
-        self.branches["main"] = oid
-        return oid
+_NAMESPACES = {"alice", "alices-company"}
+_TEXT_FIELDS = ("license", "license_name", "license_link", "pipeline_tag", "library_name", "base_model")
 
 
 class RefusalError(Exception):
     """An answer that is no success."""
 
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
+    def __init__(self, status: int, message: str, code: str | None = None, headers: Mapping[str, str] = {}) -> None:
         super().__init__(message)
-        self.status, self.message, self.code = status, message, code
+        self.status, self.message, self.code, self.headers = status, message, code, headers
+
+
+@dataclass
+class Fault:
+    """What the next request whose "METHOD /path" contains `word` gets instead of being worked on."""
+
+    word: str
+    status: int
+    headers: Mapping[str, str]
 
 
 class HubServer:
@@ -72,8 +52,13 @@ class HubServer:
         endpoint: http://127.0.0.1:port
         repos: id -> Repo, to look into.
         requests: "METHOD /path" of every request, in order.
-        faults: word in a path, such as "/commit/" -> status to answer with instead of working.
-        before_commit: called with the repository just before a commit is checked; may change the repository
+        ranges: what was asked for by Range.
+        faults: word in "METHOD /path", such as "/commit/" -> status to answer with, always.
+        passing_faults: to answer with once each.
+        cut_at: (number, "before" or "after"): the request whose line is cut before, or after, it was worked on.
+        cut_body_after_bytes: of the next file that is downloaded, only so much is sent.
+        largest_bytes: of a file.
+        before_commit: called with repository and branch just before a commit is checked; may change the repository
             or raise ConnectionAbortedError to cut the line.
     """
 
@@ -81,8 +66,14 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.lfs_objects: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.ranges: list[str] = []
         self.faults: dict[str, int] = {}
-        self.before_commit: Callable[[Repo], None] = lambda repo: None
+        self.passing_faults: list[Fault] = []
+        self.cut_at: tuple[int, str] | None = None
+        self.cut_body_after_bytes: int | None = None
+        self.largest_bytes = 1 << 40
+        self.before_commit: Callable[[Repo, str], None] = lambda repo, branch: None
+        self.collections: dict[str, dict] = {}
         self.lock = threading.RLock()
         handler = type("BoundHandler", (_Handler,), {"hub": self})
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -128,6 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._serve()
 
+    def do_PATCH(self) -> None:
+        self._serve()
+
+    def do_DELETE(self) -> None:
+        self._serve()
+
     def log_message(self, *_arguments: object) -> None:
         pass
 
@@ -137,23 +134,39 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         with self.hub.lock:
+            self.is_cut = False
+            number, when = self.hub.cut_at or (-1, "")
+            is_to_cut = len(self.hub.requests) == number
             self.hub.requests.append(f"{self.command} {self.path}")
             try:
-                for word, status in self.hub.faults.items():
-                    if word in self.path:
-                        raise RefusalError(status, f"injected, your header was {self.headers.get('Authorization')}")
+                if is_to_cut and when == "before":
+                    raise ConnectionAbortedError
+                self.is_cut = is_to_cut
+                self._fail_if_told()
                 self._route(parts)
             except RefusalError as refusal:
-                self._answer({"error": refusal.message}, refusal.status, {"X-Error-Code": refusal.code})
+                headers = {"X-Error-Code": refusal.code, **refusal.headers}
+                self._answer({"error": refusal.message}, refusal.status, headers)
             except ConnectionAbortedError:
                 self.close_connection = True
+
+    def _fail_if_told(self) -> None:
+        said = f"injected, your header was {self.headers.get('Authorization')}"
+        line = f"{self.command} {self.path}"
+        for word, status in self.hub.faults.items():
+            if word in line:
+                raise RefusalError(status, said)
+        for fault in self.hub.passing_faults:
+            if fault.word in line:
+                self.hub.passing_faults.remove(fault)
+                raise RefusalError(fault.status, said, headers=fault.headers)
 
     def _route(self, parts: list[str]) -> None:
         match [self.command, *parts]:
             case ["POST", "api", "repos", "create"]:
                 self._create()
             case ["POST", "api", "validate-yaml"]:
-                self._answer({"errors": [], "warnings": []})
+                self._validate_card()
             case ["GET", "api", "models", owner, name]:
                 self._info(f"{owner}/{name}", "main")
             case ["GET", "api", "models", owner, name, "revision", revision]:
@@ -168,6 +181,20 @@ class _Handler(BaseHTTPRequestHandler):
                 self._commit(f"{owner}/{name}", branch)
             case ["POST", "api", "models", owner, name, "tag", revision]:
                 self._tag(f"{owner}/{name}", revision)
+            case ["POST", "api", "models", owner, name, "branch", branch]:
+                self._make_branch(f"{owner}/{name}", branch)
+            case ["DELETE", "api", "models", owner, name, "branch", branch]:
+                self._delete_branch(f"{owner}/{name}", branch)
+            case ["GET", "api", "models", owner, name, "commits", revision]:
+                self._commits(f"{owner}/{name}", revision)
+            case ["POST", "api", "collections"]:
+                self._make_collection()
+            case ["GET", "api", "collections", owner, slug]:
+                self._answer(self._collection(f"{owner}/{slug}"))
+            case ["POST", "api", "collections", owner, slug, "items"]:
+                self._add_item(f"{owner}/{slug}")
+            case ["PATCH", "api", "collections", owner, slug, "items", item]:
+                self._change_item(f"{owner}/{slug}", item)
             case ["POST", owner, name, "info", "lfs", "objects", "batch"]:
                 self._lfs_batch(f"{owner}/{name.removesuffix('.git')}")
             case ["PUT", "lfs-upload", sha256]:
@@ -182,6 +209,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self) -> None:
         self._require_write()
         wanted = json.loads(self.body)
+        if (wanted["organization"] or "alice") not in _NAMESPACES:
+            raise RefusalError(403, "You don't have the rights to create a model under this namespace")
         repo_id = f"{wanted['organization'] or 'alice'}/{wanted['name']}"
         url = f"{self.hub.endpoint}/{repo_id}"
         if repo_id in self.hub.repos:
@@ -226,7 +255,11 @@ class _Handler(BaseHTTPRequestHandler):
         answers = []
         for wanted in json.loads(self.body)["files"]:
             mode = "lfs" if wanted["size"] >= LFS_FROM_BYTES else "regular"
-            answer = {"path": wanted["path"], "uploadMode": mode, "shouldIgnore": False}
+            answer = {
+                "path": wanted["path"],
+                "uploadMode": mode,
+                "shouldIgnore": repo.ignores(commit, wanted["path"]),
+            }
             if known := repo.commits[commit].get(wanted["path"]):
                 answer["oid"] = known.etag
             answers.append(answer)
@@ -238,6 +271,8 @@ class _Handler(BaseHTTPRequestHandler):
         objects = []
         for wanted in json.loads(self.body)["objects"]:
             answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["size"] > self.hub.largest_bytes:
+                raise RefusalError(413, "Payload too large")
             if wanted["oid"] not in self.hub.lfs_objects:
                 href = f"{self.hub.endpoint}/lfs-upload/{wanted['oid']}"
                 answer["actions"] = {"upload": {"href": href, "header": {}}}
@@ -252,26 +287,36 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, repo_id: str, branch: str) -> None:
         self._require_write()
-        repo, _ = self._at(repo_id, branch)
-        self.hub.before_commit(repo)
+        repo = self._repo(repo_id)
+        self.hub.before_commit(repo, branch)
+        if branch not in repo.branches:
+            raise RefusalError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
         lines = [json.loads(line) for line in self.body.splitlines()]
         header = lines.pop(0)["value"]
-        if header.get("parentCommit") not in (None, repo.branches[branch]):
+        head, parent = repo.branches[branch], header.get("parentCommit")
+        if parent is not None and not (re.fullmatch("[0-9a-f]{5,40}", parent) and head.startswith(parent)):
             raise RefusalError(412, "A commit has happened since. Please refresh and try again.")
-        files = dict(repo.commits[repo.branches[branch]])
+        files = dict(repo.commits[head])
         for line in lines:
             self._apply(line["key"], line["value"], files)
-        oid = repo.commit(files, header["summary"])
+        oid = repo.commit(files, header["summary"], branch)
         url = f"{self.hub.endpoint}/{repo_id}/commit/{oid}"
         self._answer({"success": True, "commitOid": oid, "commitUrl": url})
 
     def _apply(self, key: str, value: dict, files: Files) -> None:
         path = value["path"]
+        if any(part in ("", ".", "..") for part in path.split("/")) or "\0" in path:
+            raise RefusalError(400, f"invalid path {path!r}")
         if key == "file":
-            files[path] = StoredFile(base64.b64decode(value["content"]), False)
+            content = base64.b64decode(value["content"])
+            if len(content) >= LFS_FROM_BYTES:
+                raise RefusalError(400, f"{path} is too large to be sent inline")
+            files[path] = StoredFile(content, False)
         elif key == "lfsFile":
             if value["oid"] not in self.hub.lfs_objects:
                 raise RefusalError(400, f"LFS object {value['oid']} was not uploaded")
+            if value["size"] != len(self.hub.lfs_objects[value["oid"]]):
+                raise RefusalError(400, f"LFS object {value['oid']} has another size")
             files[path] = StoredFile(self.hub.lfs_objects[value["oid"]], True)
         elif key == "deletedFile":
             if files.pop(path, None) is None:
@@ -288,6 +333,37 @@ class _Handler(BaseHTTPRequestHandler):
         repo.tags[name] = commit
         self._answer({})
 
+    def _make_branch(self, repo_id: str, branch: str) -> None:
+        self._require_write()
+        repo, commit = self._at(repo_id, json.loads(self.body or b"{}").get("startingPoint", "main"))
+        if branch in repo.branches:
+            raise RefusalError(409, "Reference already exists")
+        repo.branches[branch] = commit
+        self._answer({})
+
+    def _delete_branch(self, repo_id: str, branch: str) -> None:
+        self._require_write()
+        if branch == "main":
+            raise RefusalError(403, "main cannot be deleted")
+        if self._repo(repo_id).branches.pop(branch, None) is None:
+            raise RefusalError(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+        self._answer({})
+
+    def _commits(self, repo_id: str, revision: str) -> None:
+        repo, commit = self._at(repo_id, revision)
+        self._answer(
+            [
+                {
+                    "id": oid,
+                    "title": repo.titles[oid],
+                    "message": "",
+                    "date": "2026-11-22T01:00:00.000Z",
+                    "authors": [{"user": "alice"}],
+                }
+                for oid in repo.history(commit)
+            ]
+        )
+
     def _resolve(self, repo_id: str, revision: str, path: str) -> None:
         repo, commit = self._at(repo_id, revision)
         file = repo.commits[commit].get(path)
@@ -297,8 +373,89 @@ class _Handler(BaseHTTPRequestHandler):
             "X-Repo-Commit": commit,
             "ETag": f'"{file.etag}"',
             "Content-Type": "application/octet-stream",
+            "Accept-Ranges": "bytes",
         }
-        self._send(200, file.content, headers)
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        start = int(asked[1]) if asked else 0
+        if start and start >= len(file.content):
+            raise RefusalError(416, "Range not satisfiable")
+        if start:
+            self.hub.ranges.append(self.headers["Range"])
+            headers["Content-Range"] = f"bytes {start}-{len(file.content) - 1}/{len(file.content)}"
+        self._send(206 if start else 200, file.content[start:], headers)
+
+    def _validate_card(self) -> None:
+        header = json.loads(self.body)["content"].split("---")[1:2]
+        try:
+            fields = yaml.safe_load(header[0]) if header else {}
+        except yaml.YAMLError as error:
+            fields = {"error": str(error)}
+        wrong = [f'"{key}" must be a string' for key in _TEXT_FIELDS if not isinstance(fields.get(key, ""), str)]
+        wrong += [
+            f'"{key}" must be a list' for key in ("datasets", "tags") if not isinstance(fields.get(key, []), list)
+        ]
+        if fields.get("base_model_relation", "quantized") not in ("adapter", "merge", "quantized", "finetune"):
+            wrong.append('"base_model_relation" is unknown')
+        wrong += [fields["error"]] if "error" in fields else []
+        errors = [{"message": message} for message in wrong]
+        self._answer({"errors": errors, "warnings": []}, 400 if errors else 200)
+
+    # Collections
+
+    def _make_collection(self) -> None:
+        self._require_write()
+        wanted = json.loads(self.body)
+        if wanted["namespace"] not in _NAMESPACES:
+            raise RefusalError(403, "You don't have the rights to create a collection under this namespace")
+        for slug, collection in self.hub.collections.items():
+            if (collection["owner"]["name"], collection["title"]) == (wanted["namespace"], wanted["title"]):
+                self._answer({"error": "You already created this collection", "slug": slug}, 409)
+                return
+        number = len(self.hub.collections)
+        slug = f"{wanted['namespace']}/{re.sub('[^a-z0-9]+', '-', wanted['title'].lower())}-{number:024x}"
+        self.hub.collections[slug] = {
+            "slug": slug,
+            "title": wanted["title"],
+            "owner": {"name": wanted["namespace"]},
+            "items": [],
+            "lastUpdated": "2026-11-22T01:00:00.000Z",
+            "private": wanted["private"],
+            "theme": "orange",
+            "upvotes": 0,
+            "position": 0,
+        }
+        self._answer(self.hub.collections[slug])
+
+    def _collection(self, slug: str) -> dict:
+        self._token()
+        if slug not in self.hub.collections:
+            raise RefusalError(404, "Collection not found")
+        return self.hub.collections[slug]
+
+    def _add_item(self, slug: str) -> None:
+        self._require_write()
+        collection, wanted = self._collection(slug), json.loads(self.body)
+        if wanted["item"]["id"] in [item["id"] for item in collection["items"]]:
+            raise RefusalError(409, "This item is already in the collection")
+        if len(wanted.get("note", "")) > 500:
+            raise RefusalError(400, "note is too long")
+        item = {
+            "_id": f"{len(collection['items']):024x}",
+            "id": wanted["item"]["id"],
+            "repoType": wanted["item"]["type"],
+            "position": len(collection["items"]),
+            "note": {"text": wanted["note"]} if "note" in wanted else None,
+        }
+        collection["items"].append(item)
+        self._answer(collection)
+
+    def _change_item(self, slug: str, item_id: str) -> None:
+        self._require_write()
+        item = next((item for item in self._collection(slug)["items"] if item["_id"] == item_id), None)
+        if item is None:
+            raise RefusalError(404, "Item not found")
+        item["note"] = {"text": json.loads(self.body)["note"]}
+        self._answer({})
 
     # Who may do what, and how answers go out
 
@@ -333,6 +490,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, json.dumps(body).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, body: bytes, headers: Mapping[str, str | None]) -> None:
+        if self.is_cut:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in headers.items():
             if value is not None:
@@ -340,5 +500,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Request-Id", "test-request")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
+        if self.command == "GET" and "/resolve/" in self.path and self.hub.cut_body_after_bytes is not None:
+            body, self.hub.cut_body_after_bytes = body[: self.hub.cut_body_after_bytes], None
+            self.close_connection = True
         if self.command != "HEAD":
             self.wfile.write(body)

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,60 +18,24 @@ from registry import (
     HubUnavailableError,
     IntegrityError,
     NotPublishedError,
-    PushResult,
     Registry,
     RegistryError,
     UnsafePathError,
-    Version,
-    pull,
     push,
 )
-from registry.hub_repository import MANIFEST_NAME
+from registry.publication import MANIFEST
+from registry.store import hash_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer, Repo, StoredFile
-
-REPO = "alice/tiny-3bpw"
-CARD = "---\nlicense: apache-2.0\n---\n# Tiny, three bits\n"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    with HubServer() as server:
-        yield server
-
-
-@pytest.fixture
-def other(tmp_path: Path) -> Registry:
-    return Registry(tmp_path / "other")
-
-
-@pytest.fixture
-def version(registry: Registry, checkpoint: Artifact) -> Version:
-    return registry.publish("tiny", checkpoint)
-
-
-def send(registry: Registry, hub: HubServer, reference: str = "tiny", **changes) -> PushResult:
-    settings = {"card": CARD, "endpoint": hub.endpoint, "token": WRITE_TOKEN} | changes
-    return push(registry, reference, REPO, **settings)
-
-
-def fetch(registry: Registry, hub: HubServer, **changes) -> Version:
-    return pull(REPO, registry, **({"endpoint": hub.endpoint, "token": READ_TOKEN} | changes))
+from hub_steps import REPO, fetch, send
 
 
 def is_empty(registry: Registry) -> bool:
     """Nothing was added and nothing was left lying about."""
     blobs = [path for path in (registry.root / "blobs").rglob("*") if path.is_file()]
-    return not blobs and not registry.versions() and not list((registry.root / "pulls").iterdir())
+    assert not [blob for blob in blobs if hash_file(blob).sha256 != blob.name]
+    return not registry.versions() and not list((registry.root / "pulls").iterdir())
 
 
 def test_what_was_pushed_is_pulled_byte_by_byte(registry, checkpoint, version, hub, other):
@@ -80,8 +44,9 @@ def test_what_was_pushed_is_pulled_byte_by_byte(registry, checkpoint, version, h
     assert repo.tags == {"v1": result.commit}
     assert (result.tag, result.num_uploaded, result.num_unchanged) == ("v1", 5, 0)
     assert result.url == f"{hub.endpoint}/{REPO}/tree/v1"
-    assert len(repo.commits) == 2
-    assert set(hub.head(REPO)) == {*checkpoint.files, "README.md", MANIFEST_NAME, ".gitattributes"}
+    assert list(repo.history(repo.branches["main"]))[1:] == [next(iter(repo.commits))]  # one commit on the first
+    assert list(repo.branches) == ["main"]
+    assert set(hub.head(REPO)) == {*checkpoint.files, "README.md", MANIFEST, ".gitattributes"}
     assert hub.head(REPO)["model.safetensors"].is_lfs
     pulled = fetch(other, hub)
     assert str(pulled) == "tiny-3bpw:1"
@@ -91,12 +56,14 @@ def test_what_was_pushed_is_pulled_byte_by_byte(registry, checkpoint, version, h
     for path in checkpoint.files:
         assert other.path(checkpoint, path).read_bytes() == registry.path(checkpoint, path).read_bytes()
     assert list((other.root / "pulls").iterdir()) == []
+    assert result.branch == "main"
+    assert not result.is_signed
 
 
 def test_the_manifest_holds_no_secret_and_no_place(registry, version, hub):
     send(registry, hub)
-    manifest = hub.head(REPO)[MANIFEST_NAME].content.decode()
-    assert json.loads(manifest)["files"]["config.json"]["size_bytes"] == 19
+    manifest = hub.head(REPO)[MANIFEST].content.decode()
+    assert json.loads(manifest)["artifact"]["files"]["config.json"]["size_bytes"] == 19
     assert WRITE_TOKEN not in manifest
     assert str(registry.root) not in manifest
 
@@ -120,7 +87,7 @@ def test_a_push_that_died_before_the_tag_is_completed_without_a_new_commit(regis
     result = send(registry, hub)
     assert result.num_uploaded == 0
     assert hub.repos[REPO].tags == {"v1": result.commit}
-    assert len(hub.repos[REPO].commits) == 2
+    assert len(list(hub.repos[REPO].history(result.commit))) == 2
 
 
 def test_the_next_version_replaces_and_removes(registry, version, hub, other, make_folder):
@@ -129,7 +96,7 @@ def test_the_next_version_replaces_and_removes(registry, version, hub, other, ma
     registry.publish("tiny", registry.add_artifact("checkpoint", make_folder(files)))
     second = send(registry, hub)
     assert second.tag == "v2"
-    assert set(hub.head(REPO)) == {*files, "README.md", MANIFEST_NAME, ".gitattributes"}
+    assert set(hub.head(REPO)) == {*files, "README.md", MANIFEST, ".gitattributes"}
     assert hub.repos[REPO].tags == {"v1": first.commit, "v2": second.commit}
     assert fetch(other, hub, name="tiny", revision="v1").digest == version.digest
     assert str(fetch(other, hub, name="tiny")) == "tiny:2"
@@ -155,8 +122,8 @@ def test_a_pull_fetches_only_what_is_missing(registry, version, hub, other, make
 
 
 def test_a_lost_race_touches_nothing(registry, version, hub):
-    def someone_else(repo: Repo) -> None:
-        hub.before_commit = lambda repo: None
+    def someone_else(repo: Repo, branch: str) -> None:
+        hub.before_commit = lambda repo, branch: None
         repo.commit(repo.commits[repo.branches["main"]] | {"theirs": StoredFile(b"theirs", False)}, "first!")
 
     hub.before_commit = someone_else
@@ -176,7 +143,7 @@ def test_a_tag_on_other_content_is_never_moved(registry, version, hub, make_fold
 
 
 def test_a_tag_that_appears_in_between_is_not_taken_for_ours(registry, version, hub):
-    def tag_first(repo: Repo) -> None:
+    def tag_first(repo: Repo, branch: str) -> None:
         repo.tags["v1"] = repo.branches["main"]
 
     hub.before_commit = tag_first
@@ -240,8 +207,8 @@ def test_a_damaged_local_file_is_not_sent(registry, checkpoint, version, hub):
 @pytest.mark.parametrize("change", ["size", "hash", "extra", "name"])
 def test_a_manifest_that_lies_is_refused(registry, checkpoint, version, hub, other, change):
     send(registry, hub)
-    described = json.loads(hub.head(REPO)[MANIFEST_NAME].content)
-    files = described["files"]
+    described = json.loads(hub.head(REPO)[MANIFEST].content)
+    files = described["artifact"]["files"]
     if change == "size":
         files["config.json"]["size_bytes"] += 1
     elif change == "hash":
@@ -261,13 +228,13 @@ def republish(hub: HubServer, described: dict) -> None:
     """Commit a changed manifest, with the digest that belongs to it where it has one."""
     from registry import FileEntry
 
-    try:
-        entries = {path: FileEntry(**entry) for path, entry in described["files"].items()}
-        text = Artifact.create(described["kind"], entries, described["parents"], described["metadata"]).to_json()
-    except UnsafePathError:
-        text = json.dumps(described)
-    repo = hub.repos[REPO]
-    repo.commit(hub.head(REPO) | {MANIFEST_NAME: StoredFile(text.encode(), False)}, "changed")
+    found = described["artifact"]
+    with suppress(UnsafePathError):
+        entries = {path: FileEntry(**entry) for path, entry in found["files"].items()}
+        artifact = Artifact.create(found["kind"], entries, found["parents"], found["metadata"])
+        described["artifact"] = json.loads(artifact.to_json())
+    text = json.dumps(described).encode()
+    hub.repos[REPO].commit(hub.head(REPO) | {MANIFEST: StoredFile(text, False)}, "changed")
 
 
 def test_files_that_the_manifest_does_not_list_are_not_fetched(registry, checkpoint, version, hub, other):
@@ -313,14 +280,14 @@ def test_a_failed_commit_leaves_main_and_tags_alone(registry, version, hub, stat
 
 
 def test_a_line_cut_at_the_commit_leaves_main_alone(registry, version, hub):
-    def cut(repo: Repo) -> None:
+    def cut(repo: Repo, branch: str) -> None:
         raise ConnectionAbortedError
 
     hub.before_commit = cut
     with pytest.raises(HubUnavailableError, match="same command again"):
         send(registry, hub)
     assert set(hub.head(REPO)) == {".gitattributes"}
-    hub.before_commit = lambda repo: None
+    hub.before_commit = lambda repo, branch: None
     hub.requests.clear()
     assert send(registry, hub).num_uploaded == 5
     assert not hub.sent("PUT")  # the large file had arrived the first time
@@ -363,8 +330,8 @@ def test_no_error_shows_the_token(registry, version, hub, word):
 
 
 def test_reserved_names_are_refused(registry, hub, make_folder):
-    registry.publish("a", registry.add_artifact("x", make_folder({MANIFEST_NAME: b"{}"})))
-    with pytest.raises(RegistryError, match=MANIFEST_NAME):
+    registry.publish("a", registry.add_artifact("x", make_folder({MANIFEST: b"{}"})))
+    with pytest.raises(RegistryError, match=MANIFEST):
         send(registry, hub, "a")
     registry.publish("b", registry.add_artifact("x", make_folder({"README.md": b"own"})))
     with pytest.raises(RegistryError, match="Leave the card out"):

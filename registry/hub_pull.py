@@ -1,0 +1,254 @@
+"""`pull`: a version from the Hub, of which nobody here sees anything before every byte and the signature were checked.
+
+The reference is resolved to a commit online first, so that no cached answer stands in for a dead server; without the
+network only what was pulled before is found again, and only if `offline` asks for it.
+"""
+
+import io
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from registry.artifact import Artifact, FileEntry
+from registry.errors import IntegrityError, NotFoundError, PinError, RegistryError
+from registry.hub_repository import HubRepository, open_repository
+from registry.lock import exclusive
+from registry.patience import Patience
+from registry.pins import Pin, read_pin, write_pin
+from registry.progress import SILENT, Progress
+from registry.publication import MANIFEST, SIGNATURE, Manifest
+from registry.publication_record import find_publication, manifest_entry, record_publication
+from registry.registry import Registry
+from registry.signing import KIND as SIGNATURE_KIND
+from registry.signing import signatures, signed_paths, verify_artifact
+from registry.version import Version, checked_name
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class PullResult:
+    """A version that came from the Hub.
+
+    Attributes:
+        commit: 40 hex digits.
+        manifest_sha256: of bitsmith-manifest.json.
+        num_fetched, num_here: files that were downloaded, and that the registry had.
+        is_signed: there is a signature, checked or not.
+        is_verified: it was made by the key that was given.
+    """
+
+    version: Version
+    repo_id: str
+    revision: str
+    commit: str
+    manifest_sha256: str
+    num_fetched: int
+    num_here: int
+    is_signed: bool
+    is_verified: bool
+
+
+def pull(
+    repo_id: str,
+    registry: Registry,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    public_key: Path | None = None,
+    lock_file: Path | None = None,
+    endpoint: str | None = None,
+    token: str | None = None,
+    patience: Patience | None = None,
+    progress: Progress = SILENT,
+) -> PullResult:
+    """Bring a version from the Hub into `registry`, with its report and its lineage.
+
+    Files that the manifest does not list are never fetched; files that the registry has are not fetched again. Files
+    that were finished, and the beginning of the one that was not, are kept from an attempt that failed.
+
+    Args:
+        name: to publish it under; by default the last part of `repo_id`.
+        revision: branch, tag or commit; by default the head of main.
+        offline: ask nobody; find the version that was pulled from there (and from `revision`) before, and check it.
+        public_key: in PEM; without its signature over exactly these files nothing is published here.
+        lock_file: where it pins the repository, that commit and manifest or nothing; otherwise it is pinned there now.
+        patience: with a busy server.
+    Raises:
+        NotPublishedError: the repository has no manifest.
+        IntegrityError: a file is not what the manifest says. Nothing was published here.
+        SignatureError: see `public_key`. Nothing was published here.
+        UnsafePathError, UnsafeFileError: the manifest names a file outside its folder, or one that could be executed.
+        InvalidDescriptionError: the manifest cannot be read.
+        PinError: the lock file pins another revision or manifest.
+        NotFoundError: `offline`, and it is not here.
+        HubAuthError, HubNotFoundError, HubUnavailableError: as the server answered.
+    """
+    pin = read_pin(lock_file, repo_id) if lock_file else None
+    name = checked_name(name or (pin.name if pin else repo_id.rsplit("/", 1)[-1]))
+    if pin and revision and revision not in (pin.revision, pin.commit):
+        raise PinError(
+            f"{lock_file} pins {repo_id} at {pin.revision} (commit {pin.commit[:12]}), and {revision} was asked for. "
+            "Remove its entry to pin another, or leave the revision out."
+        )
+    result = None
+    if offline or pin:
+        result = _from_here(registry, repo_id, revision, pin, public_key)
+    if result is None and offline:
+        at = f" at {pin.commit if pin else revision}" if pin or revision else ""
+        raise NotFoundError(
+            f"{repo_id}{at} was not pulled into this registry before, and --offline asks nobody. "
+            "Run the same command once with the network."
+        )
+    if result is None:
+        pulling = _Pulling(registry, repo_id, name, revision, pin, public_key, progress)
+
+        def attempt() -> PullResult:
+            with open_repository(repo_id, "read", registry.root / "pulls", endpoint, token) as repository:
+                return pulling.run(repository)
+
+        result = (patience or Patience()).run(attempt, progress)
+    if lock_file and not pin:
+        new = Pin(result.version.name, result.revision, result.commit, result.manifest_sha256)
+        write_pin(lock_file, repo_id, new)
+    return result
+
+
+def _from_here(
+    registry: Registry, repo_id: str, revision: str | None, pin: Pin | None, public_key: Path | None
+) -> PullResult | None:
+    """What was pulled before, if all of it is here and sound."""
+    if pin:
+        found = find_publication(registry, repo_id, commit=pin.commit)
+    else:
+        found = find_publication(registry, repo_id, revision=revision) or (
+            find_publication(registry, repo_id, commit=revision) if revision else None
+        )
+    if found is None:
+        return None
+    version, record = found
+    manifest_sha256 = manifest_entry(record).sha256
+    if pin and manifest_sha256 != pin.manifest_sha256:
+        return None  # let the server say what is there
+    verification = registry.verify(str(version))
+    if pin and not verification.ok:
+        return None  # to be fetched again
+    verification.raise_if_damaged()
+    if public_key:
+        verify_artifact(registry, registry.get(version.digest), public_key, str(version))
+    return PullResult(
+        version,
+        repo_id,
+        record.metadata["revision"],
+        record.metadata["commit"],
+        manifest_sha256,
+        0,
+        verification.num_files,
+        bool(signatures(registry, version.digest)),
+        bool(public_key),
+    )
+
+
+@dataclass(frozen=True)
+class _Pulling:
+    """One pull; `run` may be called again whatever it left."""
+
+    registry: Registry
+    repo_id: str
+    name: str
+    revision: str | None
+    pin: Pin | None
+    public_key: Path | None
+    progress: Progress
+
+    def run(self, repository: HubRepository) -> PullResult:
+        commit = repository.resolve(self.pin.commit if self.pin else self.revision)
+        remote = repository.files(commit)
+        manifest, text = repository.manifest(commit, remote)
+        entry = FileEntry.of_bytes(text)
+        if self.pin and entry.sha256 != self.pin.manifest_sha256:
+            raise PinError(
+                f"{self.repo_id} has another manifest at commit {commit[:12]} (sha256 {entry.sha256[:12]}…) than the "
+                f"lock file pins (sha256 {self.pin.manifest_sha256[:12]}…). Nothing was fetched. Its history was "
+                "rewritten: ask its owner why, and remove the entry only if you trust the answer."
+            )
+        repository.check_listing(manifest, remote)
+        signature = repository.small_file(SIGNATURE, commit, remote[SIGNATURE]) if SIGNATURE in remote else None
+        with self.registry.adding():
+            num_fetched = self._fetch(repository, commit, manifest)
+            self._record(manifest)
+            if signature is not None:
+                self._record_signature(manifest, text, signature)
+            revision = self.pin.revision if self.pin else self.revision or "main"
+            if self.public_key:
+                what = f"{self.repo_id} at {revision}"
+                verify_artifact(self.registry, manifest.artifact, self.public_key, what)
+            note = f"pulled from {self.repo_id} at {commit}"
+            version = self.registry.publish(self.name, manifest.artifact, manifest.report, note)
+            record_publication(
+                self.registry, manifest.artifact.digest, text, repo_id=self.repo_id, revision=revision, commit=commit
+            )
+        num_here = len(manifest.files) - num_fetched
+        return PullResult(
+            version,
+            self.repo_id,
+            revision,
+            commit,
+            entry.sha256,
+            num_fetched,
+            num_here,
+            signature is not None,
+            bool(self.public_key),
+        )
+
+    def _fetch(self, repository: HubRepository, commit: str, manifest: Manifest) -> int:
+        """Get what is missing into the store, where nothing names it yet; how many files that were."""
+        wanted = {path: entry for path, entry in manifest.files.items() if not self._is_here(path, entry)}
+        self._check_space(wanted)
+        for path, entry in self.progress.track(wanted.items(), f"pull {self.repo_id}", len(wanted)):
+            with exclusive(
+                repository.downloads / f"{entry.sha256}.lock",
+                lambda path=path: self.progress.say(f"Waiting for another process that is fetching {path}."),  # type: ignore[misc]
+            ):
+                if not self._is_here(path, entry):
+                    self.registry.store.adopt(repository.fetch(path, commit, entry), entry)
+        return len(wanted)
+
+    def _check_space(self, wanted: Mapping[str, FileEntry]) -> None:
+        needed = sum(entry.size_bytes for entry in wanted.values())
+        free = shutil.disk_usage(self.registry.root).free
+        if needed > free:
+            raise RegistryError(
+                f"{self.repo_id} needs {needed:,} bytes, and {self.registry.root} has {free:,} free. Nothing was "
+                "fetched. Free some space, or point BITSMITH_HOME at a larger disk."
+            )
+
+    def _record(self, manifest: Manifest) -> None:
+        """Enter all descriptions, which nobody finds before a version names them."""
+        for artifact in manifest.lineage:
+            self.registry.remember(artifact)
+        for artifact in filter(None, (manifest.artifact, manifest.report)):
+            self.registry.record(artifact)
+
+    def _record_signature(self, manifest: Manifest, text: bytes, signature: bytes) -> None:
+        """Together with whatever else was published and it speaks of."""
+        entries = {path: FileEntry.of_bytes(content) for path, content in ((MANIFEST, text), (SIGNATURE, signature))}
+        for path, content in ((MANIFEST, text), (SIGNATURE, signature)):
+            self.registry.store.receive(io.BytesIO(content), entries[path], path)
+        beside = {path: entry for path, entry in manifest.files.items() if path not in manifest.artifact.files}
+        spoken_of = {*signed_paths(signature), SIGNATURE}
+        files = {path: entry for path, entry in (beside | entries).items() if path in spoken_of}
+        self.registry.record(Artifact.create(SIGNATURE_KIND, files, [manifest.artifact.digest]))
+
+    def _is_here(self, path: str, entry: FileEntry) -> bool:
+        if not self.registry.store.has(entry):
+            return False
+        try:
+            self.registry.store.verify(entry, path)
+        except IntegrityError:
+            return False
+        return True
