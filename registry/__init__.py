@@ -28,6 +28,8 @@ from registry.errors import (
     UnsafeFileError,
     UnsafePathError,
 )
+from registry.hub_collection import add_to_collection
+from registry.hub_overview import Overview
 from registry.hub_pull import PullResult, pull
 from registry.hub_push import PushResult, SignKey, push
 from registry.patience import Patience
@@ -58,6 +60,7 @@ __all__ = [
     "Lineage",
     "NotFoundError",
     "NotPublishedError",
+    "Overview",
     "Patience",
     "PinError",
     "PullResult",
@@ -74,6 +77,7 @@ __all__ = [
     "Verification",
     "Version",
     "VersionReference",
+    "add_to_collection",
     "canonical_json",
     "checked_name",
     "export_version",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from registry.artifact import sha256_of
 from registry.errors import InvalidNameError
+from registry.hub_overview import Overview, check_main_is_free, write_overview
 from registry.hub_repository import STAGING, HubRepository, open_repository
 from registry.patience import Patience
 from registry.progress import SILENT, Progress
@@ -64,6 +65,7 @@ def push(
     branch: str = "main",
     tag: str | None = None,
     card: str | None = None,
+    overview: Overview | None = None,
     sign_key: SignKey | None = None,
     endpoint: str | None = None,
     token: str | None = None,
@@ -81,6 +83,7 @@ def push(
         branch: made from the repository's first commit if it is missing.
         tag: by default v<number>, on another branch than main <branch>-v<number>.
         card: the text of README.md, with its YAML header. None leaves the page as it is.
+        overview: how to make the page of main from all branches; only where `branch` is another.
         sign_key: to sign all published files with, the card included. Without it, a signature of the version's own
             files that the registry has is published.
         endpoint, token: default to HF_ENDPOINT and to the login of `hf auth login` or HF_TOKEN.
@@ -102,7 +105,7 @@ def push(
             raise InvalidNameError(f"{name!r} cannot be a {word}: expected letters, digits, '.', '-' or '_'.")
     publication = Publication.of(registry, version, card)
     publication = _signed(registry, str(version), publication, sign_key)
-    target = _Target(publication, branch, tag, private, f"{version} by bitsmith")
+    target = _Target(publication, branch, tag, private, f"{version} by bitsmith", overview)
 
     def attempt() -> PushResult:
         with open_repository(repo_id, "write", registry.root / "pulls", endpoint, token) as repository:
@@ -123,10 +126,19 @@ class _Target:
     tag: str
     private: bool
     message: str
+    overview: Overview | None
 
     def reach(self, repository: HubRepository, progress: Progress) -> PushResult:
-        contents = self.publication.contents
         head = repository.create(self.private, self.branch)
+        if self.branch != "main":
+            check_main_is_free(repository)
+        result = self._publish(repository, head, progress)
+        if self.overview is not None:
+            write_overview(repository, self.overview)
+        return result
+
+    def _publish(self, repository: HubRepository, head: str, progress: Progress) -> PushResult:
+        contents = self.publication.contents
         if tagged := repository.tags().get(self.tag):
             if not repository.holds(tagged, contents):
                 raise repository.tag_conflict(self.tag, tagged)

@@ -442,7 +442,7 @@ class _Handler(BaseHTTPRequestHandler):
         item = {
             "_id": f"{len(collection['items']):024x}",
             "id": wanted["item"]["id"],
-            "repoType": wanted["item"]["type"],
+            "type": wanted["item"]["type"],
             "position": len(collection["items"]),
             "note": {"text": wanted["note"]} if "note" in wanted else None,
         }

@@ -10,25 +10,29 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from registry import (
     Artifact,
     HubAuthError,
+    HubConflictError,
     IntegrityError,
     InvalidDescriptionError,
     InvalidNameError,
     NotFoundError,
+    Overview,
     PinError,
     Registry,
     SignatureError,
     SignKey,
     UnsafeFileError,
     Version,
+    add_to_collection,
     sign_version,
     verify_signature,
 )
 from registry.artifact import FileEntry, canonical_json
+from registry.patience import ONCE
 from registry.publication import MANIFEST, MOST_MANIFEST_BYTES, SIGNATURE, Manifest
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import HubServer, StoredFile
+from hub_server import WRITE_TOKEN, HubServer, StoredFile
 from hub_steps import CARD, REPO, fetch, fetch_whole, send
 from keys import write_keys
 
@@ -414,3 +418,46 @@ def test_a_lock_file_keeps_the_pins_of_others(registry, version, hub, other, tmp
     send(registry, hub)
     fetch(other, hub, lock_file=lock)
     assert json.loads(lock.read_text())["models"]["bob/x"] == theirs
+
+
+def test_the_page_of_the_branches(registry, version, hub, make_folder):
+    """It is made from what lies on the branches, whoever put it there."""
+
+    def render(facts) -> str:
+        return "".join(f"{branch}: {files['config.json'].decode()}\n" for branch, files in facts.items())
+
+    overview = Overview(("config.json", "absent.json"), render)
+    registry.publish("small", registry.add_artifact("checkpoint", make_folder({"config.json": b"small"})))
+    send(registry, hub, branch="3bpw", overview=overview)
+    send(registry, hub, "small", branch="2bpw", overview=overview)
+    repo = hub.repos[REPO]
+    assert set(hub.head(REPO)) == {".gitattributes", "README.md"}
+    assert hub.head(REPO)["README.md"].content == b'2bpw: small\n3bpw: {"hidden_size": 64}\n'
+    before = repo.branches["main"]
+    send(registry, hub, "small", branch="2bpw", overview=overview)
+    assert repo.branches["main"] == before
+
+
+def test_main_with_a_version_is_no_page_of_branches(registry, version, hub):
+    first = send(registry, hub)
+    with pytest.raises(HubConflictError, match="--layout repo"):
+        send(registry, hub, branch="3bpw")
+    assert hub.repos[REPO].tags == {"v1": first.commit}
+
+
+# Collections
+
+
+def test_a_collection_lists_the_budgets_once(registry, version, hub):
+    settings = {"endpoint": hub.endpoint, "token": WRITE_TOKEN, "patience": ONCE}
+    page = add_to_collection(REPO, "Tiny, compressed", "3.0 bits", **settings)
+    assert add_to_collection("alice/tiny-2bpw", "Tiny, compressed", "2.0 bits", **settings) == page
+    assert add_to_collection(REPO, "Tiny, compressed", "3.01 bits", **settings) == page
+    ((slug, collection),) = hub.collections.items()
+    assert page == f"{hub.endpoint}/collections/{slug}"
+    notes = {item["id"]: item["note"]["text"] for item in collection["items"]}
+    assert notes == {REPO: "3.01 bits", "alice/tiny-2bpw": "2.0 bits"}
+    with pytest.raises(HubAuthError, match="Tiny, compressed"):
+        add_to_collection("bob/tiny", "Tiny, compressed", "x", **settings)
+    with pytest.raises(HubAuthError):
+        add_to_collection(REPO, "Tiny, compressed", "x", **settings | {"token": "hf_wrong"})
