@@ -1,19 +1,21 @@
 """The model card: README.md for the Hub, made from what the registry has of a version and from nothing else.
 
-The checkpoint's plan.json and recipe.json always; the report's report.json where there is one (a version that
-was pulled has none), which adds licence, quality, sizes and what was left as it is. The header follows
-huggingface.co/docs/hub/model-cards.
+plan.json and recipe.json of the checkpoint, the versions of the tools in its lineage; where there is a report (a
+version that was pulled has none) also licence, quality, sizes, what stays as it is, and the picture of the allocation.
+
+Nobody here asks the Hub whether the header is right: its client does so in every commit with a README.md
+(/api/validate-yaml), before the first file is sent, and a refusal ends the push.
 """
 
-import html
-import re
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
+from pipeline.card_header import card_header
 from pipeline.command import compress_command, evaluate_command, without_local_folders
-from pipeline.origin import hub_id, model_name
+from pipeline.markdown import markdown_template
+from pipeline.origin import base_model_of, last_part, model_name, public_name
 from pipeline.version_facts import VersionFacts
 
 if TYPE_CHECKING:
@@ -21,107 +23,66 @@ if TYPE_CHECKING:
 
 # as in pyproject.toml
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
-_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")
-_DATASET_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_TEXT_FILES = (".txt", ".jsonl", ".parquet")
+ALLOCATION_PICTURE = "heatmap.png"
 
 
 def write_card(registry: "Registry", version: "Version", repo_id: str) -> str:
-    """The card of a version that is published as `repo_id`.
+    """The card of a version that is published as `repo_id`, with the files of its report below report/.
 
     Raises:
         RegistryError: the version's files are not all there.
     """
-    facts = VersionFacts.of(registry, version)
-    return render_card(
-        plan=facts.plan,
-        recipe=facts.recipe,
-        report=facts.report,
-        repo_id=repo_id,
-        revision=f"v{version.number}",
-        digest=version.digest,
-        size_bytes=facts.checkpoint.size_bytes,
-    )
+    return render_card(VersionFacts.of(registry, version), repo_id)
 
 
-def render_card(
-    *,
-    plan: dict[str, Any],
-    recipe: dict[str, Any],
-    report: dict[str, Any] | None,
-    repo_id: str,
-    revision: str,
-    digest: str,
-    size_bytes: int,
-) -> str:
-    """The card's text: a YAML header and Markdown in which no foreign text can become markup.
-
-    Args:
-        plan, recipe, report: plan.json, recipe.json, report.json; None where there was no report.
-        revision: the tag on the Hub.
-        digest, size_bytes: of the checkpoint.
-    """
-    from huggingface_hub import ModelCardData
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    base_model = hub_id(recipe["model"], recipe.get("model_commit"))
-    header = ModelCardData(**header_fields(plan, recipe, report, base_model)).to_yaml()
-    environment = Environment(
-        loader=PackageLoader("pipeline"),
-        undefined=StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"bytes": human_bytes, "number": "{:,}".format, "text": _text, "code": _code}
-    public = without_local_folders(recipe)
-    body = environment.get_template("card.md.j2").render(
+def render_card(facts: VersionFacts, repo_id: str) -> str:
+    """The card's text: a YAML header and Markdown in which no foreign text can become markup."""
+    recipe, report, evaluation, statistics = _pinned(facts), facts.report, facts.evaluation, facts.statistics
+    base_model = base_model_of(facts.recipe)
+    repo_name = repo_id.rpartition("/")[2]
+    body = markdown_template("card.md.j2", bytes=human_bytes, file_name=last_part, number="{:,}".format).render(
         base_model=base_model,
-        choices=_choices(plan),
-        command=_one_line(compress_command(public)),
-        digest=digest,
-        evaluate=_one_line(evaluate_command(public)),
+        choices=_choices(facts.plan),
+        command=compress_command(recipe),
+        digest=facts.version.digest,
+        evaluate=evaluate_command(recipe),
+        evaluation=evaluation,
+        evaluation_text=public_name(evaluation["text"]) if evaluation else None,
         minimum=MINIMUM_VERSIONS,
         name=model_name(recipe["model"], base_model),
-        num_params=sum(rows * columns for rows, columns in (m["shape"] for m in plan["matrices"].values())),
-        plan=plan,
-        recipe=public,
+        num_params=sum(rows * columns for rows, columns in (m["shape"] for m in facts.plan["matrices"].values())),
+        num_windows=statistics.metadata.get("num_windows") if statistics else None,
+        picture=ALLOCATION_PICTURE if ALLOCATION_PICTURE in facts.report_files else None,
+        plan=facts.plan,
+        recipe=recipe,
         report=report,
         repo_id=repo_id,
-        revision=revision,
+        repo_name=repo_name,
+        revision=f"v{facts.version.number}",
         rows=before_after(report) if report else [],
-        size_bytes=size_bytes,
-        version=recipe.get("bitsmith"),
+        size_bytes=facts.checkpoint.size_bytes,
+        tools=facts.tools,
     )
-    return f"---\n{header}\n---\n\n{body}"
+    return f"---\n{card_header(facts, repo_name).to_yaml()}\n---\n\n{body}"
 
 
-def header_fields(
-    plan: dict[str, Any], recipe: dict[str, Any], report: dict[str, Any] | None, base_model: str | None
-) -> dict[str, Any]:
-    """The header; what is not known is left out."""
-    origin = report["origin"] if report else {}
-    fields = {
-        "base_model": base_model,
-        "base_model_relation": "quantized" if base_model else None,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "license": origin.get("license"),
-        "license_name": origin.get("license_name"),
-        "license_link": origin.get("license_link"),
-        "language": list(origin.get("language", ())),
-        "datasets": _datasets(recipe),
-        "tags": ["bitsmith", "quantized", "lq-lora", f"{int(plan['bits_per_param'] + 0.5)}-bit"],
+def collection_note(facts: VersionFacts) -> str:
+    """What tells a version from its siblings in a collection, on one line of at most 500 characters."""
+    figures = facts.figures
+    parts = [f"{figures['bits_per_param']:.2f} bits per parameter", human_bytes(figures["size_bytes"])]
+    if "kld" in figures:
+        parts += [f"KL {figures['kld']:.2g} nats/token", f"perplexity {figures['perplexity']:.4g}"]
+    return ", ".join(parts)
+
+
+def _pinned(facts: VersionFacts) -> dict[str, Any]:
+    """The recipe without folders of the author's, and with each branch of the Hub as the commit that it was."""
+    commits = {
+        "revision": facts.recipe.get("model_commit"),
+        "dataset_revision": facts.recipe.get("calibration_commit"),
+        "eval_dataset_revision": facts.evaluation.get("text_commit") if facts.evaluation else None,
     }
-    return {key: value for key, value in fields.items() if value}
-
-
-def _datasets(recipe: dict[str, Any]) -> list[str]:
-    """The calibration data, if they are on the Hub: a file's name ends in its kind, a path has a folder."""
-    name = (recipe.get("dataset") or "").partition(":")[0]
-    used = recipe.get("sensitivity", "fisher") != "none" or recipe.get("recover", False)
-    return [name] if used and _DATASET_ID.fullmatch(name) and not name.endswith(_TEXT_FILES) else []
+    return without_local_folders(facts.recipe) | {key: commit for key, commit in commits.items() if commit}
 
 
 def _choices(plan: dict[str, Any]) -> list[dict[str, Any]]:
@@ -135,20 +96,3 @@ def _choices(plan: dict[str, Any]) -> list[dict[str, Any]]:
         bits = sum(matrix["size_bits"] for matrix in matrices) / num_params
         rows.append({"label": label, "num_matrices": len(matrices), "num_params": num_params, "bits": bits})
     return sorted(rows, key=lambda row: (row["bits"], row["label"]))
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
-
-
-def _text(value: Any) -> str:
-    """Foreign text as plain words: HTML and Markdown escaped, on one line."""
-    return _MARKDOWN.sub(r"\\\1", html.escape(_one_line(value), quote=False))
-
-
-def _code(value: Any) -> str:
-    """Foreign text as a code span, which nothing in it can end; `|` would end a table's cell."""
-    content = _one_line(value).replace("|", "\\|")
-    longest = max((len(run) for run in re.findall(r"`+", content)), default=0)
-    fence, space = "`" * (longest + 1), " " * bool(longest)
-    return f"{fence}{space}{content}{space}{fence}"

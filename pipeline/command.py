@@ -1,14 +1,13 @@
 """The command line that repeats a recipe: the preset nearest to it, and a flag for every other difference."""
 
 import shlex
-from pathlib import PurePath
 from typing import Any
 
+from pipeline.origin import base_model_of, last_part, public_name
 from pipeline.recipe import PRESETS, Recipe
 
 # settings whose flag is not their name
 _REPEATED_FLAGS = {"candidates": "--candidate", "overrides": "--override", "ranks": "--rank"}
-_PATHS = ("model", "dataset", "eval_dataset")
 
 
 def compress_command(recipe: dict[str, Any], output: str = "OUT") -> str:
@@ -38,13 +37,9 @@ def evaluate_command(recipe: dict[str, Any], folder: str = "OUT") -> str:
 
 
 def without_local_folders(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with absolute paths cut to their last part: nobody else needs the author's folders."""
-    hidden = {key: _last_part(recipe[key]) for key in _PATHS if recipe.get(key)}
-    return recipe | hidden
-
-
-def _last_part(path: str) -> str:
-    return PurePath(path).name if path.startswith(("/", "~")) else path
+    """The recipe with paths of this disk cut to their last part: nobody else needs the author's folders."""
+    public = recipe | {key: public_name(recipe[key]) for key in ("dataset", "eval_dataset") if recipe.get(key)}
+    return public if base_model_of(recipe) else public | {"model": last_part(recipe["model"])}
 
 
 def _changes(settings: dict[str, Any], preset: str) -> dict[str, Any]:

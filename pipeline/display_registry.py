@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.tree import Tree
 
 from pipeline.budget import human_bytes
@@ -12,6 +13,7 @@ from pipeline.version_facts import FIGURES
 
 if TYPE_CHECKING:
     from pipeline.version_diff import VersionDiff
+    from pipeline.watch import BaseModelChange
     from registry import AliasMove, Artifact, Collected, Lineage, Registry, Version
 
 
@@ -167,6 +169,29 @@ def show_collected(collected: "Collected", grace: timedelta, *, dry_run: bool) -
         soft_wrap=True,
         highlight=False,
     )
+
+
+def show_watched(changes: list["BaseModelChange"]) -> None:
+    """The answer of `registry watch`."""
+    if not changes:
+        RESULTS.print("The registry is empty: there is no base to watch.")
+        return
+    table = new_table("version", "base", "state", "then", "now", "modified", title="Base models")
+    for change in changes:
+        table.add_row(
+            f"{change.name}:{change.version}",
+            escape(f"{change.base} at {change.revision}") if change.base else "-",
+            change.state,
+            (change.commit_then or "-")[:12],
+            (change.commit_now or "-")[:12],
+            (change.modified_at or "-")[:10],
+        )
+    for column in table.columns:
+        column.no_wrap, column.justify = column.header != "base", "left"
+    RESULTS.print(table)
+    for change in changes:
+        if change.state == "gone":
+            RESULTS.print(f"{change.name}: {change.problem}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _days(span: timedelta) -> str:

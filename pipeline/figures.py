@@ -36,7 +36,7 @@ class ReportFacts:
         size_bytes: of the finished folder.
         checkpoint_digest: of its artifact.
         evaluation: None if there was none; else {"report": EvalReport.to_json(), "prompt": str,
-            "samples": {"original": str, "compressed": str}, "text": source}.
+            "samples": {"original": str, "compressed": str}, "text": source, "text_commit": str | None}.
         recovery: None if there was none.
     """
 

@@ -7,7 +7,7 @@ does: in the header of its README, in the metadata of its GGUF, or in a LICENSE 
 import json
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from pipeline.sources import DEMO, DEMO_HUB_ID
@@ -30,6 +30,9 @@ HUB_LICENSES = frozenset((
 _LICENSE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
 _LICENSE_TITLES = {"apache license": "apache-2.0", "mit license": "mit"}
 _LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?|multilingual")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_CONFIG = re.compile(r"[\w.-]{1,200}", re.ASCII)
+_TEXT_FILES = (".txt", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,33 @@ def hub_id(spec: str, commit: str | None) -> str | None:
         return DEMO_HUB_ID
     if commit is None:
         return None
-    return "/".join(spec.split("/")[:2]) if spec.endswith(".gguf") else spec
+    found = "/".join(spec.split("/")[:2]) if spec.endswith(".gguf") else spec
+    return found if _HUB_ID.fullmatch(found) else None
+
+
+def base_model_of(recipe: dict[str, Any]) -> str | None:
+    """`hub_id` of a recipe.json."""
+    return hub_id(recipe["model"], recipe.get("model_commit"))
+
+
+def hub_dataset(source: str | None) -> tuple[str, str | None] | None:
+    """Id and configuration of a dataset on the Hub; None for a file, whose name ends in its kind, and for no source."""
+    name, _, config = (source or "").partition(":")
+    if not _HUB_ID.fullmatch(name) or name.lower().endswith(_TEXT_FILES):
+        return None
+    if not config:
+        return name, None
+    return (name, config) if _CONFIG.fullmatch(config) else None
+
+
+def public_name(source: str) -> str:
+    """What others may read of a text's source: a dataset's id, `bundled:...`, or a file's name without its folders."""
+    return source if hub_dataset(source) else last_part(source)
+
+
+def last_part(path: str) -> str:
+    """A file's or folder's name without what is above it, on any system."""
+    return PureWindowsPath(path).name or path
 
 
 def model_name(spec: str, base_model: str | None) -> str:
@@ -89,7 +118,7 @@ def _license(stated: Any, license_file: Path | None) -> tuple[str | None, str | 
     stated = stated[0] if isinstance(stated, list) and stated else stated
     if text := _text(stated):
         identifier = text.strip().lower()
-        return (identifier, None) if identifier in HUB_LICENSES else ("other", _slug(identifier))
+        return (identifier, None) if identifier in HUB_LICENSES else ("other", slug(identifier))
     if license_file is None:
         return None, None
     text = license_file.read_text(encoding="utf-8", errors="replace").strip()
@@ -108,7 +137,12 @@ def _link(stated: Any, license_file: Path | None) -> str | None:
 
 def _languages(stated: Any) -> tuple[str, ...]:
     codes = stated if isinstance(stated, list) else [stated]
-    return tuple(code for code in codes if isinstance(code, str) and _LANGUAGE.fullmatch(code))
+    return tuple(code for code in codes if is_language(code))
+
+
+def is_language(code: Any) -> bool:
+    """Is it a code as the Hub's?"""
+    return isinstance(code, str) and _LANGUAGE.fullmatch(code) is not None
 
 
 def _readme_header(path: Path) -> dict[str, Any]:
@@ -132,5 +166,6 @@ def _text(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text).strip("-") or "unnamed"
+def slug(text: str) -> str:
+    """A licence's name as a card may have it: at most 96 small letters, digits, `.` and `-`."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")[:96] or "unnamed"

@@ -16,6 +16,7 @@ from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
 from pipeline.home import home
 from pipeline.options import AsJson, NameArgument, Quiet
+from pipeline.watch_cli import watch
 from registry import AliasMove, RegistryError, export_version, import_version, sign_version, verify_signature
 
 _SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
@@ -25,6 +26,7 @@ Reason = Annotated[str, typer.Option(help="why, for the log")]
 AliasArgument = Annotated[str, typer.Argument(help="a word such as production; `latest` is always the highest number")]
 
 registry_app = typer.Typer(help="What was made: names, versions, aliases, files.", no_args_is_help=True)
+registry_app.command()(watch)
 
 
 @registry_app.command("init")

@@ -44,7 +44,7 @@ from pipeline.stages import StageLog
 from pipeline.statistics import Statistics, collect_statistics
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
-from pipeline.version import VERSION
+from pipeline.version import TOOLS, VERSION
 from registry import Artifact, Registry
 
 SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
@@ -356,6 +356,7 @@ class Run:
                 "prompt": SAMPLE_PROMPT,
                 "samples": samples,
                 "text": windows.source,
+                "text_commit": windows.revision,
             }
             write_json(work / "out" / "evaluation.json", content)
 
@@ -424,7 +425,13 @@ class Run:
         if self.resume and (done := self.registry.has_step(kind, parents, settings)):
             self.log.reused()
             return done
-        return self.registry.step(kind, parents, settings, build, resume=self.resume, progress=self.progress)
+
+        def build_and_note_tools(work: Path) -> dict[str, Any]:
+            return (build(work) or {}) | {"tools": TOOLS}
+
+        return self.registry.step(
+            kind, parents, settings, build_and_note_tools, resume=self.resume, progress=self.progress
+        )
 
     def _keyed(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the code that they are for."""

@@ -1,4 +1,4 @@
-"""What the registry has of a version, read from its files: recipe, plan, report, and the figures that people compare.
+"""What the registry has of a version: recipe, plan, report, what it was made from, and the figures that people compare.
 
 A pulled version has no report here, and so no quality.
 """
@@ -32,6 +32,8 @@ class VersionFacts:
     Attributes:
         plan, recipe: plan.json and recipe.json of the checkpoint.
         report: report.json, or None where there is none here.
+        report_files: names of the report's files.
+        lineage: the checkpoint and what it was made from, as far as it is described here, nearest first.
     """
 
     version: "Version"
@@ -39,23 +41,50 @@ class VersionFacts:
     plan: dict[str, Any]
     recipe: dict[str, Any]
     report: dict[str, Any] | None
+    report_files: frozenset[str]
+    lineage: tuple["Artifact", ...]
 
     @staticmethod
     def of(registry: "Registry", version: "Version") -> "VersionFacts":
         """Read them. Raises RegistryError where the version's files are not all there."""
         checkpoint = registry.get(version.digest)
-        report = None
-        if version.report_digest:
-            report = _read(registry.path(registry.get(version.report_digest), "report.json"))
+        report = registry.get(version.report_digest) if version.report_digest else None
         plan, recipe = (_read(registry.path(checkpoint, name)) for name in ("plan.json", "recipe.json"))
-        return VersionFacts(version, checkpoint, plan, recipe, report)
+        return VersionFacts(
+            version,
+            checkpoint,
+            plan,
+            recipe,
+            report=_read(registry.path(report, "report.json")) if report else None,
+            report_files=frozenset(report.files) if report else frozenset(),
+            lineage=registry.lineage(version.digest).artifacts,
+        )
+
+    @property
+    def evaluation(self) -> dict[str, Any] | None:
+        """The report's part on quality; None where it was not measured."""
+        return self.report["evaluation"] if self.report else None
+
+    @property
+    def statistics(self) -> "Artifact | None":
+        """The calibration's result; None where there was none, or its description is not here."""
+        return next((artifact for artifact in self.lineage if artifact.kind == "statistics"), None)
+
+    @property
+    def tools(self) -> dict[str, list[str]]:
+        """Tool -> the versions that worked on it, the last first: a step that was found keeps what made it."""
+        found: dict[str, dict[str, None]] = {}
+        for artifact in self.lineage:
+            for tool, number in artifact.metadata.get("tools", {}).items():
+                found.setdefault(tool, {})[number] = None
+        return {tool: list(numbers) for tool, numbers in found.items()}
 
     @cached_property
     def figures(self) -> dict[str, float]:
         """By the names of `FIGURES`; those of quality only where it was measured."""
         found = {"bits_per_param": float(self.plan["bits_per_param"]), "size_bytes": float(self.checkpoint.size_bytes)}
-        if self.report and self.report["evaluation"]:
-            quality = EvalReport.from_json(self.report["evaluation"]["report"])
+        if self.evaluation:
+            quality = EvalReport.from_json(self.evaluation["report"])
             found |= {
                 "kld": quality.kl_divergence.mean,
                 "kld_p99": quality.kl_p99,

@@ -72,4 +72,8 @@ def test_folders_of_the_author_are_cut_off() -> None:
     }
     public = without_local_folders(recipe)
     assert (public["model"], public["dataset"], public["seed"]) == ("llama", "notes.txt", 0)
-    assert without_local_folders({"model": "user/model"}) == {"model": "user/model"}
+    relative = without_local_folders({"model": "clients/model", "model_commit": None, "dataset": "C:\\data\\a.jsonl"})
+    assert (relative["model"], relative["dataset"]) == ("model", "a.jsonl")
+    of_the_hub = {"model": "user/model", "model_commit": "f" * 40, "dataset": "user/data:config"}
+    assert without_local_folders(of_the_hub) == of_the_hub
+    assert without_local_folders({"model": "demo", "model_commit": None})["model"] == "demo"

@@ -64,6 +64,8 @@ def test_lineage_goes_down_to_the_base_model(call, tiny_model_dir: Path) -> None
     assert found["artifacts"][0]["digest"] == found["digest"]
     assert found["artifacts"][0]["metadata"]["settings"]["model"] == str(tiny_model_dir)
     assert found["missing"] == []
+    for artifact in found["artifacts"]:
+        assert artifact["metadata"]["tools"].keys() == {"python", "torch", "transformers"}
 
 
 def test_lineage_names_what_is_not_here(call, tmp_path: Path) -> None:
