@@ -26,16 +26,16 @@ MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
 ALLOCATION_PICTURE = "heatmap.png"
 
 
-def write_card(registry: "Registry", version: "Version", repo_id: str) -> str:
-    """The card of a version that is published as `repo_id`, with the files of its report below report/.
+def write_card(registry: "Registry", version: "Version", repo_id: str, tag: str) -> str:
+    """The card of a version that is published as that tag of `repo_id`, with the files of its report below report/.
 
     Raises:
         RegistryError: the version's files are not all there.
     """
-    return render_card(VersionFacts.of(registry, version), repo_id)
+    return render_card(VersionFacts.of(registry, version), repo_id, tag)
 
 
-def render_card(facts: VersionFacts, repo_id: str) -> str:
+def render_card(facts: VersionFacts, repo_id: str, tag: str) -> str:
     """The card's text: a YAML header and Markdown in which no foreign text can become markup."""
     recipe, report, evaluation, statistics = _pinned(facts), facts.report, facts.evaluation, facts.statistics
     base_model = base_model_of(facts.recipe)
@@ -44,7 +44,7 @@ def render_card(facts: VersionFacts, repo_id: str) -> str:
         base_model=base_model,
         choices=_choices(facts.plan),
         command=compress_command(recipe),
-        digest=facts.version.digest,
+        digest=facts.checkpoint.digest,
         evaluate=evaluate_command(recipe),
         evaluation=evaluation,
         evaluation_text=public_name(evaluation["text"]) if evaluation else None,
@@ -58,7 +58,7 @@ def render_card(facts: VersionFacts, repo_id: str) -> str:
         report=report,
         repo_id=repo_id,
         repo_name=repo_name,
-        revision=f"v{facts.version.number}",
+        revision=tag,
         rows=before_after(report) if report else [],
         size_bytes=facts.checkpoint.size_bytes,
         tools=facts.tools,

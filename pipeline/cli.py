@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pipeline.arguments import recipes_of
-from pipeline.console import open_registry, print_json, progress_of, quiet_hub, version_json
+from pipeline.console import open_registry, print_json, progress_of
 from pipeline.display import ERRORS, RESULTS
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.home import home
+from pipeline.hub_cli import pull, push
 from pipeline.options import (
     AsJson,
     BudgetOption,
@@ -32,7 +33,6 @@ from pipeline.options import (
     FolderArgument,
     ModelArgument,
     Name,
-    NameArgument,
     NumSamples,
     Output,
     Override,
@@ -313,53 +313,8 @@ def generate(
     stream_text(folder, prompt, max_new_tokens=max_new_tokens, chat=chat, device=_device(device))
 
 
-@app.command()
-def push(
-    name: NameArgument,
-    repo: Annotated[str, typer.Argument(help="user/repo on the Hub; made if it does not exist")],
-    private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Publish a version on the Hub: one commit, every hash checked, then the tag v<number>."""
-    from pipeline.card import write_card
-    from registry import push as registry_push
-
-    quiet_hub(quiet or as_json)
-    store = open_registry()
-    card = write_card(store, store.version(name), repo)
-    pushed = registry_push(store, name, repo, private=private, card=card, progress=progress_of(quiet))
-    if as_json:
-        print_json(pushed.__dict__)
-    elif not quiet:
-        RESULTS.print(
-            f"{pushed.url} (tag {pushed.tag}, commit {pushed.commit[:12]}): {pushed.num_uploaded} files sent, "
-            f"{pushed.num_unchanged} were there",
-            soft_wrap=True,
-        )
-
-
-@app.command()
-def pull(
-    repo: Annotated[str, typer.Argument(help="user/repo on the Hub, published by bitsmith")],
-    name: Annotated[str | None, typer.Option(help="name in the registry; the repository's by default")] = None,
-    revision: Revision = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the files into this folder")] = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Fetch a version from the Hub into the registry, every hash checked."""
-    from registry import pull as registry_pull
-
-    quiet_hub(quiet or as_json)
-    store = open_registry()
-    version = registry_pull(repo, store, name=name, revision=revision, progress=progress_of(quiet)).version
-    if output is not None:
-        store.materialize(store.get(version.digest), output.expanduser())
-    if as_json:
-        print_json(version_json(version))
-    elif not quiet:
-        RESULTS.print(f"{version} ({version.digest[:12]}){f' in {output}' if output else ''}", soft_wrap=True)
+app.command()(push)
+app.command()(pull)
 
 
 class Stopped(BaseException):

@@ -1,10 +1,12 @@
 """What all commands share: the registry at hand, progress or silence, results as JSON."""
 
 import json
+import os
 import sys
 from typing import Any
 
 from pipeline.display import Bars
+from pipeline.errors import RecipeError
 from pipeline.home import home
 from pipeline.progress import SILENT, Progress
 from registry import Registry, Version
@@ -26,6 +28,15 @@ def quiet_hub(quiet: bool) -> None:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
+
+
+def read_password(variable: str | None) -> str | None:
+    """Of a private key, from that environment variable: no secret stands in a command line."""
+    if variable is None:
+        return None
+    if (password := os.environ.get(variable)) is None:
+        raise RecipeError(f"The environment has no {variable} with the key's password. Set it.")
+    return password
 
 
 def version_json(version: Version) -> dict[str, Any]:

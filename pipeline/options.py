@@ -8,6 +8,10 @@ import typer
 ModelArgument = Annotated[str, typer.Argument(help="folder with safetensors, Hub id, GGUF file, or `demo`")]
 FolderArgument = Annotated[Path, typer.Argument(help="folder that `compress` wrote")]
 NameArgument = Annotated[str, typer.Argument(help="NAME (the latest version), NAME:VERSION or NAME@ALIAS")]
+PasswordVariable = Annotated[
+    str | None, typer.Option(help="environment variable with the private key's password, if it has one")
+]
+PublicKey = Annotated[Path | None, typer.Option(help="require a signature of this key, in PEM")]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
 BudgetOption = Annotated[
     str,

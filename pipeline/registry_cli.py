@@ -1,7 +1,6 @@
 """`bitsmith registry ...`: look at versions, compare, check, name and clean up; each a thin call on the library."""
 
 import json
-import os
 import re
 from dataclasses import asdict
 from datetime import timedelta
@@ -11,11 +10,11 @@ from typing import Annotated
 import typer
 
 from pipeline.budget import human_bytes
-from pipeline.console import open_registry, print_json, progress_of, version_json
+from pipeline.console import open_registry, print_json, progress_of, read_password, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
 from pipeline.home import home
-from pipeline.options import AsJson, NameArgument, Quiet
+from pipeline.options import AsJson, NameArgument, PasswordVariable, PublicKey, Quiet
 from pipeline.watch_cli import watch
 from registry import AliasMove, RegistryError, export_version, import_version, sign_version, verify_signature
 
@@ -117,17 +116,11 @@ def diff(before: NameArgument, after: NameArgument, as_json: AsJson = False) -> 
 def sign(
     name: NameArgument,
     key: Annotated[Path, typer.Option(help="private key of an elliptic curve, in PEM")],
-    password_variable: Annotated[
-        str | None, typer.Option(help="environment variable with the key's password, if it has one")
-    ] = None,
+    password_variable: PasswordVariable = None,
     quiet: Quiet = False,
 ) -> None:
     """Sign all files of a version with a key of your own; `verify --public-key` checks it, here or elsewhere."""
-    password = None
-    if password_variable is not None:
-        password = os.environ.get(password_variable)
-        if password is None:
-            raise RecipeError(f"The environment has no {password_variable} with the key's password. Set it.")
+    password = read_password(password_variable)
     store = open_registry()
     signature = sign_version(store, name, key.expanduser(), password=password)
     if not quiet:
@@ -137,7 +130,7 @@ def sign(
 @registry_app.command()
 def verify(
     name: NameArgument,
-    public_key: Annotated[Path | None, typer.Option(help="require a signature of this key, in PEM")] = None,
+    public_key: PublicKey = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

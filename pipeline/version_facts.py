@@ -30,13 +30,14 @@ class VersionFacts:
     """One version of a compressed model.
 
     Attributes:
+        version: None where the files were read elsewhere than in a registry.
         plan, recipe: plan.json and recipe.json of the checkpoint.
         report: report.json, or None where there is none here.
         report_files: names of the report's files.
         lineage: the checkpoint and what it was made from, as far as it is described here, nearest first.
     """
 
-    version: "Version"
+    version: "Version | None"
     checkpoint: "Artifact"
     plan: dict[str, Any]
     recipe: dict[str, Any]

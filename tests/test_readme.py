@@ -57,7 +57,7 @@ def _run(command: str, environment: dict[str, str], model: Path) -> subprocess.C
     words = shlex.split(command)
     program = {"bitsmith": [sys.executable, "-m", "pipeline"], "python": [sys.executable]}[words[0]]
     words = [str(model) if word == "demo" else word for word in words[1:]]
-    words = ["alice/smollm2-135m-4bit" if re.fullmatch(r"user/\S+", word) else word for word in words]
+    words = [re.sub("^user/", "alice/", word) for word in words]
     verb = next(word for word in words if not word.startswith("-") and word not in ("pipeline",))
     extra = EXTRA["compress" if verb == "flows.compress" else verb] if verb in (*EXTRA, "flows.compress") else ""
     return subprocess.run(

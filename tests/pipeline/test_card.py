@@ -71,7 +71,7 @@ def _version(
 
 
 def _card(facts: ReportFacts, report: dict[str, Any] | None, **changes: Any) -> str:
-    return render_card(_version(facts, report, **changes), "me/tiny-3.5bpw")
+    return render_card(_version(facts, report, **changes), "me/tiny-3.5bpw", "v2")
 
 
 def _body(card: str) -> list[Token]:
@@ -186,7 +186,7 @@ def test_a_card_that_the_hub_refuses_ends_the_push_before_a_file_is_sent(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     registry = Registry(tmp_path / "registry")
     version = registry.publish("tiny", _checkpoint(facts, registry, tmp_path))
-    card = write_card(registry, version, "alice/tiny")
+    card = write_card(registry, version, "alice/tiny", "v1")
     with HubServer() as hub:
         hub.faults["/validate-yaml"] = 400
         with pytest.raises(HubError, match="400"):
@@ -226,7 +226,7 @@ def test_figures_are_in_the_card(facts: ReportFacts, report: dict[str, Any]) -> 
     ):
         assert part in card
     assert 'from_pretrained("me/tiny-3.5bpw", revision="v2")' in card
-    assert "bitsmith pull me/tiny-3.5bpw --revision v2" in card
+    assert "bitsmith pull me/tiny-3.5bpw@v2" in card
     assert "`model.layers.*.input_layernorm.weight`" in card
     assert "| seed | 0 |" in card
 
@@ -237,7 +237,7 @@ def test_tools_and_windows_are_those_of_the_lineage(facts: ReportFacts) -> None:
     assert "| python | `3.12.1` |" in card
     assert "| torch | `2.13.0`, `2.11.0` |" in card
     assert ", 7 windows of 512 tokens |" in card
-    pulled = render_card(replace(_version(facts), lineage=()), "me/tiny")
+    pulled = render_card(replace(_version(facts), lineage=()), "me/tiny", "v2")
     assert "| torch |" not in pulled
     assert f", up to {facts.recipe['num_samples']} windows of 512 tokens |" in pulled
 
@@ -311,7 +311,7 @@ def _tricked(facts: ReportFacts, report: dict[str, Any], trick: str) -> str:
     version = _version(changed, report, **dict.fromkeys(settings, trick))
     plan = version.plan | {"matrices": {trick: dict(next(iter(version.plan["matrices"].values())), label=trick)}}
     noted = replace(version.lineage[0], metadata={"tools": {trick: trick}, "num_windows": trick})
-    return render_card(replace(version, plan=plan, lineage=(noted,)), "me/tiny-3.5bpw")
+    return render_card(replace(version, plan=plan, lineage=(noted,)), "me/tiny-3.5bpw", "v2")
 
 
 @pytest.mark.parametrize("trick", TRICKS, ids=range(len(TRICKS)))
@@ -392,13 +392,13 @@ def test_card_from_the_registry_alone(facts: ReportFacts, tmp_path: Path) -> Non
     (tmp_path / "report").mkdir()
     write_report(facts, tmp_path / "report")
     report = registry.add_artifact("report", tmp_path / "report", (checkpoint.digest,))
-    card = write_card(registry, registry.publish("tiny", checkpoint, report), "me/tiny")
+    card = write_card(registry, registry.publish("tiny", checkpoint, report), "me/tiny", "v1")
     assert ModelCard(card).data.base_model == "user/tiny"
     assert 'revision="v1"' in card
     assert checkpoint.digest in card
     assert "21.44 ± 0.53" in card
     assert _links(card) == OUR_LINKS | {"report/heatmap.png"}
-    pulled = write_card(registry, registry.publish("pulled", checkpoint), "me/pulled")
+    pulled = write_card(registry, registry.publish("pulled", checkpoint), "me/pulled", "v1")
     assert "The quality was not measured." in pulled
     assert "report/" not in pulled
 

@@ -1,0 +1,136 @@
+"""`bitsmith push` and `bitsmith pull`: versions to the Hugging Face Hub and from there."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.budget import Budget
+from pipeline.console import open_registry, print_json, progress_of, quiet_hub, read_password, version_json
+from pipeline.display import RESULTS
+from pipeline.errors import RecipeError
+from pipeline.options import AsJson, NameArgument, PasswordVariable, PublicKey, Quiet
+
+
+class Layout(StrEnum):
+    """Where the budgets of one model lie on the Hub."""
+
+    REPO = "repo"
+    BRANCHES = "branches"
+
+
+def push(
+    name: NameArgument,
+    repo: Annotated[str, typer.Argument(help="user/repo on the Hub; made if it does not exist")],
+    private: Annotated[bool, typer.Option(help="make a new repository private")] = False,
+    layout: Annotated[
+        Layout, typer.Option(help="repo: a repository for each budget; branches: one, with a branch for each")
+    ] = Layout.REPO,
+    tag: Annotated[
+        str | None, typer.Option(help="v<number> by default, with branches <budget>-v<number>; never moved")
+    ] = None,
+    collection: Annotated[
+        str | None, typer.Option(help="also list the repository in the owner's collection of this title")
+    ] = None,
+    sign_key: Annotated[
+        Path | None, typer.Option(help="sign all that is published with this private key, in PEM")
+    ] = None,
+    password_variable: PasswordVariable = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a version on the Hub: one commit, every hash checked, then the tag.
+
+    Run again after a failure, it sends only what is missing. Main and the tags stay as they were until all is there.
+    """
+    from pipeline.card import collection_note, write_card
+    from pipeline.overview import branch_overview
+    from pipeline.version_facts import VersionFacts
+    from registry import SignKey, add_to_collection
+    from registry import push as registry_push
+
+    quiet_hub(quiet or as_json)
+    store, progress = open_registry(), progress_of(quiet)
+    version = store.version(name)
+    facts = VersionFacts.of(store, version)
+    branch = Budget.parse(facts.recipe["budget"]).label if layout == Layout.BRANCHES else "main"
+    tag = tag or (f"v{version.number}" if layout == Layout.REPO else f"{branch}-v{version.number}")
+    pushed = registry_push(
+        store,
+        str(version),
+        repo,
+        private=private,
+        branch=branch,
+        tag=tag,
+        card=write_card(store, version, repo, tag),
+        overview=branch_overview(repo) if layout == Layout.BRANCHES else None,
+        sign_key=SignKey(sign_key.expanduser(), read_password(password_variable)) if sign_key else None,
+        progress=progress,
+    )
+    page = None
+    if collection is not None:
+        page = add_to_collection(repo, collection, collection_note(facts), private=private, progress=progress)
+    if as_json:
+        print_json(asdict(pushed) | {"collection": page})
+    elif not quiet:
+        signed = ", signed" if pushed.is_signed else ""
+        RESULTS.print(
+            f"{pushed.url} (tag {pushed.tag}, commit {pushed.commit[:12]}{signed}): {pushed.num_uploaded} files sent, "
+            f"{pushed.num_unchanged} were there" + (f"; in {page}" if page else ""),
+            soft_wrap=True,
+        )
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="user/repo on the Hub, or user/repo@tag (or @branch, or @commit)")],
+    name: Annotated[str | None, typer.Option(help="name in the registry; the repository's by default")] = None,
+    public_key: PublicKey = None,
+    lock: Annotated[
+        Path | None,
+        typer.Option(help="lock file: pull exactly what it pins, or pin what is pulled if it does not have it yet"),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="ask nobody: find what was pulled from there before, and check it")
+    ] = False,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="also write the files into this folder")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a version from the Hub into the registry; nothing shows before every hash and the signature are checked.
+
+    Run again after a failure, it goes on where it stopped.
+    """
+    from registry import pull as registry_pull
+
+    repo_id, at, revision = repo.partition("@")
+    if at and not revision:
+        raise RecipeError(f"{repo!r} ends in @. Write user/repo@tag, or leave the @ out for the head of main.")
+    quiet_hub(quiet or as_json)
+    store = open_registry()
+    pulled = registry_pull(
+        repo_id,
+        store,
+        name=name,
+        revision=revision or None,
+        offline=offline,
+        public_key=public_key.expanduser() if public_key else None,
+        lock_file=lock.expanduser() if lock else None,
+        progress=progress_of(quiet),
+    )
+    version = pulled.version
+    if output is not None:
+        store.materialize(store.get(version.digest), output.expanduser())
+    if as_json:
+        rest = {key: value for key, value in asdict(pulled).items() if key != "version"}
+        print_json(version_json(version) | rest)
+    elif not quiet:
+        checked = f"signature of {public_key} holds" if pulled.is_verified else "signature not checked (--public-key)"
+        signed = f", {checked}" if pulled.is_signed else ""
+        RESULTS.print(
+            f"{version} ({version.digest[:12]}) from {repo_id} at {pulled.commit[:12]}: {pulled.num_fetched} files "
+            f"fetched, {pulled.num_here} were here{signed}{f'; in {output}' if output else ''}",
+            soft_wrap=True,
+            highlight=False,
+        )

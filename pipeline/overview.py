@@ -1,0 +1,77 @@
+"""The page of a repository with a branch for each budget: a table of all of them, from what lies on the branches."""
+
+import json
+from collections.abc import Mapping
+
+from pipeline.budget import human_bytes
+from pipeline.card_header import card_header
+from pipeline.eval_report import EvalReport
+from pipeline.markdown import markdown_template
+from pipeline.origin import base_model_of, model_name
+from pipeline.version_facts import VersionFacts
+from registry import IntegrityError, Overview
+from registry.artifact import FileEntry
+from registry.publication import MANIFEST, REPORT_FOLDER, Manifest
+
+_REPORT = f"{REPORT_FOLDER}/report.json"
+
+
+def branch_overview(repo_id: str) -> Overview:
+    """How `push` makes README.md of main."""
+    paths = (MANIFEST, "plan.json", "recipe.json", _REPORT)
+    return Overview(paths, lambda branches: render_overview(repo_id, branches))
+
+
+def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -> str:
+    """The page's text; no foreign text in it can become markup.
+
+    Args:
+        branches: branch -> path -> bytes of its manifest, plan, recipe and, if there is one, report.
+    Raises:
+        RegistryError: a manifest is damaged, or a file is not what it says.
+    """
+    facts = {branch: _facts(branch, files) for branch, files in branches.items()}
+    by_size = sorted(facts.items(), key=lambda item: (item[1].checkpoint.size_bytes, item[0]))
+    rows = [{"branch": branch, **each.figures} for branch, each in by_size]
+    largest = by_size[-1][1]
+    base_model = base_model_of(largest.recipe)
+    repo_name = repo_id.rpartition("/")[2]
+    evaluation = largest.evaluation
+    body = markdown_template("overview.md.j2", bytes=human_bytes).render(
+        base_model=base_model,
+        base_perplexity=EvalReport.from_json(evaluation["report"]).base_perplexity.mean if evaluation else None,
+        name=model_name(largest.recipe["model"], base_model),
+        original_bytes=largest.report["sizes"]["folder"]["original"] if largest.report else None,
+        repo_id=repo_id,
+        repo_name=repo_name,
+        rows=rows,
+    )
+    header = card_header(largest, repo_name)
+    header.model_name = header.eval_results = None
+    if not str(header.get("license_link")).startswith("http"):
+        header.license_link = None  # a file of the branch
+    header.tags = [tag for tag in header.tags or [] if not tag.endswith("-bit")]
+    return f"---\n{header.to_yaml()}\n---\n\n{body}"
+
+
+def _facts(branch: str, files: Mapping[str, bytes]) -> VersionFacts:
+    manifest = Manifest.from_json(files[MANIFEST])
+    read = {}
+    for path in ("plan.json", "recipe.json", *([_REPORT] if manifest.report else [])):
+        expected, found = manifest.files.get(path), FileEntry.of_bytes(files.get(path, b""))
+        if found != expected:
+            what = f"{path} on branch {branch}"
+            advice = "Push that version again, or remove the branch."
+            raise IntegrityError(
+                what, f"sha256 {expected.sha256 if expected else None}", f"sha256 {found.sha256}", advice
+            )
+        read[path] = json.loads(files[path])
+    return VersionFacts(
+        version=None,
+        checkpoint=manifest.artifact,
+        plan=read["plan.json"],
+        recipe=read["recipe.json"],
+        report=read.get(_REPORT),
+        report_files=frozenset(manifest.report.files) if manifest.report else frozenset(),
+        lineage=(manifest.artifact, *manifest.lineage),
+    )
