@@ -46,14 +46,9 @@ def collect(
         needed |= {a.digest for a, _ in found if a.kind == "signature" and needed.issuperset(a.parents)}
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
         kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
-        blobs = [blob for blob in store.blobs() if blob.name not in kept and _newest(blob) < oldest]
-        blobs += store.unfinished()
-        size_bytes = sum(_size_bytes(blob) for blob in blobs)
         if not dry_run:
             index.forget_artifacts([artifact.digest for artifact in doomed])
-            for blob in blobs:
-                with disk_errors(blob):
-                    blob.unlink(missing_ok=True)
+        num_blobs, size_bytes = store.sweep(kept, oldest, dry_run=dry_run)
         folders = []
         for folder in _abandoned(root, oldest):
             folders.append(folder)
@@ -61,7 +56,7 @@ def collect(
             if not dry_run:
                 with disk_errors(folder):
                     shutil.rmtree(folder)
-    return Collected(doomed, len(blobs), tuple(folders), size_bytes)
+    return Collected(doomed, num_blobs, tuple(folders), size_bytes)
 
 
 def _needed(index: Index, ledger: Ledger, recent: Iterable[Artifact]) -> set[str]:

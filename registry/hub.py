@@ -10,7 +10,7 @@ HF_HUB_DISABLE_XET=1 in the environment before `huggingface_hub` is first import
 from dataclasses import dataclass
 
 from registry.artifact import Artifact, FileEntry
-from registry.errors import IntegrityError, RegistryError
+from registry.errors import RegistryError
 from registry.hub_repository import CARD_NAME, MANIFEST_NAME, Content, open_repository
 from registry.progress import SILENT, Progress
 from registry.registry import Registry
@@ -118,7 +118,7 @@ def pull(
         remote = repository.files(commit)
         artifact = repository.manifest(commit, remote)
         repository.check_listing(artifact, remote)
-        wanted = {path: entry for path, entry in artifact.files.items() if not _is_here(registry, path, entry)}
+        wanted = {path: entry for path, entry in artifact.files.items() if not registry.store.is_sound(entry)}
         fetched = {}
         for path, entry in progress.track(wanted.items(), f"pull {repo_id}", len(wanted)):
             fetched[path] = repository.fetch(path, commit, entry)
@@ -142,13 +142,3 @@ def _contents(registry: Registry, artifact: Artifact, card: str | None) -> dict[
     for path, text in texts.items():
         contents[path] = Content(text.encode(), FileEntry.of_bytes(text.encode()))
     return contents
-
-
-def _is_here(registry: Registry, path: str, entry: FileEntry) -> bool:
-    if not registry.store.has(entry):
-        return False
-    try:
-        registry.store.verify(entry, path)
-    except IntegrityError:
-        return False
-    return True
