@@ -7,8 +7,8 @@ Kept are, with all that they were made from,
     what was made, found or published within the grace
 
 and the work of steps that a living process holds, or that was touched within the grace. The rest goes: artifacts from
-the index first, then blobs that no artifact names. A kill between the two leaves blobs for the next collection. Nobody
-adds to the registry while it is collected (`Database.collecting`).
+the index first, then blobs that no artifact names, here and in the remote store. A kill between the two leaves blobs
+for the next collection. Nobody adds to the registry while it is collected (`Database.collecting`).
 """
 
 import os

@@ -12,6 +12,7 @@ server keeps and fsyncs it as it does everything; on a local or mounted disk (fi
 import hashlib
 import posixpath
 import secrets
+import shutil
 from base64 import b64decode
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
@@ -22,12 +23,14 @@ from typing import TYPE_CHECKING
 from registry.artifact import FileEntry, checked_digest
 from registry.errors import IntegrityError, NotFoundError, RegistryError
 from registry.settings import RegistrySettings
-from registry.store import HOW_TO_HEAL, fsync
+from registry.store import CHUNK_BYTES, HOW_TO_HEAL, fsync
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 MOST_BYTES_OF_A_COPY = 5 << 30  # S3 copies more only in parts, and then has no hash of the whole
+# Who reads hashes what came: the client's own check would make an unreachable server of a damaged blob.
+_OPTIONS_OF_S3 = {"config_kwargs": {"response_checksum_validation": "when_required"}}
 
 
 class RemoteBlobs:
@@ -38,11 +41,13 @@ class RemoteBlobs:
         self._is_claimed = False
 
     def claim(self, index: str) -> None:
-        """Make the store, or find it made for the same index. Raises RegistryError if it is another's."""
+        """Make the store, or find it made for the same index, and writable. Raises RegistryError if it is another's."""
         with self._opened() as (fs, root):
-            place = f"{root}/index"
+            place, probe = f"{root}/index", f"{root}/incoming/{secrets.token_hex(16)}"
+            _make_folder(fs, probe)
+            fs.pipe_file(probe, b"")
+            fs.rm_file(probe)
             if not fs.exists(place):
-                _make_folder(fs, place)
                 fs.pipe_file(place, f"{index}\n".encode())
             found = fs.cat_file(place).decode(errors="replace").strip()
         if found != index:
@@ -68,13 +73,18 @@ class RemoteBlobs:
             is_there = self._size_bytes(fs, root, place) == entry.size_bytes
             if is_there and (_sha256_by_server(fs, place) or _sha256(fs, place)) == entry.sha256:
                 return
+        self.send(path, entry)
+
+    def send(self, path: Path, entry: FileEntry) -> None:
+        """Send it whatever is there; else as `add`."""
+        with self._opened() as (fs, root):
             incoming = f"{root}/incoming/{secrets.token_hex(16)}"
             try:
                 _make_folder(fs, incoming)
                 fs.put_file(str(path), incoming)
                 if (found := _sha256(fs, incoming)) != entry.sha256:
                     raise IntegrityError(str(path), entry.sha256, f"{found} at {self.url}", "Run the command again.")
-                _move(fs, incoming, place, entry.size_bytes)
+                _move(fs, incoming, _place(root, entry.sha256), entry.size_bytes)
             except BaseException:
                 with suppress(Exception):  # the collection removes what cannot be removed now
                     fs.rm_file(incoming)
@@ -86,7 +96,8 @@ class RemoteBlobs:
             place = _place(root, sha256)
             if self._size_bytes(fs, root, place) is None:
                 raise self._missing(sha256)
-            fs.get_file(place, str(target))
+            with fs.open(place, "rb") as reader, target.open("xb") as writer:
+                shutil.copyfileobj(reader, writer, CHUNK_BYTES)
 
     def verify(self, entry: FileEntry, what: str) -> None:
         """Read the whole blob and compare it with `entry`; see `Store.verify`."""
@@ -129,7 +140,8 @@ class RemoteBlobs:
         try:
             from fsspec.core import url_to_fs
 
-            fs, root = url_to_fs(self.url, use_listings_cache=False)
+            is_s3 = self.url.partition("://")[0] in ("s3", "s3a")
+            fs, root = url_to_fs(self.url, use_listings_cache=False, **(_OPTIONS_OF_S3 if is_s3 else {}))
             yield fs, root.rstrip("/")
         except RegistryError:
             raise

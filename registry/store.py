@@ -136,11 +136,12 @@ class Store:
 
     def set_aside(self, sha256: str) -> Path | str:
         """Take a damaged blob out of its name, into blobs/damaged; the next that has the right bytes takes the name."""
-        if self.remote is not None:
-            return self.remote.set_aside(sha256)
-        path = self.path(sha256)
+        path = self._place(sha256)
         target = self._blobs.parent / "damaged" / sha256
         with disk_errors(path):
+            if self.remote is not None:
+                path.unlink(missing_ok=True)
+                return self.remote.set_aside(sha256)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         return target
@@ -178,7 +179,7 @@ class Store:
             return False
         cached = self._place(entry.sha256)
         if cached.is_file() and hash_file(cached) == entry:
-            self.remote.add(cached, entry)
+            self.remote.send(cached, entry)
             return True
         try:
             self._fetch(self.remote, entry.sha256)

@@ -89,9 +89,11 @@ def test_a_file_that_is_sent_in_parts_arrives(bucket: str, s3_server: S3Server, 
     """s3fs sends more than 100 MB in parts of 50; here more than 10 in parts of 5."""
     monkeypatch.setattr("s3fs.core.calculate_chunksize", lambda size, chunksize=None: 5 << 20)
     (tmp_path / "large").write_bytes(os.urandom(11 << 20))
-    entry = store_at(bucket, tmp_path / "ours").add(tmp_path / "large")
+    ours, theirs = store_at(bucket, tmp_path / "ours"), store_at(bucket, tmp_path / "theirs")
+    s3_server.requests.clear()
+    entry = ours.add(tmp_path / "large")
     assert sum(request.startswith("PUT") and "/incoming/" in request for request in s3_server.requests) == 3
-    assert store_at(bucket, tmp_path / "theirs").is_sound(entry)
+    assert theirs.is_sound(entry)
 
 
 def test_the_cache_may_be_deleted(url: str, source: Path, tmp_path: Path) -> None:
@@ -118,6 +120,24 @@ def test_damage_there_is_found_and_adding_again_heals_it(url: str, source: Path,
     for store in (ours, theirs):
         store.verify(entry, "weights.bin")
     assert files_at(url) == {name(entry): source.read_bytes()}
+
+
+def test_bytes_that_rot_under_the_hash_that_the_server_keeps_are_found(
+    bucket: str, make_folder, tmp_path: Path
+) -> None:
+    from moto.core import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
+
+    registry = registry_at(bucket, tmp_path / "registry")
+    entry = registry.add_artifact("matrices", make_folder({"weights": b"weights"})).files["weights"]
+    bucket_name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    kept = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].get_object(bucket_name, f"{prefix}/{name(entry)}")
+    kept.value = b"weighty"
+    with pytest.raises(IntegrityError, match="expected sha256"):
+        registry.store.verify(entry, "weights")
+    assert not Store(tmp_path / "theirs", RemoteBlobs(bucket)).is_sound(entry)
+    assert [found.is_repaired for found in Registry.examine(registry.root, repair=True)] == [True]
+    assert files_at(bucket) == {name(entry): b"weights"}
 
 
 def test_bytes_that_change_on_their_way_get_no_name(source: Path, tmp_path: Path) -> None:
