@@ -28,7 +28,7 @@ from registry.store import CHUNK_BYTES, HOW_TO_HEAL, fsync
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-MOST_BYTES_OF_A_COPY = 5 << 30  # S3 copies more only in parts, and then has no hash of the whole
+MOST_BYTES_OF_A_COPY = 1 << 30  # more is copied in parts, so that no answer takes a minute; S3 has no hash of it then
 # Who reads hashes what came: the client's own check would make an unreachable server of a damaged blob.
 _OPTIONS_OF_S3 = {"config_kwargs": {"response_checksum_validation": "when_required"}}
 
@@ -71,7 +71,7 @@ class RemoteBlobs:
         with self._opened() as (fs, root):
             place = _place(root, entry.sha256)
             is_there = self._size_bytes(fs, root, place) == entry.size_bytes
-            if is_there and (_sha256_by_server(fs, place) or _sha256(fs, place)) == entry.sha256:
+            if is_there and (_sha256_by_server(fs, place) == entry.sha256 or _sha256(fs, place) == entry.sha256):
                 return
         self.send(path, entry)
 
@@ -217,19 +217,22 @@ def _move(fs: "AbstractFileSystem", source: str, target: str, size_bytes: int) -
         fs.mv(source, target)
         fsync(Path(target).parent)
     elif "s3" in fs.protocol and size_bytes < MOST_BYTES_OF_A_COPY:
-        fs.cp_file(source, target, ChecksumAlgorithm="SHA256")  # the server hashes what it copies; see below
+        (from_bucket, from_key, _), (bucket, key, _) = fs.split_path(source), fs.split_path(target)
+        origin = {"Bucket": from_bucket, "Key": from_key}
+        # the server hashes what it copies; see below
+        fs.call_s3("copy_object", Bucket=bucket, Key=key, CopySource=origin, ChecksumAlgorithm="SHA256")
         fs.rm_file(source)
     else:
         fs.mv(source, target)
 
 
 def _sha256_by_server(fs: "AbstractFileSystem", place: str) -> str | None:
-    """What an S3 server found when `_move` let it hash the blob; None where there is no such hash."""
+    """What an S3 server found when `_move` let it hash the blob; None, or another, where it was copied otherwise."""
     if "s3" not in fs.protocol:
         return None
     bucket, key, _ = fs.split_path(place)
     found = fs.call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED").get("ChecksumSHA256")
-    return None if found is None or "-" in found else b64decode(found).hex()
+    return b64decode(found.partition("-")[0]).hex() if found else None
 
 
 def _sha256(fs: "AbstractFileSystem", place: str) -> str:

@@ -96,6 +96,18 @@ def test_a_file_that_is_sent_in_parts_arrives(bucket: str, s3_server: S3Server, 
     assert theirs.is_sound(entry)
 
 
+def test_a_file_that_is_copied_in_parts_is_not_sent_again(
+    bucket: str, s3_server: S3Server, source: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("registry.remote.MOST_BYTES_OF_A_COPY", 0)
+    monkeypatch.setattr("s3fs.core.MANAGED_COPY_THRESHOLD", 0)
+    ours = store_at(bucket, tmp_path / "ours")
+    entry = ours.add(source)
+    s3_server.requests.clear()
+    assert ours.add(source) == entry
+    assert {request.split()[0] for request in s3_server.requests} == {"HEAD", "GET"}, "it is read back"
+
+
 def test_the_cache_may_be_deleted(url: str, source: Path, tmp_path: Path) -> None:
     entry = store_at(url, tmp_path / "ours").add(source)
     shutil.rmtree(tmp_path / "ours" / "blobs")
