@@ -91,7 +91,7 @@ class OutputFolder:
                     f"{path} is missing or was changed after it was written; {self.path} is no longer the "
                     "checkpoint of this recipe. Move the folder away, or choose another one with -o."
                 )
-            if not registry.store.has(entry) or hash_file(registry.store.path(entry.sha256)) != entry:
+            if not registry.store.is_sound(entry):
                 registry.store.add(path)
 
     def add_report(self, registry: Registry, report: Artifact) -> None:

@@ -33,26 +33,36 @@ def init(
     database: Annotated[
         str | None, typer.Option(help="postgresql://user@host/name; its password belongs into ~/.pgpass or PGPASSWORD")
     ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="URL for the files, such as s3://bucket/prefix; its credentials belong into the environment"),
+    ] = None,
 ) -> None:
-    """Make the registry, with its index in SQLite beside the files, or in PostgreSQL."""
+    """Make the registry: its index in SQLite or PostgreSQL, its files beside it or at any URL that fsspec knows."""
+    from registry.remote import RemoteBlobs
     from registry.settings import RegistrySettings
 
-    root, settings = home() / "registry", RegistrySettings(database)
-    if (root / "index.sqlite").exists() and settings != RegistrySettings.read(root):
+    root, settings = home() / "registry", RegistrySettings(database, store)
+    before = RegistrySettings.read(root)
+    if (root / "index.sqlite").exists() and settings != before:
         raise RegistryError(
             f"The registry in {root} has its index already, in index.sqlite. Choose a new folder with BITSMITH_HOME, "
-            "or leave the index where it is."
+            "or leave index and files where they are."
         )
-    before = RegistrySettings.read(root)
-    if before.database is not None and settings != before:
+    if before != RegistrySettings() and settings != before:
         raise RegistryError(f"The registry in {root} has its index already, as {root / 'registry.toml'} says.")
+    if store is not None:
+        RemoteBlobs(store).claim(settings.index_name(root))
     settings.write(root)
     try:
         num_versions = len(open_registry().versions())
     except RegistryError:
         before.write(root)
         raise
-    RESULTS.print(f"The registry in {root} is ready; it has {num_versions} versions.", soft_wrap=True, highlight=False)
+    where = f"; its files are at {store}" if store else ""
+    RESULTS.print(
+        f"The registry in {root} is ready; it has {num_versions} versions{where}.", soft_wrap=True, highlight=False
+    )
 
 
 @registry_app.command("list")

@@ -7,8 +7,8 @@ Kept are, with all that they were made from,
     what was made, found or published within the grace
 
 and the work of steps that a living process holds, or that was touched within the grace. The rest goes: artifacts from
-the index first, then blobs that no artifact names. A kill between the two leaves blobs for the next collection. Nobody
-adds to the registry while it is collected (`Database.collecting`).
+the index first, then blobs that no artifact names, here and in the remote store. A kill between the two leaves blobs
+for the next collection. Nobody adds to the registry while it is collected (`Database.collecting`).
 """
 
 import os
@@ -48,14 +48,9 @@ def collect(
         needed |= {a.digest for a, _ in found if a.kind in _KEPT_WITH_PARENTS and needed.issuperset(a.parents)}
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
         kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
-        blobs = [blob for blob in store.blobs() if blob.name not in kept and _newest(blob) < oldest]
-        blobs += store.unfinished()
-        size_bytes = sum(_size_bytes(blob) for blob in blobs)
         if not dry_run:
             index.forget_artifacts([artifact.digest for artifact in doomed])
-            for blob in blobs:
-                with disk_errors(blob):
-                    blob.unlink(missing_ok=True)
+        num_blobs, size_bytes = store.sweep(kept, oldest, dry_run=dry_run)
         folders = []
         for folder in _abandoned(root, oldest):
             folders.append(folder)
@@ -63,7 +58,7 @@ def collect(
             if not dry_run:
                 with disk_errors(folder):
                     shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
-    return Collected(doomed, len(blobs), tuple(folders), size_bytes)
+    return Collected(doomed, num_blobs, tuple(folders), size_bytes)
 
 
 def _needed(index: Index, ledger: Ledger, recent: Iterable[Artifact]) -> set[str]:

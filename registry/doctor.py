@@ -2,7 +2,8 @@
 
 A missing, malformed or half made index is made anew from the records, and an older one brought up to them. Records that
 are missing or damaged are written again from the index. Damaged blobs are set aside; the step, or the pull, that made
-them makes them again.
+them makes them again. With a remote store the sound one of two copies, there and in the cache, mends the other; and
+records that are missing here are no damage, but what other hosts made: they are written here too.
 """
 
 import os
@@ -19,6 +20,7 @@ from registry.ledger import Ledger
 from registry.opening import database_url, is_interrupted, open_index, rebuilt_index
 from registry.progress import SILENT, Progress
 from registry.records import Records
+from registry.remote import remote_blobs
 from registry.store import Store
 from registry.version import Version
 
@@ -52,7 +54,7 @@ def examine(root: Path, *, repair: bool, progress: Progress = SILENT) -> list[Fi
     Raises:
         RegistryError: the disk or the database refuses for another reason than damage.
     """
-    return list(_Examination(root, Store(root), repair, progress).findings())
+    return list(_Examination(root, Store(root, remote_blobs(root)), repair, progress).findings())
 
 
 @dataclass
@@ -123,10 +125,12 @@ class _Examination:
             if digest not in known:  # nothing to write it from
                 yield Finding(what, problem, False, "Restore the file from a backup, or remove it.")
                 continue
-            if self.repair:
+            is_elsewhere = self._is_elsewhere(problem)
+            if self.repair or is_elsewhere:
                 index.records.remove_artifact(digest)
                 index.records.add_artifact(known[digest])
-            yield Finding(what, problem, self.repair, _REPAIR)
+            if not is_elsewhere:
+                yield Finding(what, problem, self.repair, _REPAIR)
 
     def _records_of_names(self, records: Records, ledger: Ledger) -> Iterator[Finding]:
         for fact in ledger.facts():
@@ -148,9 +152,15 @@ class _Examination:
                     "Two registries were mixed: restore the index that belongs to these files.",
                 )
                 continue
-            if self.repair:
+            is_elsewhere = self._is_elsewhere(problem)
+            if self.repair or is_elsewhere:
                 records.replace(fact)
-            yield Finding(what, problem, self.repair, _REPAIR)
+            if not is_elsewhere:
+                yield Finding(what, problem, self.repair, _REPAIR)
+
+    def _is_elsewhere(self, problem: str) -> bool:
+        """Is it a record that the host has which made the thing?"""
+        return problem == "is missing" and self.store.remote is not None
 
     def _behind(self, index: Index, ledger: Ledger) -> Iterator[Finding]:
         """What only the records have: an index from a backup, or a kill between a record and the commit."""
@@ -182,6 +192,9 @@ class _Examination:
                 problem, was_damaged = "is missing", False
             except IntegrityError as error:
                 problem, was_damaged = f"is damaged: expected {error.expected}, found {error.got}", True
+            if self.repair and self.store.mend(artifact.files[path]):
+                yield Finding(f"{path} (blob {sha256[:12]})", problem, True)
+                continue
             if self.repair and was_damaged:
                 aside = self.store.set_aside(sha256)
                 problem += f" (now {aside})"
@@ -191,6 +204,8 @@ class _Examination:
                     f"It belongs to {', '.join(versions)}. Run the command that made it again, or pull it again: the "
                     "same bytes heal every version that has them."
                 )
+                if self.store.remote is not None and not self.repair:
+                    advice = f"If the other copy, in the store or in the cache, is sound, {_REPAIR} Else: {advice}"
                 yield Finding(f"{path} (blob {sha256[:12]})", problem, False, advice)
             elif was_damaged:
                 what = f"{path} of {artifact.kind} {artifact.digest[:12]} (blob {sha256[:12]})"

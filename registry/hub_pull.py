@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from registry.artifact import Artifact, FileEntry
-from registry.errors import IntegrityError, NotFoundError, PinError, RegistryError
+from registry.errors import NotFoundError, PinError, RegistryError
 from registry.hub_repository import HubRepository, open_repository
 from registry.lock import exclusive
 from registry.patience import Patience
@@ -207,14 +207,14 @@ class _Pulling:
 
     def _fetch(self, repository: HubRepository, commit: str, manifest: Manifest) -> int:
         """Get what is missing into the store, where nothing names it yet; how many files that were."""
-        wanted = {path: entry for path, entry in manifest.files.items() if not self._is_here(path, entry)}
+        wanted = {path: entry for path, entry in manifest.files.items() if not self.registry.store.is_sound(entry)}
         self._check_space(wanted)
         for path, entry in self.progress.track(wanted.items(), f"pull {self.repo_id}", len(wanted)):
             with exclusive(
                 repository.downloads / f"{entry.sha256}.lock",
                 lambda path=path: self.progress.say(f"Waiting for another process that is fetching {path}."),  # type: ignore[misc]
             ):
-                if not self._is_here(path, entry):
+                if not self.registry.store.is_sound(entry):
                     self.registry.store.adopt(repository.fetch(path, commit, entry), entry)
         return len(wanted)
 
@@ -243,12 +243,3 @@ class _Pulling:
         spoken_of = {*signed_paths(signature), SIGNATURE}
         files = {path: entry for path, entry in (beside | entries).items() if path in spoken_of}
         self.registry.record(Artifact.create(SIGNATURE_KIND, files, [manifest.artifact.digest]))
-
-    def _is_here(self, path: str, entry: FileEntry) -> bool:
-        if not self.registry.store.has(entry):
-            return False
-        try:
-            self.registry.store.verify(entry, path)
-        except IntegrityError:
-            return False
-        return True

@@ -1,10 +1,10 @@
 """The registry: results that are never made twice, and versions that never change.
 
 <root>/
-    registry.toml    where the index is, if not here (settings.py)
+    registry.toml    where index and blobs are, if not here (settings.py)
     index.sqlite     artifacts, lineage, finished steps (index.py), versions and aliases (ledger.py)
     records/         the same as files, in case the index is lost (records.py)
-    blobs/           every file once, by its hash (store.py)
+    blobs/           every file once, by its hash (store.py); copies of them if they are elsewhere (remote.py)
     steps/           work under way (step.py)
     uses/            what living processes need (uses.py)
     pulls/           downloads under way (hub.py)
@@ -22,6 +22,7 @@ from registry.artifact import Artifact
 from registry.errors import AmbiguousDigestError, IntegrityError, NotFoundError
 from registry.files import files_below
 from registry.progress import SILENT, Progress
+from registry.remote import remote_blobs
 from registry.store import Store
 from registry.uses import Uses
 from registry.verification import Verification
@@ -47,12 +48,12 @@ class Registry:
     """A folder with everything that was made. Any number of processes may use it at once.
 
     Raises:
-        RegistryError: the folder cannot be made or written.
+        RegistryError: the folder cannot be made or written, or its registry.toml not be read.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
-        self.store = Store(self.root)
+        self.store = Store(self.root, remote_blobs(self.root))
 
     @cached_property
     def _index(self) -> "Index":

@@ -1,14 +1,17 @@
-"""Where a registry keeps its index: `registry.toml` in its folder, so that no two processes can disagree.
+"""Where a registry keeps its index and its blobs: `registry.toml` in its folder, so that no two processes can disagree.
 
     database = "postgresql://user@host/name"    # a password belongs into ~/.pgpass or PGPASSWORD
+    store = "s3://bucket/prefix"                # credentials belong into the environment or ~/.aws
 
-Without the file, or without the line, it is SQLite in `index.sqlite` beside it.
+Without the file, or without a line, the index is SQLite in `index.sqlite` beside it, and the blobs are in `blobs`.
 """
 
 import json
+import socket
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from registry.errors import RegistryError
 from registry.store import disk_errors, write_atomically
@@ -21,6 +24,7 @@ class RegistrySettings:
     """See the module's docstring; None is the default."""
 
     database: str | None = None
+    store: str | None = None
 
     @staticmethod
     def read(root: Path) -> "RegistrySettings":
@@ -38,9 +42,17 @@ class RegistrySettings:
                 raise TypeError("a value is no text")
         except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError) as error:
             raise RegistryError(
-                f'{path} cannot be read ({error}). Expected at most the line `database = "postgresql://user@host/name"`.'
+                f"{path} cannot be read ({error}). Expected at most the lines "
+                '`database = "postgresql://user@host/name"` and `store = "s3://bucket/prefix"`.'
             ) from error
         return found
+
+    def index_name(self, root: Path) -> str:
+        """Of the registry in `root`: the same for all hosts that share an index, without user and password."""
+        if self.database is None:
+            return f"index.sqlite in {root.resolve()} on {socket.gethostname()}"
+        parts = urlsplit(self.database)
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
     def write(self, root: Path) -> None:
         """For the registry in the folder `root`."""

@@ -95,9 +95,7 @@ class Steps:
         return artifact
 
     def _is_sound(self, entry: FileEntry) -> bool:
-        if not self.store.has(entry):
-            return False
-        return entry.size_bytes > REHASH_LIMIT_BYTES or hash_file(self.store.path(entry.sha256)) == entry
+        return self.store.has(entry) if entry.size_bytes > REHASH_LIMIT_BYTES else self.store.is_sound(entry)
 
     def _sealed(self, workdir: Path) -> Artifact | None:
         """What an earlier process had finished building but not yet taken in; None starts or continues it."""

@@ -1,23 +1,27 @@
-"""Files kept once, by the sha256 of their content, in a local folder.
+"""Files kept once, by the sha256 of their content, in a local folder; with a remote store (remote.py) it is the cache.
 
     <root>/
         blobs/sha256/ab/abcdef...    one file, read-only (0444), named by its own hash; written once
         blobs/incoming/<random>      a copy under way; what a killed process leaves here is never read
 
-A file reaches its name only by a rename, after its bytes were hashed and are on the disk (fsync).
+A file reaches its name only by a rename, after its bytes were hashed and are on the disk (fsync). With a remote store
+it is there before it is here, and what is here may be deleted: it is fetched again when it is read.
 """
 
 import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, TYPE_CHECKING, BinaryIO
 
 from registry.artifact import Artifact, FileEntry, checked_digest, checked_path
 from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
+
+if TYPE_CHECKING:
+    from registry.remote import RemoteBlobs
 
 CHUNK_BYTES = 1 << 20
 _FICLONE = 0x40049409  # ioctl of Linux: let two files share their blocks until one is written (btrfs, xfs)
@@ -27,9 +31,13 @@ class Store:
     """The blobs of one registry. Any number of processes may add and read at once.
 
     Every method raises RegistryError, with the path, where the disk is full or refuses access.
+
+    Args:
+        remote: keeps them; below `root` are copies then.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, remote: "RemoteBlobs | None" = None) -> None:
+        self.remote = remote
         self._blobs = Path(root) / "blobs" / "sha256"
         self._incoming = Path(root) / "blobs" / "incoming"
         with disk_errors(self._blobs):
@@ -37,8 +45,15 @@ class Store:
             self._incoming.mkdir(parents=True, exist_ok=True)
 
     def path(self, sha256: str) -> Path:
-        """Where the blob is. Raises NotFoundError if it is not there."""
+        """Where the blob is, fetched if it was not here.
+
+        Raises:
+            NotFoundError: it is not there.
+            IntegrityError: it is damaged in the remote store.
+        """
         path = self._place(sha256)
+        if not path.is_file() and self.remote is not None:
+            self._fetch(self.remote, sha256)
         if not path.is_file():
             raise NotFoundError(
                 f"The blob {sha256[:12]}… is missing from {self._blobs}. It was deleted by hand, or the "
@@ -52,10 +67,19 @@ class Store:
             return path.open("rb")
 
     def has(self, entry: FileEntry) -> bool:
-        """Is a blob of that name and size there? Its bytes are not read; see `verify`."""
-        with suppress(OSError):
-            return self._place(entry.sha256).stat().st_size == entry.size_bytes
-        return False
+        """Is a blob of that name and size there? Its bytes are not read; see `is_sound` and `verify`."""
+        try:
+            is_here = self._place(entry.sha256).stat().st_size == entry.size_bytes
+        except OSError:
+            is_here = self.remote is not None
+        return is_here and (self.remote is None or self.remote.has(entry))
+
+    def is_sound(self, entry: FileEntry) -> bool:
+        """Is the blob there, and would its bytes be read as they should?"""
+        try:
+            return self.has(entry) and hash_file(self.path(entry.sha256)) == entry
+        except (NotFoundError, IntegrityError):
+            return False
 
     def add(self, path: Path, *, move: bool = False) -> FileEntry:
         """Take in the file at `path` and return its hash and size.
@@ -110,11 +134,14 @@ class Store:
         with disk_errors(self._blobs):
             yield from (path for path in self._blobs.glob("??/*") if path.is_file())
 
-    def set_aside(self, sha256: str) -> Path:
+    def set_aside(self, sha256: str) -> Path | str:
         """Take a damaged blob out of its name, into blobs/damaged; the next that has the right bytes takes the name."""
-        path = self.path(sha256)
+        path = self._place(sha256)
         target = self._blobs.parent / "damaged" / sha256
         with disk_errors(path):
+            if self.remote is not None:
+                path.unlink(missing_ok=True)
+                return self.remote.set_aside(sha256)
             target.parent.mkdir(exist_ok=True)
             os.replace(path, target)
         return target
@@ -125,7 +152,7 @@ class Store:
             yield from self._incoming.glob("*")
 
     def verify(self, entry: FileEntry, what: str) -> None:
-        """Read the whole blob and compare it with `entry`.
+        """Read the whole blob, in the remote store and in the cache if there are both, and compare it with `entry`.
 
         Args:
             what: the file's name for the reader of an error.
@@ -133,14 +160,51 @@ class Store:
             NotFoundError: the blob is missing.
             IntegrityError: its size or its bytes differ.
         """
+        if self.remote is not None:
+            self.remote.verify(entry, what)
+            if not self._place(entry.sha256).is_file():
+                return
         path = self.path(entry.sha256)
         with disk_errors(path):
             num_bytes = path.stat().st_size
         if num_bytes != entry.size_bytes:
-            raise IntegrityError(what, f"{entry.size_bytes} bytes", f"{num_bytes} bytes", _HOW_TO_HEAL)
+            raise IntegrityError(what, f"{entry.size_bytes} bytes", f"{num_bytes} bytes", HOW_TO_HEAL)
         found = hash_file(path)
         if found != entry:
-            raise IntegrityError(what, f"sha256 {entry.sha256}", f"sha256 {found.sha256}", _HOW_TO_HEAL)
+            raise IntegrityError(what, f"sha256 {entry.sha256}", f"sha256 {found.sha256}", HOW_TO_HEAL)
+
+    def mend(self, entry: FileEntry) -> bool:
+        """Let cache and remote store mend each other, where one of the two copies of a blob is sound; was one?"""
+        if self.remote is None:
+            return False
+        cached = self._place(entry.sha256)
+        if cached.is_file() and hash_file(cached) == entry:
+            self.remote.send(cached, entry)
+            return True
+        try:
+            self._fetch(self.remote, entry.sha256)
+        except (NotFoundError, IntegrityError):
+            return False
+        return True
+
+    def sweep(self, kept: Container[str], oldest: float, *, dry_run: bool) -> tuple[int, int]:
+        """Remove blobs that `kept` does not name, and unfinished ones, that nobody changed since `oldest`.
+
+        Args:
+            oldest: seconds since 1970.
+        Returns:
+            number and bytes of what went, or would; of the remote store if there is one, without the copies here.
+        """
+        gone = self.remote.sweep(kept, oldest, dry_run=dry_run) if self.remote is not None else None
+        num_blobs = size_bytes = 0
+        for path in [*(blob for blob in self.blobs() if blob.name not in kept), *self.unfinished()]:
+            with disk_errors(path), suppress(FileNotFoundError):  # a copy under way that has its name by now
+                if path.stat().st_mtime >= oldest:
+                    continue
+                num_blobs, size_bytes = num_blobs + 1, size_bytes + path.stat().st_size
+                if not dry_run:
+                    path.unlink()
+        return gone or (num_blobs, size_bytes)
 
     def materialize(self, artifact: Artifact, folder: Path) -> None:
         """Write all files of `artifact` below `folder`, as files of their own that may be edited.
@@ -168,7 +232,7 @@ class Store:
         with disk_errors(target), temporary_beside(target, root=folder) as partial:
             found = copy_hashed(blob, partial)
             if found != entry:
-                raise IntegrityError(path, f"sha256 {entry.sha256}", f"sha256 {found.sha256}", _HOW_TO_HEAL)
+                raise IntegrityError(path, f"sha256 {entry.sha256}", f"sha256 {found.sha256}", HOW_TO_HEAL)
             os.replace(partial, target)
 
     def _place(self, sha256: str) -> Path:
@@ -189,7 +253,23 @@ class Store:
             self._install(copy, entry)
         path.unlink()
 
+    def _fetch(self, remote: "RemoteBlobs", sha256: str) -> None:
+        with self._incoming_path() as copy:
+            remote.fetch(sha256, copy)
+            found = hash_file(copy)
+            if found.sha256 != sha256:
+                got = f"sha256 {found.sha256}, {found.size_bytes} bytes"
+                raise IntegrityError(f"{remote.url}, blob {sha256[:12]},", f"sha256 {sha256}", got, HOW_TO_HEAL)
+            with disk_errors(copy):
+                fsync(copy)
+                self._rename(copy, found)
+
     def _install(self, path: Path, entry: FileEntry) -> None:
+        if self.remote is not None:
+            self.remote.add(path, entry)
+        self._rename(path, entry)
+
+    def _rename(self, path: Path, entry: FileEntry) -> None:
         place = self._place(entry.sha256)
         place.parent.mkdir(exist_ok=True)
         path.chmod(0o444)
@@ -197,7 +277,7 @@ class Store:
         fsync(place.parent)
 
 
-_HOW_TO_HEAL = "Run the step that made it again, or pull the version again: the same bytes will replace it."
+HOW_TO_HEAL = "Run the step that made it again, or pull the version again: the same bytes will replace it."
 
 
 def hash_file(path: Path) -> FileEntry:

@@ -228,6 +228,33 @@ def test_init_leaves_nothing_behind_where_the_server_does_not_answer(bitsmith, t
     assert bitsmith("registry", "init").code == 0
 
 
+def test_init_makes_a_registry_with_its_files_at_a_url(bitsmith, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    url = f"file://{tmp_path}/mounted/models"
+    for _ in range(2):
+        made = bitsmith("registry", "init", "--store", url)
+        assert made.code == 0, made.err
+        assert f"its files are at {url}" in made.out
+    (tmp_path / "file").write_text("content")
+    entry = Registry(tmp_path / "home" / "registry").store.add(tmp_path / "file")
+    assert (tmp_path / "mounted" / "models" / "sha256" / entry.sha256[:2] / entry.sha256).read_text() == "content"
+    assert "has its index already" in bitsmith("registry", "init").err
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "other"))
+    assert "belongs to another registry" in bitsmith("registry", "init", "--store", url).err
+
+
+@pytest.mark.parametrize("url", ["s3://key:secret@bucket/models", "file:///dev/null/models", "nosuch://models"])
+def test_init_leaves_nothing_behind_where_the_store_cannot_be_written(
+    url: str, bitsmith, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    refused = bitsmith("registry", "init", "--store", url)
+    assert refused.code == 1
+    assert "secret" not in refused.err
+    assert not (tmp_path / "home" / "registry").exists()
+    assert bitsmith("registry", "init").code == 0
+
+
 def test_doctor_names_damage_and_mends_what_it_can(call, tmp_path: Path) -> None:
     assert "The registry is sound." in call("doctor").out
     root = tmp_path / "home" / "registry"

@@ -1,10 +1,12 @@
-"""A registry in a temporary folder with either database, folders to add to it, and a Hub to publish on."""
+"""A registry in a temporary folder with either database, folders to add, places for a remote store, and a Hub."""
 
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 
@@ -13,6 +15,9 @@ from registry.settings import RegistrySettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import HubServer
+
+if TYPE_CHECKING:
+    from tests.registry.s3_server import S3Server
 
 
 @pytest.fixture
@@ -71,3 +76,43 @@ def other(tmp_path: Path) -> Registry:
 @pytest.fixture
 def version(registry: Registry, checkpoint: Artifact) -> Version:
     return registry.publish("tiny", checkpoint)
+
+
+@pytest.fixture(scope="session")
+def session_s3_server() -> Iterator["S3Server"]:
+    from tests.registry.s3_server import S3Server
+
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3_server(session_s3_server: "S3Server", monkeypatch: pytest.MonkeyPatch) -> Iterator["S3Server"]:
+    """An S3 server that answers, and the environment that leads to it."""
+    from s3fs import S3FileSystem
+
+    for name, value in session_s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    session_s3_server.requests.clear()
+    yield session_s3_server
+    session_s3_server.until_down = None
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def bucket(s3_server: "S3Server") -> str:
+    """The URL of a store in a new bucket, not claimed yet."""
+    from s3fs import S3FileSystem
+
+    name = f"bucket-{uuid4().hex}"
+    S3FileSystem().mkdir(name)
+    return f"s3://{name}/models"
+
+
+@pytest.fixture(params=["s3", "file", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Of a store, not claimed yet."""
+    made = {"file": f"file://{tmp_path}/mounted/models", "memory": f"memory://{uuid4().hex}"}
+    return made.get(request.param) or request.getfixturevalue("bucket")

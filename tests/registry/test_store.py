@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,17 @@ from registry import (
     TargetExistsError,
 )
 from registry.artifact import sha256_of
+from registry.remote import RemoteBlobs
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
+@pytest.fixture(params=["local", "remote"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """The blobs below tmp_path/"store", alone or as the cache of a remote store."""
+    if request.param == "local":
+        return Store(tmp_path / "store")
+    remote = RemoteBlobs(f"file://{tmp_path}/remote")
+    remote.claim("the index of the tests")
+    return Store(tmp_path / "store", remote)
 
 
 @pytest.fixture
@@ -100,9 +107,10 @@ def test_a_cut_blob_is_noticed(store: Store, source: Path):
         store.verify(entry, "weights.bin")
 
 
-def test_a_missing_blob_is_not_found(store: Store, source: Path):
+def test_a_missing_blob_is_not_found(store: Store, source: Path, tmp_path: Path):
     entry = store.add(source)
     store.path(entry.sha256).unlink()
+    shutil.rmtree(tmp_path / "remote" / "sha256", ignore_errors=True)
     assert not store.has(entry)
     for ask in (store.path, store.open):
         with pytest.raises(NotFoundError, match=entry.sha256[:12]):
