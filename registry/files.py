@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from registry.artifact import checked_path
 from registry.errors import RegistryError
+from registry.paths import check_distinct, checked_path
 
 
 def files_below(folder: Path) -> list[str]:
@@ -11,7 +11,7 @@ def files_below(folder: Path) -> list[str]:
 
     Raises:
         RegistryError: the folder is missing or empty, or holds a link or a special file.
-        UnsafePathError: a name that not every system can hold.
+        UnsafePathError: a name that not every system can hold, or two that are one on some system.
     """
     if not folder.is_dir():
         raise RegistryError(f"{folder} is not a folder, so that there is nothing to add to the registry.")
@@ -25,4 +25,5 @@ def files_below(folder: Path) -> list[str]:
             found.append(checked_path(path.relative_to(folder).as_posix()))
     if not found:
         raise RegistryError(f"{folder} holds no file, so that there is nothing to add to the registry.")
+    check_distinct(found)
     return sorted(found)

@@ -16,8 +16,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from registry.artifact import Artifact, FileEntry, checked_digest, checked_path
+from registry.artifact import Artifact, FileEntry, checked_digest
 from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
+from registry.paths import checked_path
 
 CHUNK_BYTES = 1 << 20
 _FICLONE = 0x40049409  # ioctl of Linux: let two files share their blocks until one is written (btrfs, xfs)
