@@ -168,8 +168,13 @@ def _check_json(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; use plain numbers, strings, lists and dicts.")
 
 
+def is_digest(text: object) -> bool:
+    """Is it 64 lower-case hex digits?"""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
+
+
 def checked_digest(digest: str) -> str:
     """`digest` if it is 64 lower-case hex digits, else InvalidNameError."""
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise InvalidNameError(f"{str(digest)[:80]!r} is not a sha256 digest: 64 lower-case hex digits.")
     return digest

@@ -9,6 +9,11 @@ Kept are, with all that they were made from,
 and the work of steps that a living process holds, or that was touched within the grace. The rest goes: artifacts from
 the index first, then blobs that no artifact names. A kill between the two leaves blobs for the next collection. Nobody
 adds to the registry while it is collected (`Database.collecting`).
+
+Where the description of a version is lost, blobs that no artifact names may be its own, and stay.
+
+Times are compared with the clock that wrote them, the database's or the file system's; those of the processes may
+differ.
 """
 
 import os
@@ -35,18 +40,25 @@ def collect(
     Args:
         grace_seconds: what was used within this time stays.
     Raises:
+        InvalidDescriptionError: a record is damaged, so that nobody knows what it names; `doctor` mends it.
         RegistryError: the disk or the database refuses.
     """
-    oldest = time.time() - grace_seconds
+    oldest = _file_system_seconds(root) - grace_seconds
     with index.database.collecting():
         index.take_in_records()
         found = index.artifacts()
-        needed = _needed(index, ledger, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
+        with index.database.reading() as connection:
+            used_since = index.database.now(connection).timestamp() - grace_seconds
+        recent = (artifact for artifact, used_at in found if _seconds(used_at) >= used_since)
+        needed = _needed(index, ledger, recent)
         needed |= _with_ancestors(index, digests_in_use(root / "uses"))
         needed |= {a.digest for a, _ in found if a.kind == "signature" and needed.issuperset(a.parents)}
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
-        kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
+        kept = _blobs_of(artifact for artifact, _ in found if artifact.digest in needed)
+        named = _blobs_of(artifact for artifact, _ in found)
         blobs = [blob for blob in store.blobs() if blob.name not in kept and _newest(blob) < oldest]
+        if index.lost():
+            blobs = [blob for blob in blobs if blob.name in named]
         blobs += store.unfinished()
         size_bytes = sum(_size_bytes(blob) for blob in blobs)
         if not dry_run:
@@ -61,7 +73,13 @@ def collect(
             if not dry_run:
                 with disk_errors(folder):
                     shutil.rmtree(folder)
+        if not dry_run:
+            _remove_locks(root / "steps")
     return Collected(doomed, len(blobs), tuple(folders), size_bytes)
+
+
+def _blobs_of(artifacts: Iterable[Artifact]) -> set[str]:
+    return {entry.sha256 for artifact in artifacts for entry in artifact.files.values()}
 
 
 def _needed(index: Index, ledger: Ledger, recent: Iterable[Artifact]) -> set[str]:
@@ -87,6 +105,23 @@ def _abandoned(root: Path, oldest: float) -> Iterator[Path]:
                 yield folder
     others = sorted((*(root / "pulls").glob("*/"), *root.glob("signing-*/")))
     yield from (folder for folder in others if _newest(folder) < oldest)
+
+
+def _remove_locks(steps: Path) -> None:
+    """What killed processes left of locks on steps that have no work; who waits for one notices that it went."""
+    for lock in steps.glob("*.lock"):
+        if not lock.with_suffix("").exists():
+            with held_if_free(lock):
+                pass
+
+
+def _file_system_seconds(root: Path) -> float:
+    """What time the file system says it is, in seconds since 1970."""
+    try:
+        os.utime(root / "blobs")
+    except OSError:  # read-only: nothing is removed then
+        return time.time()
+    return (root / "blobs").stat().st_mtime
 
 
 def _newest(path: Path) -> float:

@@ -100,6 +100,7 @@ class Registry:
         with self._index.database.keeping():
             files = {path: self.store.add(folder / path, move=move) for path in files_below(folder)}
             artifact = Artifact.create(kind, files, parents, metadata)
+            self._uses.add(artifact.digest)
             self._index.add_artifact(artifact)
         return artifact
 
@@ -109,6 +110,7 @@ class Registry:
             for path, entry in artifact.files.items():
                 if not self.store.has(entry):
                     raise NotFoundError(f"{path} of {artifact.kind} {artifact.digest[:12]} is not in the store.")
+            self._uses.add(artifact.digest)
             self._index.add_artifact(artifact)
 
     def remember(self, artifact: Artifact) -> None:
@@ -122,6 +124,11 @@ class Registry:
     def get(self, digest: str) -> Artifact:
         """The artifact of that full digest. Raises NotFoundError."""
         artifact = self._index.artifact(digest)
+        if artifact is None and digest in self._index.lost():
+            raise NotFoundError(
+                f"The description of artifact {digest[:12]} is lost; `bitsmith registry doctor` names the versions "
+                "that need it. Pull or import such a version again, or run the command that made it again."
+            )
         if artifact is None:
             raise NotFoundError.among("artifact", digest, self._index.digests(), "Digests have 64 hex digits.")
         return artifact

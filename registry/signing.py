@@ -93,7 +93,8 @@ def verify_signature(registry: Registry, reference: str, public_key: Path) -> Ar
 @contextmanager
 def _as_folder(registry: Registry, artifact: Artifact) -> Iterator[Path]:
     """The artifact's files under their names, as links to the blobs where the file system has them; only to read."""
-    with disk_errors(registry.root), tempfile.TemporaryDirectory(dir=registry.root, prefix="signing-") as scratch:
+    place = registry.root if os.access(registry.root, os.W_OK) else None  # None: the system's, for copies
+    with disk_errors(registry.root), tempfile.TemporaryDirectory(dir=place, prefix="signing-") as scratch:
         folder = Path(scratch) / "model"  # the name stands in the statement
         for path in artifact.files:
             target = folder / path

@@ -152,7 +152,7 @@ class Store:
         Raises:
             TargetExistsError: one of the files exists already. Nothing was written.
             UnsafePathError: a path leaves `folder`.
-            NotFoundError, IntegrityError: a blob is missing or damaged.
+            NotFoundError, IntegrityError: a blob is missing or damaged. What was written is removed.
         """
         targets = {folder / checked_path(path): (path, entry) for path, entry in artifact.files.items()}
         for target in targets:
@@ -161,8 +161,15 @@ class Store:
                     f"{target} exists already, and {artifact.kind} {artifact.digest[:12]} would overwrite "
                     "it. Name an empty folder, or move the file away."
                 )
-        for target, (path, entry) in targets.items():
-            self._write_out(entry, path, target, folder)
+        written: list[Path] = []
+        try:
+            for target, (path, entry) in targets.items():
+                self._write_out(entry, path, target, folder)
+                written.append(target)
+        except BaseException:
+            for target in written:  # else the same call would be refused for them
+                target.unlink(missing_ok=True)
+            raise
 
     def _write_out(self, entry: FileEntry, path: str, target: Path, folder: Path) -> None:
         blob = self.path(entry.sha256)

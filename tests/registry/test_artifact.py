@@ -148,7 +148,7 @@ def test_an_honest_path_is_kept(path):
 def test_names_that_are_one_on_some_system_are_refused_together(one: str, other: str) -> None:
     for paths in ((one, other), (other, one)):
         with pytest.raises(UnsafePathError) as caught:
-            create(files={path: ENTRY for path in paths})
+            create(files=dict.fromkeys(paths, ENTRY))
         assert repr(one) in str(caught.value)
         assert repr(other) in str(caught.value)
 

@@ -32,7 +32,8 @@ def num_blobs(registry: Registry) -> int:
 
 
 def age(registry: Registry) -> None:
-    """Let everything that is there now be an hour older."""
+    """Let everything that is there now be an hour older, and need nothing of it in this process."""
+    registry._uses.close()
     then = time.time() - HOUR
     with registry._index.database.writing() as connection:
         moment = datetime.fromtimestamp(then, UTC).isoformat(timespec="seconds")
@@ -82,7 +83,6 @@ def test_a_step_found_again_counts_as_used(registry: Registry) -> None:
         (workdir / "out" / "file").write_bytes(b"1")
 
     made = registry.step("matrices", [], {"bits": 3}, build)
-    registry._uses.close()
     age(registry)
     again = Registry(registry.root)
     assert again.step("matrices", [], {"bits": 3}, build) == made
@@ -202,6 +202,7 @@ def test_a_collection_waits_for_who_adds(registry: Registry, make_folder, monkey
         adding.set()
         assert may_go_on.wait(30)
         record(artifact)
+        registry._uses.close()
 
     monkeypatch.setattr(registry._index, "add_artifact", slow)
     made: list[Artifact] = []
