@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +178,10 @@ def refusal(command: Command) -> str | None:
     return None
 
 
-def drill_full(disk: Path, work: Path, prepare: Callable[[Place, int], Command]) -> tuple[int, int]:
-    """Run a command at every room; how often it was refused, and completed at once.
+def drill_full(
+    disk: Path, work: Path, prepare: Callable[[Place, int], Command], rooms_bytes: Sequence[int] = ROOMS_BYTES
+) -> tuple[int, int]:
+    """Run a command with each of `rooms_bytes` left; how often it was refused, and completed at once.
 
     Raises:
         AssertionError: it broke a promise.
@@ -188,7 +190,7 @@ def drill_full(disk: Path, work: Path, prepare: Callable[[Place, int], Command])
     make_named(place.registry)
     place.registry.publish("large", place.registry.add_artifact("checkpoint", place.folder(-1)))
     num_refused = 0
-    for turn, room_bytes in enumerate(ROOMS_BYTES):
+    for turn, room_bytes in enumerate(rooms_bytes):
         versions = place.registry.versions()
         command = prepare(place, turn)
         ballast = fill(disk, room_bytes)
@@ -204,7 +206,7 @@ def drill_full(disk: Path, work: Path, prepare: Callable[[Place, int], Command])
         assert Registry.examine(place.root) == [], f"after {room_bytes} bytes were left"
         for path in disk.glob("out*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return num_refused, len(ROOMS_BYTES) - num_refused
+    return num_refused, len(rooms_bytes) - num_refused
 
 
 def drill_read_only(root: Path, work: Path) -> tuple[int, int]:
