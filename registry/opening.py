@@ -17,9 +17,11 @@ from registry.settings import RegistrySettings
 from registry.store import write_atomically
 
 
-def open_index(root: Path) -> Index:
+def open_index(root: Path, *, read_only: bool = False) -> Index:
     """The index of the registry in `root`; made if nothing was ever published there.
 
+    Args:
+        read_only: through a copy, as where `root` may not be written.
     Raises:
         IndexLostError: the database is missing, and the records tell of versions.
         RegistryError: see `Database`.
@@ -30,7 +32,7 @@ def open_index(root: Path) -> Index:
             "The registry's index is being made anew, or that was interrupted. Wait for it, or run "
             "`bitsmith registry doctor --repair`."
         )
-    if not is_writable(root):
+    if read_only or not is_writable(root):
         return _open_to_read(root, records)
     index = Index(Database(database_url(root), may_be_made=not records.has_versions()), records)
     _complete(index, records.folder / "complete")

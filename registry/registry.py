@@ -46,19 +46,22 @@ class Lineage:
 class Registry:
     """A folder with everything that was made. Any number of processes may use it at once.
 
+    Args:
+        read_only: leave the index as it is, even its notes of when a result was last used.
     Raises:
-        RegistryError: the folder cannot be made or written.
+        RegistryError: the folder cannot be made or read.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = Path(root)
+        self._read_only = read_only
         self.store = Store(self.root)
 
     @cached_property
     def _index(self) -> "Index":
         from registry.opening import open_index  # SQLAlchemy takes a quarter of a second to import
 
-        return open_index(self.root)
+        return open_index(self.root, read_only=self._read_only)
 
     @cached_property
     def _ledger(self) -> "Ledger":
