@@ -237,6 +237,14 @@ def drill_read_only(root: Path, work: Path) -> tuple[int, int]:
 
 def main() -> None:
     """See the module's docstring."""
+    try:
+        drill_all()
+    except CannotMountError as error:
+        print(f"disks left out: {error}")
+
+
+def drill_all() -> None:
+    """Every command on a full disk, then all of them in a read-only folder."""
     for prepare in COMMANDS:
         with small_disk() as disk, tempfile.TemporaryDirectory() as work:
             num_refused, num_completed = drill_full(disk, Path(work), prepare)

@@ -9,9 +9,11 @@ A file reaches its name only by a rename, after its bytes were hashed and are on
 
 import errno
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -21,6 +23,7 @@ from registry.errors import IntegrityError, NotFoundError, RegistryError, Target
 from registry.paths import checked_path
 
 CHUNK_BYTES = 1 << 20
+SYNC_BYTES = 32 << 20  # handed to the disk at once
 _FICLONE = 0x40049409  # ioctl of Linux: let two files share their blocks until one is written (btrfs, xfs)
 
 
@@ -84,15 +87,8 @@ class Store:
             IntegrityError: they are others, or fewer. Nothing was taken in.
         """
         with disk_errors(self._incoming), self._incoming_path() as copy:
-            digest, left = hashlib.sha256(), entry.size_bytes
             with copy.open("xb") as writer:
-                while chunk := content.read(min(CHUNK_BYTES, left)):
-                    digest.update(chunk)
-                    writer.write(chunk)
-                    left -= len(chunk)
-                writer.flush()
-                os.fsync(writer.fileno())
-            found = FileEntry(digest.hexdigest(), entry.size_bytes - left)
+                found = _write_hashed(content, writer, entry.size_bytes)
             if found != entry:
                 raise IntegrityError(what, f"sha256 {entry.sha256}", f"sha256 {found.sha256}, {found.size_bytes} bytes")
             self._install(copy, entry)
@@ -218,16 +214,32 @@ def hash_file(path: Path) -> FileEntry:
 def copy_hashed(source: Path, target: Path) -> FileEntry:
     """Copy `source` to the new file `target`, on the disk when this returns, and hash what was written."""
     with source.open("rb") as reader, target.open("xb+") as writer:
-        if _reflink(reader, writer):
-            digest = hashlib.file_digest(writer, "sha256")
-        else:
-            digest = hashlib.sha256()
-            while chunk := reader.read(CHUNK_BYTES):
-                digest.update(chunk)
-                writer.write(chunk)
-        writer.flush()
+        if not _reflink(reader, writer):
+            return _write_hashed(reader, writer)
+        digest = hashlib.file_digest(writer, "sha256")
         os.fsync(writer.fileno())
         return FileEntry(digest.hexdigest(), writer.tell())
+
+
+def _write_hashed(reader: IO[bytes], writer: BinaryIO, most_bytes: float = math.inf) -> FileEntry:
+    """Copy up to `most_bytes`, on the disk when this returns, and hash them; the disk works while more is hashed."""
+    digest, num_bytes, num_synced = hashlib.sha256(), 0, 0
+    with ThreadPoolExecutor(1) as disk:
+        under_way: Future[None] | None = None
+        while chunk := reader.read(int(min(CHUNK_BYTES, most_bytes - num_bytes))):
+            digest.update(chunk)
+            writer.write(chunk)
+            num_bytes += len(chunk)
+            if num_bytes - num_synced >= SYNC_BYTES and (under_way is None or under_way.done()):
+                if under_way is not None:
+                    under_way.result()  # the system tells of an error once, here and not at the end
+                writer.flush()
+                under_way, num_synced = disk.submit(os.fsync, writer.fileno()), num_bytes
+        if under_way is not None:
+            under_way.result()
+    writer.flush()
+    os.fsync(writer.fileno())
+    return FileEntry(digest.hexdigest(), num_bytes)
 
 
 def _reflink(reader: BinaryIO, writer: BinaryIO) -> bool:
