@@ -42,7 +42,10 @@ bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers --dither
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.ablation
 
-drill-registry: $(READY) ## kill -9 and many processes at once, on SQLite and PostgreSQL (apt-get install postgresql)
+# On SQLite and PostgreSQL (apt-get install postgresql); small disks in memory need root, and are left out without.
+drill-registry: $(READY) ## damages, full disks, read-only folders, kill -9 and many processes at once
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_damage
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_drill
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs

@@ -10,6 +10,7 @@ from rich.tree import Tree
 from pipeline.budget import human_bytes
 from pipeline.display import RESULTS, new_table
 from pipeline.version_facts import FIGURES
+from registry import NotFoundError
 
 if TYPE_CHECKING:
     from pipeline.version_diff import VersionDiff
@@ -27,12 +28,16 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
         column.no_wrap = column.header in ("version", "size", "bits", "made")  # a model may be a long path
     aliases = {name: store.aliases(name) for name in {version.name for version in versions}}
     for version in versions:
-        artifact = store.get(version.digest)
+        named = ", ".join(alias for alias, number in aliases[version.name].items() if number == version.number) or "-"
+        try:
+            artifact = store.get(version.digest)
+        except NotFoundError:  # only a damage loses the description
+            table.add_row(str(version), named, "damaged", "", "see `bitsmith registry doctor`", version.created_at[:10])
+            continue
         bits = artifact.metadata.get("bits_per_param")
-        named = (alias for alias, number in aliases[version.name].items() if number == version.number)
         table.add_row(
             str(version),
-            ", ".join(named) or "-",
+            named,
             human_bytes(artifact.size_bytes),
             f"{bits:.4f}" if isinstance(bits, float) else "",
             str(artifact.metadata.get("model", "")),

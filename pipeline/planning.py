@@ -58,8 +58,9 @@ def make_plans(
         PipelineError: see pipeline/errors.py.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        start = Path(scratch) if dry_run and not root.exists() else root
-        runs = prepare_runs(recipes, Registry(start), device=device, resume=True, progress=progress)
+        start = Path(scratch) if dry_run and not (root / "blobs").exists() else root
+        registry = Registry(start, read_only=dry_run and start == root)
+        runs = prepare_runs(recipes, registry, device=device, resume=True, progress=progress)
         first = runs[0]
         if dry_run and start == root and not first.has_costs():
             first = replace(first, registry=Registry(Path(scratch)))

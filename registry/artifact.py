@@ -14,12 +14,11 @@ from types import MappingProxyType
 from typing import Any
 
 from registry.errors import IntegrityError, InvalidDescriptionError, InvalidNameError, UnsafePathError
+from registry.paths import check_distinct, checked_path
 
 ARTIFACT_FORMAT = 1
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_UNSAFE_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\\]")
-_DRIVE_LETTER = re.compile(r"[A-Za-z]:")
 
 
 @dataclass(frozen=True)
@@ -68,13 +67,14 @@ class Artifact:
         """Check the parts and name them.
 
         Raises:
-            UnsafePathError: a path leaves its folder.
+            UnsafePathError: a path leaves its folder, or two are one on some system.
             InvalidNameError: a parent is no digest, or `kind` is empty.
             TypeError: `metadata` holds something that JSON has no exact form for.
         """
         if not kind or not isinstance(kind, str):
             raise InvalidNameError(f"An artifact's kind must be a word such as 'plan', not {kind!r}.")
         entries = {checked_path(path): files[path] for path in sorted(files)}
+        check_distinct(entries)
         lineage = tuple(checked_digest(parent) for parent in parents)
         facts = json.loads(canonical_json(dict(metadata or {})))
         digest = sha256_of(_description(kind, entries, lineage, facts))
@@ -168,35 +168,13 @@ def _check_json(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; use plain numbers, strings, lists and dicts.")
 
 
-def checked_path(path: str) -> str:
-    """`path` if it is a relative posix path that stays inside its folder on every system.
-
-    Raises:
-        UnsafePathError: absolute, with a drive letter, "..", ".", an empty part, a backslash, a control
-            character, bytes that are not UTF-8, or too long for common file systems.
-    """
-    parts = path.split("/")
-    reason = None
-    if path.startswith("/") or _DRIVE_LETTER.match(path):
-        reason = "it is absolute"
-    elif any(part in ("", ".", "..") for part in parts):
-        reason = "it has an empty part, '.' or '..'"
-    elif _UNSAFE_CHARACTERS.search(path):
-        reason = "it has a backslash or a control character"
-    elif any("\ud800" <= character <= "\udfff" for character in path):
-        reason = "it is not UTF-8"
-    elif len(path.encode()) > 1024 or any(len(part.encode()) > 255 for part in parts):
-        reason = "it is too long"
-    if reason:
-        raise UnsafePathError(
-            f"The file name {path[:80]!r} is refused: {reason}. Names must be relative, with '/' between "
-            "folders, and stay inside their folder. Rename the file."
-        )
-    return path
+def is_digest(text: object) -> bool:
+    """Is it 64 lower-case hex digits?"""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def checked_digest(digest: str) -> str:
     """`digest` if it is 64 lower-case hex digits, else InvalidNameError."""
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    if not is_digest(digest):
         raise InvalidNameError(f"{str(digest)[:80]!r} is not a sha256 digest: 64 lower-case hex digits.")
     return digest

@@ -9,12 +9,18 @@ Kept are, with all that they were made from,
 and the work of steps that a living process holds, or that was touched within the grace. The rest goes: artifacts from
 the index first, then blobs that no artifact names, here and in the remote store. A kill between the two leaves blobs
 for the next collection. Nobody adds to the registry while it is collected (`Database.collecting`).
+
+Where the description of a version is lost, blobs that no artifact names may be its own, and stay.
+
+Times are compared with the clock that wrote them, the database's or the file system's; those of the processes may
+differ.
 """
 
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,17 +43,23 @@ def collect(
     Args:
         grace_seconds: what was used within this time stays.
     Raises:
+        InvalidDescriptionError: a record is damaged, so that nobody knows what it names; `doctor` mends it.
         RegistryError: the disk or the database refuses.
     """
-    oldest = time.time() - grace_seconds
+    oldest = _file_system_seconds(root) - grace_seconds
     with index.database.collecting():
         index.take_in_records()
         found = index.artifacts()
-        needed = _needed(index, ledger, (artifact for artifact, used_at in found if _seconds(used_at) >= oldest))
+        with index.database.reading() as connection:
+            used_since = index.database.now(connection).timestamp() - grace_seconds
+        recent = (artifact for artifact, used_at in found if _seconds(used_at) >= used_since)
+        needed = _needed(index, ledger, recent)
         needed |= _with_ancestors(index, digests_in_use(root / "uses"))
         needed |= {a.digest for a, _ in found if a.kind in _KEPT_WITH_PARENTS and needed.issuperset(a.parents)}
         doomed = tuple(artifact for artifact, _ in found if artifact.digest not in needed)
-        kept = {entry.sha256 for artifact, _ in found if artifact.digest in needed for entry in artifact.files.values()}
+        wanted = _blobs_of(artifact for artifact, _ in found if artifact.digest in needed)
+        named = _blobs_of(artifact for artifact, _ in found)
+        kept: Container[str] = _AllBut(named - wanted) if index.lost() else wanted
         if not dry_run:
             index.forget_artifacts([artifact.digest for artifact in doomed])
         num_blobs, size_bytes = store.sweep(kept, oldest, dry_run=dry_run)
@@ -58,7 +70,23 @@ def collect(
             if not dry_run:
                 with disk_errors(folder):
                     shutil.rmtree(folder) if folder.is_dir() else folder.unlink(missing_ok=True)
+        if not dry_run:
+            _remove_locks(root / "steps")
     return Collected(doomed, num_blobs, tuple(folders), size_bytes)
+
+
+@dataclass(frozen=True)
+class _AllBut:
+    """Holds everything that is not in `doomed`."""
+
+    doomed: set[str]
+
+    def __contains__(self, sha256: object) -> bool:
+        return sha256 not in self.doomed
+
+
+def _blobs_of(artifacts: Iterable[Artifact]) -> set[str]:
+    return {entry.sha256 for artifact in artifacts for entry in artifact.files.values()}
 
 
 def _needed(index: Index, ledger: Ledger, recent: Iterable[Artifact]) -> set[str]:
@@ -84,6 +112,23 @@ def _abandoned(root: Path, oldest: float) -> Iterator[Path]:
                 yield folder
     others = sorted((*(root / "pulls").glob("*"), *root.glob("signing-*/")))
     yield from (path for path in others if _newest(path) < oldest)
+
+
+def _remove_locks(steps: Path) -> None:
+    """What killed processes left of locks on steps that have no work; who waits for one notices that it went."""
+    for lock in steps.glob("*.lock"):
+        if not lock.with_suffix("").exists():
+            with held_if_free(lock):
+                pass
+
+
+def _file_system_seconds(root: Path) -> float:
+    """What time the file system says it is, in seconds since 1970."""
+    try:
+        os.utime(root / "blobs")
+    except OSError:  # read-only: nothing is removed then
+        return time.time()
+    return (root / "blobs").stat().st_mtime
 
 
 def _newest(path: Path) -> float:

@@ -4,9 +4,12 @@ SQLite runs in write-ahead mode, and a writer begins with BEGIN IMMEDIATE: write
 reader never waits for one. In PostgreSQL writers of different rows run side by side; who must not, locks a row.
 """
 
+import shutil
+import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 from sqlalchemy import URL, Connection, Table, create_engine, event, inspect, make_url, text
@@ -19,6 +22,7 @@ from registry.lock import exclusive, flocked
 from registry.schema import REVISIONS
 
 BUSY_TIMEOUT_SECONDS = 60
+NEEDED_BYTES = 1 << 20  # SQLite wants some beside its file even to read
 _MIGRATION_LOCK, _COLLECTION_LOCK = 7_210_001, 7_210_002  # advisory locks of PostgreSQL; any numbers of our own
 _LEGACY_TABLE = "registry_schema"  # before Alembic: one number, always 1
 
@@ -29,7 +33,7 @@ class Database:
     Every method raises RegistryError, naming the database, where it is locked, damaged, unreachable or unwritable.
 
     Args:
-        url: `sqlite:///path` or `postgresql://user@host/name`.
+        url: of SQLite's file (`sqlite_url`) or `postgresql://user@host/name`.
         may_be_made: make the tables where there are none, instead of raising IndexLostError.
     Raises:
         IndexLostError: there are no tables and none may be made.
@@ -37,7 +41,7 @@ class Database:
         SchemaError: the database was written by a newer version of the program.
     """
 
-    def __init__(self, url: str, *, may_be_made: bool = True) -> None:
+    def __init__(self, url: str | URL, *, may_be_made: bool = True) -> None:
         self._url = _checked(url)
         self._held = threading.local()
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
@@ -74,6 +78,13 @@ class Database:
     def insert(self, table: Table) -> sqlite.Insert | postgresql.Insert:
         """An insert that knows `on_conflict_do_nothing` and `on_conflict_do_update`."""
         return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+
+    def now(self, connection: Connection) -> datetime:
+        """By the database's clock, which is one for all machines."""
+        query = "SELECT extract(epoch FROM clock_timestamp())"
+        if self.is_sqlite:
+            query = "SELECT (julianday('now') - 2440587.5) * 86400"
+        return datetime.fromtimestamp(float(connection.scalar(text(query))), UTC)
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -167,22 +178,35 @@ class Database:
     def _errors(self) -> Iterator[None]:
         try:
             yield
-        except (SQLAlchemyError, OSError) as error:
+        except (SQLAlchemyError, sqlite3.Error, OSError) as error:  # the second from `_upgrade`'s raw connection
             cause = " ".join(str(getattr(error, "orig", None) or error).split())
             raise RegistryError(
-                f"The registry's database {self.name} cannot be used ({cause}). If it is locked, another "
-                f"bitsmith has been writing for over {BUSY_TIMEOUT_SECONDS} s: wait for it. If it does not answer, is "
-                "read-only or has no space left, mend that. If it is malformed: `bitsmith registry doctor --repair`."
+                f"The registry's database {self.name} cannot be used ({cause}). {self._advice()}"
             ) from error
 
+    def _advice(self) -> str:
+        if self.is_sqlite:
+            with suppress(OSError):
+                if shutil.disk_usage(Path(self.name).parent).free < NEEDED_BYTES:
+                    return "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
+        return (
+            f"If it is locked, another bitsmith has been writing for over {BUSY_TIMEOUT_SECONDS} s: wait for it. If it "
+            "does not answer or is read-only, mend that. If it is malformed: `bitsmith registry doctor --repair`."
+        )
 
-def sqlite_path(url: str) -> Path | None:
+
+def sqlite_url(path: Path) -> URL:
+    """Of the file `path`, whatever characters are in it."""
+    return URL.create("sqlite", database=str(path))
+
+
+def sqlite_path(url: str | URL) -> Path | None:
     """The file of a SQLite database; None for another kind."""
     found = _checked(url)
     return Path(str(found.database)) if found.get_backend_name() == "sqlite" else None
 
 
-def _checked(url: str) -> URL:
+def _checked(url: str | URL) -> URL:
     try:
         found = make_url(url)
     except ArgumentError:

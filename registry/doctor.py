@@ -9,43 +9,25 @@ records that are missing here are no damage, but what other hosts made: they are
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from registry.artifact import Artifact
+from registry.blobs_examined import damaged_blobs
 from registry.database import sqlite_path
-from registry.errors import IndexLostError, IntegrityError, InvalidDescriptionError, NotFoundError
+from registry.errors import IndexLostError, InvalidDescriptionError, RegistryError
+from registry.finding import REPAIR, Finding
 from registry.index import Index
 from registry.ledger import Ledger
 from registry.opening import database_url, is_interrupted, open_index, rebuilt_index
 from registry.progress import SILENT, Progress
+from registry.read_only import is_writable
 from registry.records import Records
 from registry.remote import remote_blobs
+from registry.salvage import is_lost, lost_descriptions, lost_facts
 from registry.store import Store
 from registry.version import Version
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One damage.
-
-    Attributes:
-        what: the file, version or database.
-        problem: in words.
-        is_repaired: now; False where it only was found, or cannot be.
-        advice: what to do where it is not.
-    """
-
-    what: str
-    problem: str
-    is_repaired: bool
-    advice: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.what}: {self.problem}. " + ("Repaired." if self.is_repaired else self.advice)
-
-
-_REPAIR = "`bitsmith registry doctor --repair` mends it."
 
 
 def examine(root: Path, *, repair: bool, progress: Progress = SILENT) -> list[Finding]:
@@ -54,6 +36,11 @@ def examine(root: Path, *, repair: bool, progress: Progress = SILENT) -> list[Fi
     Raises:
         RegistryError: the disk or the database refuses for another reason than damage.
     """
+    if repair and not is_writable(root):
+        raise RegistryError(
+            f"{root} is read-only for you, so that nothing there can be mended. Run `bitsmith registry doctor` without "
+            "--repair to look only, or repair where the folder may be written."
+        )
     return list(_Examination(root, Store(root, remote_blobs(root)), repair, progress).findings())
 
 
@@ -63,74 +50,110 @@ class _Examination:
     store: Store
     repair: bool
     progress: Progress
-    users: dict[str, list[str]] = field(default_factory=dict)  # digest -> the versions that need the artifact
+    lost: set[str] = field(default_factory=set)  # digests whose record was damaged, and the only one
 
     def findings(self) -> Iterator[Finding]:
-        yield from self._malformed()
-        try:
-            index = open_index(self.root)
-        except IndexLostError as error:
-            problem = "was not made to its end" if is_interrupted(self.root) else "is missing or empty"
+        if (useless := self._malformed()) is None:
+            try:
+                index = open_index(self.root)
+            except IndexLostError as error:
+                problem = "was not made to its end" if is_interrupted(self.root) else "is missing or empty"
+                useless = Finding("the index", problem, self.repair, str(error))
+        if useless is not None:
+            unread = self._unreadable(Records(self.root))
+            if self.repair and (is_interrupted(self.root) or Records(self.root).has_versions()):
+                rebuilt_index(self.root)
+            yield from (useless, *unread)
             if not self.repair:
-                yield Finding("the index", problem, False, str(error))
                 return
-            index = rebuilt_index(self.root)
-            yield Finding("the index", problem, True)
+            index = open_index(self.root)
         ledger = Ledger(index)
-        yield from self._records_of_artifacts(index)
+        artifacts, damaged = index.readable()
+        yield from self._rows(index, ledger, damaged)
+        yield from self._records_of_artifacts(index.records, artifacts)
         yield from self._records_of_names(index.records, ledger)
-        yield from self._behind(index, ledger)
-        for version in ledger.versions():
-            for digest in filter(None, (version.digest, version.report_digest)):
-                self.users.setdefault(digest, []).append(str(version))
-        yield from self._blobs([artifact for artifact, _ in index.artifacts()])
+        unread = self._unreadable(index.records, index, ledger)
+        yield from unread
+        if self.repair or not unread:
+            yield from self._behind(index, ledger)
+        versions = [fact for fact in ledger.facts() if isinstance(fact, Version)]
+        yield from self._lost(index, versions)
+        artifacts, _ = index.readable()
+        yield from damaged_blobs(self.store, artifacts, versions, repair=self.repair, progress=self.progress)
 
-    def _malformed(self) -> Iterator[Finding]:
+    def _malformed(self) -> Finding | None:
         """A SQLite file that SQLite itself does not understand."""
         path = sqlite_path(database_url(self.root))
         if path is None or not path.exists():
-            return
+            return None
         try:
-            connection = sqlite3.connect(path)
-            try:
+            with closing(sqlite3.connect(path)) as connection:
                 (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
-            finally:
-                connection.close()
         except sqlite3.OperationalError:
-            return  # locked or unreadable: opening it says so
+            return None  # locked or unreadable: opening it says so
         except sqlite3.DatabaseError as error:
             verdict = str(error)
         if verdict == "ok":
-            return
+            return None
         if self.repair:
             number = next(n for n in range(1, 1000) if not path.with_name(f"{path.name}.damaged-{n}").exists())
             for each in sorted(path.parent.glob(f"{path.name}*")):
                 if ".damaged-" not in each.name and not each.name.endswith(".lock"):
                     os.replace(each, each.with_name(f"{each.name}.damaged-{number}"))
-            if Records(self.root).has_versions():
-                rebuilt_index(self.root)
-        yield Finding(str(path), f"is malformed ({verdict})", self.repair, _REPAIR)
+        return Finding(str(path), f"is malformed ({verdict})", self.repair, REPAIR)
 
-    def _records_of_artifacts(self, index: Index) -> Iterator[Finding]:
-        known = {artifact.digest: artifact for artifact, _ in index.artifacts()}
-        for digest in {*known, *index.records.digests()}:
-            what = f"the record of artifact {digest[:12]}"
+    def _rows(self, index: Index, ledger: Ledger, damaged: dict[str, InvalidDescriptionError]) -> Iterator[Finding]:
+        """Descriptions in the database that cannot be read."""
+        needed = {d for fact in ledger.facts() if isinstance(fact, Version) for d in (fact.digest, fact.report_digest)}
+        for digest, error in damaged.items():
+            if self.repair:
+                try:
+                    artifact = index.records.artifact(digest)
+                except InvalidDescriptionError:
+                    artifact = None
+                index.write_again(digest, artifact, is_needed=digest in needed)
+            what = f"the index's row of artifact {digest[:12]}"
+            yield Finding(what, f"is damaged ({error.__cause__})", self.repair, REPAIR)
+
+    def _unreadable(self, records: Records, index: Index | None = None, ledger: Ledger | None = None) -> list[Finding]:
+        """Records that cannot be read, of what the database does not know; see salvage.py."""
+        known = index.digests() if index else []
+        facts = {(type(fact), fact.name, fact.number) for fact in ledger.facts()} if ledger else set()
+        described = dict(lost_descriptions(records, set(known), repair=self.repair))
+        self.lost |= described.keys()
+        return [*described.values(), *lost_facts(records, facts, repair=self.repair)]
+
+    def _lost(self, index: Index, versions: list[Version]) -> Iterator[Finding]:
+        """Versions without a description of what they are, and those that lost one of what they were made from."""
+        lost = index.lost()
+        for version in versions:
+            again = "Pull or import it again, or run the command that made it again"
+            if is_lost(version):
+                again = "Publish it again, under the next number"
+            for noun, digest in (("it", version.digest), ("its report", version.report_digest)):
+                if digest in lost:
+                    problem = f"is damaged: the description of {noun} ({digest[:12]}) is lost"
+                    yield Finding(str(version), problem, False, f"{again}, or restore the record from a backup.")
+        for digest in sorted(self.lost - lost):
+            if made := [str(version) for version in versions if digest in index.ancestors(version.digest)]:
+                problem = f"lost the description of {digest[:12]}, which it was made from"
+                yield Finding(", ".join(made), problem, False, "Its own files are not concerned.")
+
+    def _records_of_artifacts(self, records: Records, artifacts: list[Artifact]) -> Iterator[Finding]:
+        for artifact in artifacts:
+            what = f"the record of artifact {artifact.digest[:12]}"
             try:
-                found = index.records.artifact(digest)
-                problem = None if found else "is missing"
-            except (InvalidDescriptionError, IntegrityError) as error:
-                problem = f"is damaged ({error})"
+                problem = None if records.artifact(artifact.digest) else "is missing"
+            except InvalidDescriptionError as error:
+                problem = f"is damaged ({error.__cause__ or error})"
             if problem is None:
-                continue
-            if digest not in known:  # nothing to write it from
-                yield Finding(what, problem, False, "Restore the file from a backup, or remove it.")
                 continue
             is_elsewhere = self._is_elsewhere(problem)
             if self.repair or is_elsewhere:
-                index.records.remove_artifact(digest)
-                index.records.add_artifact(known[digest])
+                records.remove_artifact(artifact.digest)
+                records.add_artifact(artifact)
             if not is_elsewhere:
-                yield Finding(what, problem, self.repair, _REPAIR)
+                yield Finding(what, problem, self.repair, REPAIR)
 
     def _records_of_names(self, records: Records, ledger: Ledger) -> Iterator[Finding]:
         for fact in ledger.facts():
@@ -149,14 +172,15 @@ class _Examination:
                     what,
                     f"says {found!r}, and the index {fact!r}",
                     False,
-                    "Two registries were mixed: restore the index that belongs to these files.",
+                    "Restore the index that belongs to these files; or, if the record is right, move the index away, "
+                    "and `bitsmith registry doctor --repair` makes it anew.",
                 )
                 continue
             is_elsewhere = self._is_elsewhere(problem)
             if self.repair or is_elsewhere:
                 records.replace(fact)
             if not is_elsewhere:
-                yield Finding(what, problem, self.repair, _REPAIR)
+                yield Finding(what, problem, self.repair, REPAIR)
 
     def _is_elsewhere(self, problem: str) -> bool:
         """Is it a record that the host has which made the thing?"""
@@ -165,49 +189,11 @@ class _Examination:
     def _behind(self, index: Index, ledger: Ledger) -> Iterator[Finding]:
         """What only the records have: an index from a backup, or a kill between a record and the commit."""
         facts = {(type(fact), fact.name, fact.number) for fact in ledger.facts()}
-        try:
-            ledger.take_in_records()
-            added = [fact for fact in ledger.facts() if (type(fact), fact.name, fact.number) not in facts]
-            artifacts = index.take_in_records()
-        except (InvalidDescriptionError, IntegrityError) as error:
-            yield Finding("the records", str(error), False, "Restore the file from a backup.")
-            return
+        ledger.take_in_records()
+        added = [fact for fact in ledger.facts() if (type(fact), fact.name, fact.number) not in facts]
+        artifacts = index.take_in_records()
         for fact in added:
             kind = "version" if isinstance(fact, Version) else "move"
-            yield Finding("the index", f"lacked {kind} {fact.number} of {fact.name}", True)
+            yield Finding("the index", f"lacked {kind} {fact.number} of {fact.name}", is_writable(self.root), REPAIR)
         if artifacts:
-            yield Finding("the index", f"lacked {len(artifacts)} artifacts", True)
-
-    def _blobs(self, artifacts: list[Artifact]) -> Iterator[Finding]:
-        places: dict[str, list[tuple[Artifact, str]]] = {}
-        for artifact in artifacts:
-            for path, entry in artifact.files.items():
-                places.setdefault(entry.sha256, []).append((artifact, path))
-        for sha256, users in self.progress.track(sorted(places.items()), "Files", len(places)):
-            artifact, path = users[0]
-            try:
-                self.store.verify(artifact.files[path], path)
-                continue
-            except NotFoundError:
-                problem, was_damaged = "is missing", False
-            except IntegrityError as error:
-                problem, was_damaged = f"is damaged: expected {error.expected}, found {error.got}", True
-            if self.repair and self.store.mend(artifact.files[path]):
-                yield Finding(f"{path} (blob {sha256[:12]})", problem, True)
-                continue
-            if self.repair and was_damaged:
-                aside = self.store.set_aside(sha256)
-                problem += f" (now {aside})"
-            versions = sorted({name for user, _ in users for name in self.users.get(user.digest, ())})
-            if versions:
-                advice = (
-                    f"It belongs to {', '.join(versions)}. Run the command that made it again, or pull it again: the "
-                    "same bytes heal every version that has them."
-                )
-                if self.store.remote is not None and not self.repair:
-                    advice = f"If the other copy, in the store or in the cache, is sound, {_REPAIR} Else: {advice}"
-                yield Finding(f"{path} (blob {sha256[:12]})", problem, False, advice)
-            elif was_damaged:
-                what = f"{path} of {artifact.kind} {artifact.digest[:12]} (blob {sha256[:12]})"
-                advice = "No version needs it: it is made again when a run needs it."
-                yield Finding(what, problem, self.repair, f"{advice} {_REPAIR}")
+            yield Finding("the index", f"lacked {len(artifacts)} artifacts", is_writable(self.root), REPAIR)

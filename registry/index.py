@@ -2,19 +2,23 @@
 
 Each change is one transaction. The record of an artifact (records.py) is written before, so that the database is never
 ahead of the records.
+
+A version whose artifact's description is lost keeps its number: the row of the artifact is there with an empty
+description, and questions pass over it. Whoever adds the artifact again fills it.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, literal, select, update
 
 from registry.artifact import Artifact, sha256_of
 from registry.database import Database
+from registry.errors import IntegrityError, InvalidDescriptionError, UnsafePathError
 from registry.records import Records
 from registry.schema import artifact_parents, artifacts, step_results
 
+LOST = ""  # in place of a description
 MOST_PARAMETERS = 500  # of one statement; SQLite's own limit was 999 once
 
 
@@ -37,17 +41,36 @@ class Index:
         """The artifact of that exact digest."""
         with self.database.reading() as connection:
             found = connection.scalar(select(artifacts.c.description).where(artifacts.c.digest == digest))
-        return None if found is None else Artifact.from_json(found)
+        return _read(digest, found) if found else None
 
     def artifacts(self) -> list[tuple[Artifact, str]]:
         """All artifacts, each with the time of its last use."""
-        query = select(artifacts.c.description, artifacts.c.used_at).order_by(artifacts.c.digest)
+        query = select(artifacts.c.digest, artifacts.c.description, artifacts.c.used_at).order_by(artifacts.c.digest)
         with self.database.reading() as connection:
-            return [(Artifact.from_json(description), used_at) for description, used_at in connection.execute(query)]
+            rows = connection.execute(query.where(artifacts.c.description != LOST)).all()
+        return [(_read(digest, description), used_at) for digest, description, used_at in rows]
+
+    def readable(self) -> tuple[list[Artifact], dict[str, InvalidDescriptionError]]:
+        """All artifacts whose row can be read, and why the others cannot, by their digests."""
+        query = select(artifacts.c.digest, artifacts.c.description).order_by(artifacts.c.digest)
+        with self.database.reading() as connection:
+            rows = connection.execute(query.where(artifacts.c.description != LOST)).all()
+        found, damaged = [], {}
+        for digest, description in rows:
+            try:
+                found.append(_read(digest, description))
+            except InvalidDescriptionError as error:
+                damaged[digest] = error
+        return found, damaged
+
+    def lost(self) -> set[str]:
+        """Digests that a version has, and whose description is lost."""
+        with self.database.reading() as connection:
+            return set(connection.scalars(select(artifacts.c.digest).where(artifacts.c.description == LOST)))
 
     def digests(self, prefix: str = "") -> list[str]:
         """All digests that start with `prefix`, sorted."""
-        mine = artifacts.c.digest.startswith(prefix, autoescape=True)
+        mine = artifacts.c.digest.startswith(prefix, autoescape=True) & (artifacts.c.description != LOST)
         with self.database.reading() as connection:
             return list(connection.scalars(select(artifacts.c.digest).where(mine).order_by(artifacts.c.digest)))
 
@@ -73,9 +96,7 @@ class Index:
             self.records.remove_artifact(digest)
         with self.database.writing() as connection:
             for start in range(0, len(wanted), MOST_PARAMETERS):
-                some = wanted[start : start + MOST_PARAMETERS]
-                for table in (step_results, artifact_parents, artifacts):
-                    connection.execute(delete(table).where(table.c.digest.in_(some)))
+                _forget(connection, wanted[start : start + MOST_PARAMETERS])
 
     # Steps
 
@@ -118,23 +139,36 @@ class Index:
         known = set(self.digests())
         return [digest for digest in self.records.digests() if digest not in known]
 
+    def write_again(self, digest: str, artifact: Artifact | None, *, is_needed: bool) -> None:
+        """Mend a row that cannot be read: write `artifact`, or that it is lost, or remove the row if none needs it."""
+        with self.database.writing() as connection:
+            if artifact is not None:
+                self.insert_artifact(connection, artifact)
+            elif is_needed:
+                connection.execute(update(artifacts).where(artifacts.c.digest == digest).values(description=LOST))
+            else:
+                _forget(connection, [digest])
+
     # Within a transaction
 
     def is_known(self, connection: Connection, digest: str) -> bool:
         """Is the artifact in the database?"""
-        return connection.scalar(select(artifacts.c.digest).where(artifacts.c.digest == digest)) is not None
+        return bool(connection.scalar(select(artifacts.c.description).where(artifacts.c.digest == digest)))
+
+    def mark_lost(self, connection: Connection, digest: str) -> None:
+        """Note that a version has this artifact, and that nothing describes it any more."""
+        now = self._now(connection)
+        row = self.database.insert(artifacts).values(
+            digest=digest, kind="", description=LOST, created_at=now, used_at=now
+        )
+        connection.execute(row.on_conflict_do_nothing())
 
     def insert_artifact(self, connection: Connection, artifact: Artifact) -> None:
         """Add the artifact, whose record is there, or note that it is used now."""
-        now = _now()
-        row = self.database.insert(artifacts).values(
-            digest=artifact.digest,
-            kind=artifact.kind,
-            description=artifact.to_json(),
-            created_at=now,
-            used_at=now,
-        )
-        connection.execute(row.on_conflict_do_update(index_elements=["digest"], set_={"used_at": now}))
+        now = self._now(connection)
+        values = {"kind": artifact.kind, "description": artifact.to_json(), "used_at": now}
+        row = self.database.insert(artifacts).values(digest=artifact.digest, created_at=now, **values)
+        connection.execute(row.on_conflict_do_update(index_elements=["digest"], set_=values))
         if artifact.parents:
             parents = [
                 {"digest": artifact.digest, "position": position, "parent": parent}
@@ -143,13 +177,17 @@ class Index:
             connection.execute(self.database.insert(artifact_parents).on_conflict_do_nothing(), parents)
 
     def _insert_step(self, connection: Connection, key: str, digest: str) -> None:
-        row = self.database.insert(step_results).values(key=key, digest=digest, created_at=_now())
+        row = self.database.insert(step_results).values(key=key, digest=digest, created_at=self._now(connection))
         connection.execute(row.on_conflict_do_update(index_elements=["key"], set_={"digest": digest}))
 
     def touch(self, digests: Iterable[str]) -> None:
         """Note that these artifacts are used now."""
+        mine = artifacts.c.digest.in_(list(digests))
         with self.database.writing() as connection:
-            connection.execute(update(artifacts).where(artifacts.c.digest.in_(list(digests))).values(used_at=_now()))
+            connection.execute(update(artifacts).where(mine).values(used_at=self._now(connection)))
+
+    def _now(self, connection: Connection) -> str:
+        return self.database.now(connection).isoformat(timespec="seconds")
 
 
 def step_key(kind: str, parents: Iterable[str], settings: Mapping[str, Any]) -> str:
@@ -162,5 +200,19 @@ def step_key_of(artifact: Artifact) -> str:
     return step_key(artifact.kind, artifact.parents, artifact.metadata["settings"])
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _forget(connection: Connection, digests: list[str]) -> None:
+    for table in (step_results, artifact_parents, artifacts):
+        connection.execute(delete(table).where(table.c.digest.in_(digests)))
+
+
+def _read(digest: str, description: str) -> Artifact:
+    try:
+        found = Artifact.from_json(description)
+        if found.digest != digest:
+            raise InvalidDescriptionError(f"it describes {found.digest[:12]}")
+    except (InvalidDescriptionError, IntegrityError, UnsafePathError) as error:
+        raise InvalidDescriptionError(
+            f"The index's row of artifact {digest[:12]} is damaged ({error}). `bitsmith registry doctor --repair` "
+            "writes it again from its record."
+        ) from error
+    return found

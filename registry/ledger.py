@@ -7,13 +7,12 @@ commit, or in a database from a backup), adds the row, writes the record, and co
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
 
 from sqlalchemy import Connection, Select, Table, delete, func, select
 
 from registry.alias import AliasMove
 from registry.database import Database
-from registry.errors import IntegrityError, NotFoundError
+from registry.errors import NotFoundError
 from registry.index import Index
 from registry.records import Records
 from registry.schema import alias_moves, aliases, models, versions
@@ -38,7 +37,7 @@ class Ledger:
             if known is not None:
                 return Version(*known)
             number = _last(connection, versions, name) + 1
-            version = Version(name, number, digest, report_digest, _now(), note)
+            version = Version(name, number, digest, report_digest, self._now(connection), note)
             self._insert_version(connection, version)
             self._records.add(version)
             return version
@@ -122,26 +121,27 @@ class Ledger:
     def _holding(self, name: str) -> Iterator[Connection]:
         """A transaction in which nobody else changes `name`, and the database knows all that the records know."""
         with self._database.writing() as connection:
-            row = self._database.insert(models).values(name=name, created_at=_now())
+            row = self._database.insert(models).values(name=name, created_at=self._now(connection))
             connection.execute(row.on_conflict_do_nothing())
             connection.execute(select(models.c.name).where(models.c.name == name).with_for_update())
             number = _last(connection, versions, name)
             while version := self._records.read(Version, name, number := number + 1):
                 for digest in filter(None, (version.digest, version.report_digest)):
-                    self._require(connection, digest, version)
+                    self._require(connection, digest)
                 self._insert_version(connection, version)
             number = _last(connection, alias_moves, name)
             while move := self._records.read(AliasMove, name, number := number + 1):
                 self._insert_move(connection, move)
             yield connection
 
-    def _require(self, connection: Connection, digest: str, version: Version) -> None:
+    def _require(self, connection: Connection, digest: str) -> None:
         if self._index.is_known(connection, digest):
             return
         artifact = self._records.artifact(digest)
-        if artifact is None:
-            raise IntegrityError(f"{version}", f"the description of {digest[:12]}", "no such file", "Restore a backup.")
-        self._index.insert_artifact(connection, artifact)
+        if artifact is None:  # the version keeps its number; `doctor` names it
+            self._index.mark_lost(connection, digest)
+        else:
+            self._index.insert_artifact(connection, artifact)
 
     def _move(
         self, connection: Connection, name: str, alias: str, number: int | None, action: str, by: str, reason: str
@@ -152,7 +152,7 @@ class Ledger:
         if number is not None and connection.scalar(select(versions.c.version).where(is_there)) is None:
             raise NotFoundError(f"There is no version {name}:{number}. `bitsmith registry list` shows all.")
         position = _last(connection, alias_moves, name) + 1
-        move = AliasMove(name, position, alias, action, before, number, _now(), by, reason)
+        move = AliasMove(name, position, alias, action, before, number, self._now(connection), by, reason)
         self._insert_move(connection, move)
         self._records.add(move)
         return move
@@ -169,6 +169,9 @@ class Ledger:
         values = asdict(version)
         values["version"] = values.pop("number")
         connection.execute(self._database.insert(versions).values(values))
+
+    def _now(self, connection: Connection) -> str:
+        return self._database.now(connection).isoformat(timespec="seconds")
 
     def _first(self, query: Select):
         with self._database.reading() as connection:
@@ -193,7 +196,3 @@ def _last_of(connection: Connection, table: Table, names: list[str]) -> dict[str
 def _log(name: str, alias: str | None) -> Select:
     query = select(alias_moves).where(alias_moves.c.name == name).order_by(alias_moves.c.number)
     return query if alias is None else query.where(alias_moves.c.alias == alias)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -3,24 +3,29 @@
     records/artifacts/ab/abcdef...json      what an artifact is, named by its digest
     records/versions/<name>/000003.json     a version
     records/moves/<name>/000012.json        a move of an alias
+    records/damaged/<random>-<file>         what `doctor` could not read, nor write again
 
 Files are written once, whole, while the database's transaction holds the name and before it is committed. So a kill
 leaves at most the next file of a name that the index does not know yet, and who comes next takes it in.
 """
 
 import json
+import re
+import secrets
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
 from registry.alias import AliasMove
-from registry.artifact import Artifact, canonical_json, checked_digest
-from registry.errors import IntegrityError, InvalidDescriptionError
-from registry.store import disk_errors, write_atomically
-from registry.version import Version, checked_name
+from registry.artifact import Artifact, canonical_json, checked_digest, is_digest
+from registry.errors import IntegrityError, InvalidDescriptionError, UnsafePathError
+from registry.store import copy_hashed, disk_errors, write_atomically
+from registry.version import Version, checked_name, is_name
 
 T = TypeVar("T", Version, AliasMove)
+_NUMBER = re.compile(r"[0-9]{6,9}")
+_ADVICE = "`bitsmith registry doctor --repair` writes it again, or sets it aside where nothing else tells what it told."
 _FOLDERS = {Version: "versions", AliasMove: "moves"}
 
 
@@ -32,7 +37,7 @@ class Records:
 
     def add_artifact(self, artifact: Artifact) -> None:
         """Write the description, unless it is there."""
-        path = self._artifact_path(artifact.digest)
+        path = self.artifact_path(artifact.digest)
         if not path.exists():
             self._write(path, artifact.to_json())
 
@@ -40,20 +45,30 @@ class Records:
         """The artifact of that digest; None where there is no file.
 
         Raises:
-            InvalidDescriptionError, IntegrityError: the file is damaged.
+            InvalidDescriptionError: the file is damaged.
         """
-        path = self._artifact_path(digest)
+        path = self.artifact_path(digest)
         with disk_errors(path):
-            return Artifact.from_json(path.read_bytes()) if path.exists() else None
+            if not path.exists():
+                return None
+            content = path.read_bytes()
+        try:
+            found = Artifact.from_json(content)
+        except (InvalidDescriptionError, IntegrityError, UnsafePathError) as error:
+            raise InvalidDescriptionError(f"{path} is damaged ({error}). {_ADVICE}") from error
+        if found.digest != digest:
+            raise InvalidDescriptionError(f"{path} describes another: {found.digest}. {_ADVICE}")
+        return found
 
     def digests(self) -> Iterator[str]:
         """Of all artifacts with a file, sound or not."""
         with disk_errors(self.folder):
-            yield from (path.stem for path in sorted((self.folder / "artifacts").glob("??/*.json")))
+            found = sorted(path.stem for path in (self.folder / "artifacts").glob("??/*.json"))
+        yield from (stem for stem in found if is_digest(stem))
 
     def remove_artifact(self, digest: str) -> None:
         """Remove the description, if it is there."""
-        path = self._artifact_path(digest)
+        path = self.artifact_path(digest)
         with disk_errors(path):
             path.unlink(missing_ok=True)
 
@@ -68,7 +83,7 @@ class Records:
         if found is None:
             self.replace(fact)
         elif found != fact:
-            raise IntegrityError(str(self._path(kind, fact.name, fact.number)), str(fact), str(found))
+            raise IntegrityError(str(self.path(kind, fact.name, fact.number)), str(fact), str(found))
 
     def read(self, kind: type[T], name: str, number: int) -> T | None:
         """The version or move of that number; None where there is no file.
@@ -76,47 +91,65 @@ class Records:
         Raises:
             InvalidDescriptionError: the file is damaged.
         """
-        path = self._path(kind, name, number)
+        path = self.path(kind, name, number)
         with disk_errors(path):
             if not path.exists():
                 return None
             content = path.read_bytes()
         try:
             found = kind(**json.loads(content))
-        except (ValueError, TypeError) as error:
-            raise InvalidDescriptionError(
-                f"{path} is damaged ({error}). `bitsmith registry doctor --repair` writes it again if it can."
-            ) from error
+            if isinstance(found, Version):
+                checked_digest(found.digest)
+                checked_digest(found.report_digest or found.digest)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InvalidDescriptionError(f"{path} is damaged ({error}). {_ADVICE}") from error
         if (found.name, found.number) != (name, number):
-            raise InvalidDescriptionError(f"{path} describes another: {found.name}, number {found.number}.")
+            raise InvalidDescriptionError(f"{path} describes another: {found.name}, number {found.number}. {_ADVICE}")
         return found
 
     def replace(self, fact: Version | AliasMove) -> None:
         """Write a version or move whatever is there."""
-        self._write(self._path(type(fact), fact.name, fact.number), canonical_json(asdict(fact)))
+        self._write(self.path(type(fact), fact.name, fact.number), canonical_json(asdict(fact)))
 
     def has(self, kind: type[Version] | type[AliasMove], name: str, number: int) -> bool:
         """Is there a file for the version or move of that number?"""
-        return self._path(kind, name, number).exists()
+        return self.path(kind, name, number).exists()
 
     def names(self) -> list[str]:
         """All names that have a version or a move."""
         with disk_errors(self.folder):
             found = {path.name for kind in _FOLDERS.values() for path in (self.folder / kind).glob("*/")}
-        return sorted(found)
+        return sorted(filter(is_name, found))
+
+    def numbers(self, kind: type[Version] | type[AliasMove], name: str) -> list[int]:
+        """Of the versions or moves of that name with a file, sound or not."""
+        with disk_errors(self.folder):
+            found = [path.stem for path in (self.folder / _FOLDERS[kind] / checked_name(name)).glob("*.json")]
+        return sorted(int(stem) for stem in found if _NUMBER.fullmatch(stem))
 
     def has_versions(self) -> bool:
         """Was anything ever published here?"""
         with disk_errors(self.folder):
             return next((self.folder / _FOLDERS[Version]).glob("*/*.json"), None) is not None
 
+    def keep_copy(self, path: Path) -> Path:
+        """Copy a damaged file into records/damaged, before it is removed or written again."""
+        name = "-".join((secrets.token_hex(4), *path.relative_to(self.folder).parts))
+        target = self.folder / "damaged" / name
+        with disk_errors(path):
+            target.parent.mkdir(exist_ok=True)
+            copy_hashed(path, target)
+        return target
+
+    def artifact_path(self, digest: str) -> Path:
+        """Where the description of that artifact is, or would be."""
+        return self.folder / "artifacts" / checked_digest(digest)[:2] / f"{digest}.json"
+
+    def path(self, kind: type, name: str, number: int) -> Path:
+        """Where the version or move of that number is, or would be."""
+        return self.folder / _FOLDERS[kind] / checked_name(name) / f"{number:06d}.json"
+
     def _write(self, path: Path, text: str) -> None:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text + "\n")
-
-    def _artifact_path(self, digest: str) -> Path:
-        return self.folder / "artifacts" / checked_digest(digest)[:2] / f"{digest}.json"
-
-    def _path(self, kind: type, name: str, number: int) -> Path:
-        return self.folder / _FOLDERS[kind] / checked_name(name) / f"{number:06d}.json"

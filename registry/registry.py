@@ -47,19 +47,22 @@ class Lineage:
 class Registry:
     """A folder with everything that was made. Any number of processes may use it at once.
 
+    Args:
+        read_only: leave the index as it is, even its notes of when a result was last used.
     Raises:
-        RegistryError: the folder cannot be made or written, or its registry.toml not be read.
+        RegistryError: the folder cannot be made or read, or its registry.toml not be read.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = Path(root)
+        self._read_only = read_only
         self.store = Store(self.root, remote_blobs(self.root))
 
     @cached_property
     def _index(self) -> "Index":
         from registry.opening import open_index  # SQLAlchemy takes a quarter of a second to import
 
-        return open_index(self.root)
+        return open_index(self.root, read_only=self._read_only)
 
     @cached_property
     def _ledger(self) -> "Ledger":
@@ -101,6 +104,7 @@ class Registry:
         with self._index.database.keeping():
             files = {path: self.store.add(folder / path, move=move) for path in files_below(folder)}
             artifact = Artifact.create(kind, files, parents, metadata)
+            self._uses.add(artifact.digest)
             self._index.add_artifact(artifact)
         return artifact
 
@@ -110,6 +114,7 @@ class Registry:
             for path, entry in artifact.files.items():
                 if not self.store.has(entry):
                     raise NotFoundError(f"{path} of {artifact.kind} {artifact.digest[:12]} is not in the store.")
+            self._uses.add(artifact.digest)
             self._index.add_artifact(artifact)
 
     def remember(self, artifact: Artifact) -> None:
@@ -123,6 +128,11 @@ class Registry:
     def get(self, digest: str) -> Artifact:
         """The artifact of that full digest. Raises NotFoundError."""
         artifact = self._index.artifact(digest)
+        if artifact is None and digest in self._index.lost():
+            raise NotFoundError(
+                f"The description of artifact {digest[:12]} is lost; `bitsmith registry doctor` names the versions "
+                "that need it. Pull or import such a version again, or run the command that made it again."
+            )
         if artifact is None:
             raise NotFoundError.among("artifact", digest, self._index.digests(), "Digests have 64 hex digits.")
         return artifact

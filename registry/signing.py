@@ -170,7 +170,8 @@ def _public_half(private_key: Path, password: str | None) -> bytes:
 
 @contextmanager
 def _scratch(registry: Registry) -> Iterator[Path]:
-    with disk_errors(registry.root), tempfile.TemporaryDirectory(dir=registry.root, prefix="signing-") as folder:
+    place = registry.root if os.access(registry.root, os.W_OK) else None  # None: the system's, for copies
+    with disk_errors(registry.root), tempfile.TemporaryDirectory(dir=place, prefix="signing-") as folder:
         yield Path(folder)
 
 

@@ -10,20 +10,24 @@ it is there before it is here, and what is here may be deleted: it is fetched ag
 
 import errno
 import hashlib
+import math
 import os
 import secrets
 from collections.abc import Container, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
 
-from registry.artifact import Artifact, FileEntry, checked_digest, checked_path
+from registry.artifact import Artifact, FileEntry, checked_digest
 from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
+from registry.paths import checked_path
 
 if TYPE_CHECKING:
     from registry.remote import RemoteBlobs
 
 CHUNK_BYTES = 1 << 20
+SYNC_BYTES = 32 << 20  # handed to the disk at once
 _FICLONE = 0x40049409  # ioctl of Linux: let two files share their blocks until one is written (btrfs, xfs)
 
 
@@ -107,15 +111,8 @@ class Store:
             IntegrityError: they are others, or fewer. Nothing was taken in.
         """
         with disk_errors(self._incoming), self._incoming_path() as copy:
-            digest, left = hashlib.sha256(), entry.size_bytes
             with copy.open("xb") as writer:
-                while chunk := content.read(min(CHUNK_BYTES, left)):
-                    digest.update(chunk)
-                    writer.write(chunk)
-                    left -= len(chunk)
-                writer.flush()
-                os.fsync(writer.fileno())
-            found = FileEntry(digest.hexdigest(), entry.size_bytes - left)
+                found = _write_hashed(content, writer, entry.size_bytes)
             if found != entry:
                 raise IntegrityError(what, f"sha256 {entry.sha256}", f"sha256 {found.sha256}, {found.size_bytes} bytes")
             self._install(copy, entry)
@@ -215,7 +212,7 @@ class Store:
         Raises:
             TargetExistsError: one of the files exists already. Nothing was written.
             UnsafePathError: a path leaves `folder`.
-            NotFoundError, IntegrityError: a blob is missing or damaged.
+            NotFoundError, IntegrityError: a blob is missing or damaged. What was written is removed.
         """
         targets = {folder / checked_path(path): (path, entry) for path, entry in artifact.files.items()}
         for target in targets:
@@ -224,8 +221,15 @@ class Store:
                     f"{target} exists already, and {artifact.kind} {artifact.digest[:12]} would overwrite "
                     "it. Name an empty folder, or move the file away."
                 )
-        for target, (path, entry) in targets.items():
-            self._write_out(entry, path, target, folder)
+        written: list[Path] = []
+        try:
+            for target, (path, entry) in targets.items():
+                self._write_out(entry, path, target, folder)
+                written.append(target)
+        except BaseException:
+            for target in written:  # else the same call would be refused for them
+                target.unlink(missing_ok=True)
+            raise
 
     def _write_out(self, entry: FileEntry, path: str, target: Path, folder: Path) -> None:
         blob = self.path(entry.sha256)
@@ -290,16 +294,32 @@ def hash_file(path: Path) -> FileEntry:
 def copy_hashed(source: Path, target: Path) -> FileEntry:
     """Copy `source` to the new file `target`, on the disk when this returns, and hash what was written."""
     with source.open("rb") as reader, target.open("xb+") as writer:
-        if _reflink(reader, writer):
-            digest = hashlib.file_digest(writer, "sha256")
-        else:
-            digest = hashlib.sha256()
-            while chunk := reader.read(CHUNK_BYTES):
-                digest.update(chunk)
-                writer.write(chunk)
-        writer.flush()
+        if not _reflink(reader, writer):
+            return _write_hashed(reader, writer)
+        digest = hashlib.file_digest(writer, "sha256")
         os.fsync(writer.fileno())
         return FileEntry(digest.hexdigest(), writer.tell())
+
+
+def _write_hashed(reader: IO[bytes], writer: BinaryIO, most_bytes: float = math.inf) -> FileEntry:
+    """Copy up to `most_bytes`, on the disk when this returns, and hash them; the disk works while more is hashed."""
+    digest, num_bytes, num_synced = hashlib.sha256(), 0, 0
+    with ThreadPoolExecutor(1) as disk:
+        under_way: Future[None] | None = None
+        while chunk := reader.read(int(min(CHUNK_BYTES, most_bytes - num_bytes))):
+            digest.update(chunk)
+            writer.write(chunk)
+            num_bytes += len(chunk)
+            if num_bytes - num_synced >= SYNC_BYTES and (under_way is None or under_way.done()):
+                if under_way is not None:
+                    under_way.result()  # the system tells of an error once, here and not at the end
+                writer.flush()
+                under_way, num_synced = disk.submit(os.fsync, writer.fileno()), num_bytes
+        if under_way is not None:
+            under_way.result()
+    writer.flush()
+    os.fsync(writer.fileno())
+    return FileEntry(digest.hexdigest(), num_bytes)
 
 
 def _reflink(reader: BinaryIO, writer: BinaryIO) -> bool:

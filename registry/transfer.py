@@ -130,7 +130,7 @@ def _opened(path: Path) -> Iterator[Iterator[tuple[str, int, IO[bytes]]]]:
 
     def members(tar: tarfile.TarFile) -> Iterator[tuple[str, int, IO[bytes]]]:
         for member in tar:
-            content = tar.extractfile(member) if member.isreg() else None
+            content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
             if content is None:
                 raise _not_ours(path, f"{member.name[:80]!r} is no plain file")
             yield member.name, member.size, content
@@ -139,7 +139,9 @@ def _opened(path: Path) -> Iterator[Iterator[tuple[str, int, IO[bytes]]]]:
         try:
             with tarfile.open(path, "r:") as tar:
                 yield members(tar)
-        except (tarfile.TarError, EOFError) as error:
+        except RegistryError:
+            raise
+        except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:  # the latter two of malformed headers
             raise _not_ours(path, str(error)) from error
 
 
@@ -153,6 +155,8 @@ def _exported(path: Path, content: Any) -> tuple[Version, list[str]]:
         checked_digest(version.digest)
         if version.report_digest is not None:
             checked_digest(version.report_digest)
+        if not isinstance(version.note, str):
+            raise TypeError(f"its note is {version.note!r}")
         signed = [checked_digest(digest) for digest in content["signatures"]]
     except (KeyError, TypeError, ValueError) as error:
         raise _not_ours(path, f"{_HEAD} is not understood: {error}") from error
@@ -171,7 +175,7 @@ def _read(path: Path, member: str, size_bytes: int, content: IO[bytes]) -> Any:
         raise _not_ours(path, f"{member[:80]!r} has {size_bytes} bytes")
     try:
         return json.loads(content.read())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidDescriptionError(f"{member} in {path} is not JSON ({error}). {_AGAIN}") from error
 
 

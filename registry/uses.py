@@ -1,4 +1,5 @@
-"""What live processes may still need: the results of steps that they made or found, kept from being collected.
+"""What live processes may still need: what they added, and the results of steps that they made or found. It is kept
+from being collected, whatever the clocks say.
 
 uses/<random>    one a process, locked as long as it lives: a digest a line
 """

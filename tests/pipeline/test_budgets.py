@@ -251,6 +251,21 @@ def test_plans_of_many_budgets_are_those_of_each(tiny_model_dir: Path, tmp_path:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_dry_run_changes_nothing_in_a_registry(tiny_model_dir: Path, tmp_path: Path) -> None:
+    def content(folder: Path) -> dict[Path, tuple[int, bytes | None]]:
+        paths = (folder, *folder.rglob("*"))
+        return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in paths}
+
+    measured, empty = tmp_path / "registry", tmp_path / "empty"
+    empty.mkdir()
+    planned = make_plans(recipes(tiny_model_dir), measured)
+    for root in (measured, empty):
+        before = content(root)
+        dry = make_plans(recipes(tiny_model_dir), root, dry_run=True)
+        assert content(root) == before
+        assert [made.plan for made in dry] == [made.plan for made in planned]
+
+
 def _child(model: str, place: str, home: str, kill_point: str | None) -> None:
     """One sweep in a process that kills itself at a call of the second budget."""
     import torch

@@ -54,6 +54,31 @@ def test_list_and_show(call) -> None:
     assert "registry list" in unknown.err
 
 
+def test_a_version_whose_description_is_lost_is_listed_as_damaged(call, tmp_path: Path) -> None:
+    root = tmp_path / "home" / "registry"
+    digest = facts(call("show", "tiny:1", "--json"))["digest"]
+    for path in root.glob("index.sqlite*"):
+        path.unlink()
+    (root / "records" / "artifacts" / digest[:2] / f"{digest}.json").write_text("{")
+    assert "doctor --repair" in call("list").err
+    found = call("doctor", "--json")
+    assert found.code == 1
+    assert {finding["what"] for finding in json.loads(found.out)} == {
+        "the index",
+        f"the record of artifact {digest[:12]}",
+    }
+    mended = call("doctor", "--repair")
+    assert mended.code == 1
+    assert "1 of 3 damages are left: tiny:1" in " ".join(mended.err.split())
+    listed = call("list").out
+    assert "damaged" in next(line for line in listed.splitlines() if "tiny:1" in line)
+    assert "damaged" not in next(line for line in listed.splitlines() if "tiny:2" in line)
+    refused = call("show", "tiny:1")
+    assert refused.code == 1
+    assert "registry doctor" in " ".join(refused.err.split())
+    assert call("verify", "tiny:2").code == 0
+
+
 def test_lineage_goes_down_to_the_base_model(call, tiny_model_dir: Path) -> None:
     shown = call("lineage", "tiny").out
     for kind in ("checkpoint", "plan", "costs", "statistics", "matrices"):
@@ -162,12 +187,11 @@ def test_rollback(call) -> None:
 
 
 def test_gc_keeps_the_versions_and_their_lineage(call, tmp_path: Path) -> None:
-    store = Registry(tmp_path / "home" / "registry")
     time.sleep(1.1)  # the index counts in seconds
     orphan = tmp_path / "orphan"
     orphan.mkdir()
     (orphan / "file").write_bytes(b"1234")
-    digest = store.add_artifact("statistics", orphan).digest
+    digest = Registry(tmp_path / "home" / "registry").add_artifact("statistics", orphan).digest
     assert facts(call("gc", "--json"))["artifacts"] == [], "within the grace"
     time.sleep(1.1)
     promised = facts(call("gc", "--grace", "0s", "--dry-run", "--json"))

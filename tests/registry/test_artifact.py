@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from registry import Artifact, FileEntry, IntegrityError, InvalidDescriptionError, UnsafePathError
-from registry.artifact import canonical_json, checked_path
+from registry.artifact import canonical_json
+from registry.paths import checked_path
 
 ENTRY = FileEntry.of_bytes(b"content")
 OTHER = FileEntry.of_bytes(b"contenu")
@@ -128,3 +129,35 @@ def test_a_path_that_leaves_its_folder_is_refused(path):
 @pytest.mark.parametrize("path", ["a", "a/b/c.txt", ".hidden", "a..b", "...", "größe/模型.json", "with space"])
 def test_an_honest_path_is_kept(path):
     assert checked_path(path) == path
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("A", "a"),
+        ("weights.bin", "Weights.BIN"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("CAF\u00c9", "cafe\u0301"),
+        ("stra\u00dfe", "STRASSE"),
+        ("a", "a/b"),
+        ("a", "a/b/c"),
+        ("A", "a/b"),
+        ("x/A/1", "x/a"),
+    ],
+)
+def test_names_that_are_one_on_some_system_are_refused_together(one: str, other: str) -> None:
+    for paths in ((one, other), (other, one)):
+        with pytest.raises(UnsafePathError) as caught:
+            create(files=dict.fromkeys(paths, ENTRY))
+        assert repr(one) in str(caught.value)
+        assert repr(other) in str(caught.value)
+
+
+def test_names_that_only_look_alike_are_kept() -> None:
+    paths = {"a/b": ENTRY, "a/c": OTHER, "ab": ENTRY, "a.b": OTHER, "b/a": ENTRY, "c/a/b": OTHER}
+    assert dict(create(files=paths).files) == paths
+
+
+def test_a_description_that_is_nested_without_end_is_refused() -> None:
+    with pytest.raises(InvalidDescriptionError):
+        Artifact.from_json("[" * 200_000)

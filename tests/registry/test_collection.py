@@ -13,6 +13,8 @@ import pytest
 from sqlalchemy import update
 
 from registry import Artifact, Collected, IndexLostError, Registry
+from registry.collection import _remove_locks
+from registry.lock import exclusive
 from registry.schema import artifacts
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +34,8 @@ def num_blobs(registry: Registry) -> int:
 
 
 def age(registry: Registry) -> None:
-    """Let everything that is there now be an hour older."""
+    """Let everything that is there now be an hour older, and need nothing of it in this process."""
+    registry._uses.close()
     then = time.time() - HOUR
     with registry._index.database.writing() as connection:
         moment = datetime.fromtimestamp(then, UTC).isoformat(timespec="seconds")
@@ -82,7 +85,6 @@ def test_a_step_found_again_counts_as_used(registry: Registry) -> None:
         (workdir / "out" / "file").write_bytes(b"1")
 
     made = registry.step("matrices", [], {"bits": 3}, build)
-    registry._uses.close()
     age(registry)
     again = Registry(registry.root)
     assert again.step("matrices", [], {"bits": 3}, build) == made
@@ -183,6 +185,95 @@ def test_remains_of_killed_copies_and_downloads_go(registry: Registry, checkpoin
     assert registry.verify("model").ok
 
 
+def test_locks_that_killed_processes_left_go_and_held_ones_stay(registry: Registry) -> None:
+    steps = registry.root / "steps"
+    steps.mkdir()
+    left, held, of_work = (steps / f"{letter * 64}.lock" for letter in "abc")
+    for lock in (left, held, of_work):
+        lock.touch()
+    of_work.with_suffix("").mkdir()
+    with exclusive(held):
+        registry.collect_garbage(grace_seconds=DAY, dry_run=True)
+        assert left.exists()
+        registry.collect_garbage(grace_seconds=DAY)
+        assert sorted(steps.glob("*.lock")) == [held]
+    assert of_work.with_suffix("").exists()
+
+
+def test_who_is_about_to_hold_a_lock_does_not_lose_it_to_a_collection(registry: Registry) -> None:
+    """Collections remove the lock all the time, and two at once would show in the number that each reads and writes."""
+    lock, number = registry.root / "steps" / f"{'a' * 64}.lock", registry.root / "number"
+    lock.parent.mkdir()
+    number.write_text("0")
+    is_over = threading.Event()
+
+    def count() -> None:
+        for _ in range(300):
+            with exclusive(lock):
+                number.write_text(str(int(number.read_text()) + 1))
+
+    def collect_locks() -> None:
+        while not is_over.is_set():
+            _remove_locks(lock.parent)
+
+    collector, counters = threading.Thread(target=collect_locks), [threading.Thread(target=count) for _ in range(3)]
+    for thread in (collector, *counters):
+        thread.start()
+    for thread in counters:
+        thread.join(60)
+    is_over.set()
+    collector.join(60)
+    assert number.read_text() == "900"
+
+
+ANOTHER_CLOCK = """
+import datetime, sys, time
+real, seconds = time.time, float(sys.argv[3])
+class Clock(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return cls.fromtimestamp(real() + seconds, tz)
+datetime.datetime, time.time = Clock, lambda: real() + seconds
+from pathlib import Path
+from registry import Registry
+registry = Registry(Path(sys.argv[1]))
+if sys.argv[2] == "gc":
+    registry.collect_garbage(grace_seconds=86400)
+else:
+    artifact = registry.add_artifact("checkpoint", Path(sys.argv[2]))
+    print(artifact.digest if sys.argv[4] == "add" else registry.publish("model", artifact))
+"""
+
+
+def with_clock(days: float, registry: Registry, what: object, then: str = "") -> str:
+    command = [sys.executable, "-c", ANOTHER_CLOCK, str(registry.root), str(what), str(days * DAY), then]
+    return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
+def test_clocks_that_differ_by_weeks_cost_nothing(registry: Registry, make_folder) -> None:
+    added = with_clock(-20, registry, make_folder({"a": b"slow"}), "add")
+    with_clock(20, registry, "gc")
+    with_clock(0, registry, "gc")
+    assert registry.get(added).kind == "checkpoint"
+    assert num_blobs(registry) == 1
+    for number, days in enumerate((0, -20, 20, -40), start=1):
+        folder = make_folder({"a": b"version %d" % number})
+        assert with_clock(days, registry, folder, "publish") == f"model:{number}", "the order is that of publishing"
+    assert str(registry.version("model")) == "model:4"
+
+
+def test_what_a_living_process_added_stays_whatever_its_clock_says(registry: Registry, make_folder) -> None:
+    artifact = make(registry, make_folder({"a": b"1"}))
+    then = time.time() - 30 * DAY
+    with registry._index.database.writing() as connection:
+        moment = datetime.fromtimestamp(then, UTC).isoformat(timespec="seconds")
+        connection.execute(update(artifacts).values(used_at=moment))
+    for blob in registry.store.blobs():
+        os.utime(blob, (then, then))
+    assert Registry(registry.root).collect_garbage(grace_seconds=DAY).artifacts == ()
+    assert str(registry.publish("model", artifact)) == "model:1"
+
+
 def test_a_lost_index_does_not_cost_the_blobs(tmp_path: Path, make_folder) -> None:
     registry = Registry(tmp_path / "registry")
     registry.publish("model", make(registry, make_folder({"a": b"1"})))
@@ -202,6 +293,7 @@ def test_a_collection_waits_for_who_adds(registry: Registry, make_folder, monkey
         adding.set()
         assert may_go_on.wait(30)
         record(artifact)
+        registry._uses.close()
 
     monkeypatch.setattr(registry._index, "add_artifact", slow)
     made: list[Artifact] = []

@@ -133,6 +133,7 @@ def test_a_collection_keeps_signatures_of_what_it_keeps(
     signature = sign_version(registry, "model", keys[0])
     garbage = registry.add_artifact("checkpoint", make_folder({"a": b"garbage"}))
     orphan = registry.add_artifact("signature", make_folder({"model.sig": b"x"}), [garbage.digest])
+    registry._uses.close()
     collected = registry.collect_garbage(grace_seconds=-5)
     assert set(collected.artifacts) == {garbage, orphan}
     assert verify_signature(registry, "model", keys[1]) == signature
