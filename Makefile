@@ -46,6 +46,7 @@ bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal
 drill-registry: $(READY) ## damages, full disks, read-only folders, kill -9 and many processes at once
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_damage
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_disk
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hub_drill
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_drill
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
+from benchmarks.hub_drill import drill_hub
 from benchmarks.registry_drill import drill_kills, drill_processes
 from registry import Registry
 
@@ -21,3 +23,10 @@ def test_kills_lose_nothing(places: tuple[Path, Path]) -> None:
 
 def test_processes_at_once_get_every_number_once(places: tuple[Path, Path]) -> None:
     assert drill_processes(*places, num_processes=4, num_each=5) == {"versions": 20}
+
+
+def test_kills_leave_nothing_half_there_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    counts = drill_hub(tmp_path, num_kills=6, seed=1)
+    assert counts["pushes"] + counts["pulls"] == 6
