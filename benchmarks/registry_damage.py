@@ -60,7 +60,7 @@ def facts(registry: Registry) -> tuple[list[Version], dict[str, int], list[Alias
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `doctor` said first, what `--repair` mended and what it left, and what was there at the end."""
+    """What `doctor` said first, what it mended and what it left, and what it still said at the end."""
 
     found: list[Finding]
     repaired: list[Finding]
@@ -94,8 +94,8 @@ def drill(registry: Registry, damage: Damage) -> Outcome:
     else:
         assert all(re.search(damage.lost, str(finding)) for finding in lost), f"something else is lost: {lost}"
         assert lost, "what is lost is not named any more"
-    left = [finding for finding in mended if not finding.is_repaired]
-    return Outcome(found, [finding for finding in mended if finding.is_repaired], left, lost)
+    repaired = [finding for finding in (*found, *mended) if finding.is_repaired]
+    return Outcome(found, repaired, [finding for finding in mended if not finding.is_repaired], lost)
 
 
 def main() -> None:
@@ -118,7 +118,8 @@ def main() -> None:
                 num_lost += len(outcome.lost)
                 print(
                     f"{database}: {damage.what}: {len(outcome.found)} found, {len(outcome.repaired)} repaired, "
-                    f"{len(outcome.left)} left with the way out, {len(outcome.lost)} lost for good",
+                    f"{len(outcome.left)} left with the way out, {len(outcome.lost)} lost for good"
+                    f"; found: {', '.join(finding.what for finding in outcome.found)}",
                     flush=True,
                 )
     print(f"{num_damages} damages: all named, all mended or left with the way out; {num_lost} versions lost for good")
