@@ -23,8 +23,8 @@ def progress_of(quiet: bool) -> Progress:
 
 
 def quiet_hub(quiet: bool) -> None:
-    """The Hub's client draws bars of its own; not if `quiet`."""
-    if quiet:
+    """The Hub's client draws bars of its own; not if `quiet`, and not into a file."""
+    if quiet or not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from registry.artifact import Artifact, FileEntry
 from registry.errors import NotFoundError, PinError, RegistryError
 from registry.hub_repository import HubRepository, open_repository
-from registry.lock import exclusive
+from registry.lock import exclusive, held_if_free
 from registry.patience import Patience
 from registry.pins import Pin, read_pin, write_pin
 from registry.progress import SILENT, Progress
@@ -216,6 +216,9 @@ class _Pulling:
             ):
                 if not self.registry.store.is_sound(entry):
                     self.registry.store.adopt(repository.fetch(path, commit, entry), entry)
+        for lock in repository.downloads.glob("*.lock"):  # of attempts that were killed
+            with held_if_free(lock):
+                pass
         return len(wanted)
 
     def _check_space(self, wanted: Mapping[str, FileEntry]) -> None:

@@ -1,12 +1,13 @@
 """A repository of models on the Hub, in the few operations that publishing a version needs."""
 
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from registry.artifact import FileEntry
 from registry.errors import HubConflictError, HubRaceError, IntegrityError, NotPublishedError
@@ -79,9 +80,16 @@ class HubRepository:
             InvalidDescriptionError, IntegrityError: the manifest is not one of bitsmith's.
         """
         if MANIFEST not in remote:
+            branches = [name for name in self.branches() if name != "main" and not name.startswith(STAGING)]
+            if branches:
+                advice = (
+                    f"But it has branches: name one, such as {self.repo_id}@{branches[0]} ({', '.join(branches[:9])})."
+                )
+            else:
+                advice = "Open it with transformers' from_pretrained instead."
             raise NotPublishedError(
-                f"{self.repo_id} has no {MANIFEST}: it was not published by bitsmith, and there is "
-                "nothing to check its files against. Open it with transformers' from_pretrained instead."
+                f"{self.repo_id} has no {MANIFEST} there: that was not published by bitsmith, and there is nothing to "
+                f"check its files against. {advice}"
             )
         content = self.small_file(MANIFEST, commit, remote[MANIFEST])
         return Manifest.from_json(content), content
@@ -91,12 +99,10 @@ class HubRepository:
         if listed.size > MOST_MANIFEST_BYTES:
             most = f"at most {MOST_MANIFEST_BYTES} bytes"
             raise IntegrityError(f"{path} in {self.repo_id}", most, f"{listed.size} bytes", _PULL_ADVICE)
-        part = self.downloads / f"{secrets.token_hex(16)}.part"
-        try:
-            self._get(path, commit, part, listed.size)
-            content = part.read_bytes()
-        finally:
-            part.unlink(missing_ok=True)
+        with tempfile.TemporaryFile(dir=self.downloads) as file:
+            self._get(path, commit, file, listed.size)
+            file.seek(0)
+            content = file.read()
         if not Content(content, FileEntry.of_bytes(content)).equals(listed):
             found = FileEntry.of_bytes(content)
             raise IntegrityError(f"{path} in {self.repo_id}", _listed(listed), _in_words(found), _PULL_ADVICE)
@@ -110,7 +116,12 @@ class HubRepository:
         """
         part = self.downloads / f"{entry.sha256}.part"
         went_on = part.exists()
-        self._get(path, commit, part, entry.size_bytes)
+        try:
+            with part.open("ab") as file:
+                self._get(path, commit, file, entry.size_bytes)
+        except IntegrityError:
+            part.unlink(missing_ok=True)
+            raise
         if (found := hash_file(part)) == entry:
             return part
         part.unlink(missing_ok=True)
@@ -118,35 +129,35 @@ class HubRepository:
             return self.fetch(path, commit, entry)
         raise IntegrityError(path, _in_words(entry), _in_words(found), _PULL_ADVICE)
 
-    def _get(self, path: str, commit: str, part: Path, size_bytes: int) -> None:
-        """The client's own cache, which might be damaged or out of date, is neither asked nor filled."""
+    def _get(self, path: str, commit: str, file: BinaryIO, size_bytes: int) -> None:
+        """Go on writing at the end of `file`; the client's cache, which might be out of date, is not asked nor filled.
+
+        Raises:
+            IntegrityError: the server sends more or fewer bytes than `size_bytes`.
+        """
         from huggingface_hub.file_download import hf_hub_url, http_get
         from huggingface_hub.utils import build_hf_headers
 
-        with part.open("ab") as file:
-            if file.tell() > size_bytes:
-                file.truncate(0)
-                file.seek(0)
-            if size_bytes == 0:
-                return
-            headers = build_hf_headers(token=self.api.token, library_name=self.api.library_name)
-            url = hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.api.endpoint)
-            try:
-                http_get(
-                    url,
-                    file,
-                    resume_size=file.tell(),
-                    headers=headers | {"Accept-Encoding": "identity"},
-                    expected_size=size_bytes,
-                    displayed_filename=path,
-                )
-            except OSError as error:
-                file.flush()
-                if "onsistency check failed" not in str(error):
-                    raise
-                found = f"{part.stat().st_size} bytes"
-                part.unlink()
-                raise IntegrityError(path, f"{size_bytes} bytes", found, _PULL_ADVICE) from None
+        if file.tell() > size_bytes:
+            file.seek(0)
+            file.truncate()
+        if size_bytes == 0:
+            return
+        headers = build_hf_headers(token=self.api.token, library_name=self.api.library_name)
+        url = hf_hub_url(self.repo_id, path, revision=commit, endpoint=self.api.endpoint)
+        try:
+            http_get(
+                url,
+                file,
+                resume_size=file.tell(),
+                headers=headers | {"Accept-Encoding": "identity"},
+                expected_size=size_bytes,
+                displayed_filename=path,
+            )
+        except OSError as error:
+            if "onsistency check failed" not in str(error):
+                raise
+            raise IntegrityError(path, f"{size_bytes} bytes", f"{file.tell()} bytes", _PULL_ADVICE) from None
 
     def check_listing(self, manifest: Manifest, remote: Mapping[str, "RepoFile"]) -> None:
         """Refuse before a byte is fetched what the listing already shows to be wrong."""

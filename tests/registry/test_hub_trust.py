@@ -15,6 +15,7 @@ from registry import (
     InvalidDescriptionError,
     InvalidNameError,
     NotFoundError,
+    NotPublishedError,
     Overview,
     PinError,
     Registry,
@@ -302,6 +303,12 @@ def test_versions_side_by_side_on_branches(registry, version, hub, other, make_f
     assert fetch(other, hub, revision="3bpw").digest == version.digest
     assert str(fetch(other, hub, revision="2bpw-v1", name="small")) == "small:1"
     assert "model.safetensors" not in repo.commits[second.commit]
+
+
+def test_a_repository_of_branches_says_which_it_has(registry, version, hub, other):
+    send(registry, hub, branch="3bpw")
+    with pytest.raises(NotPublishedError, match=r"such as alice/tiny-3bpw@3bpw"):
+        fetch(other, hub)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "bitsmith-staging-1", "x" * 200, "ref:1"])
