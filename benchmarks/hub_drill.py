@@ -1,6 +1,6 @@
 """Drill of the Hub: kill -9 at random points of push and pull, against the tests' server on the loopback interface.
 
-    python -m benchmarks.hub_drill [--kills 200]
+    python -m benchmarks.hub_drill [--kills 200] [--databases sqlite postgresql]
 
 After a kill nobody may see half a version: main is empty or whole, a tag names a whole commit, the pulling registry has
 the version or has it not. Then the command that was cut short runs again and must complete, in one commit and without
@@ -12,10 +12,11 @@ import json
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 # what a child would else import first, and be killed at
@@ -26,6 +27,8 @@ import registry.opening  # noqa: F401
 from benchmarks.registry_drill import in_child
 from registry import Registry, pull, push
 from registry.publication import MANIFEST
+from registry.settings import RegistrySettings
+from tests import postgresql
 from tests.registry.hub_server import WRITE_TOKEN, HubServer
 
 MOST_SECONDS = 0.4  # between a start and its kill
@@ -51,8 +54,12 @@ def server() -> Iterator[str]:
         os.waitpid(child, 0)
 
 
-def drill_hub(work: Path, num_kills: int, *, seed: int = 0) -> dict[str, int]:
-    """Kill `num_kills` times; how many were cut short, and where. AssertionError if anything is half there."""
+def drill_hub(work: Path, num_kills: int, *, socket_folder: str | None = None, seed: int = 0) -> dict[str, int]:
+    """Kill `num_kills` times; how many were cut short, and where. AssertionError if anything is half there.
+
+    Args:
+        socket_folder: of a PostgreSQL server, for the registries' indexes; SQLite without.
+    """
     constants.HF_HUB_DISABLE_XET = True
     disable_progress_bars()
     draw = random.Random(seed)
@@ -60,6 +67,10 @@ def drill_hub(work: Path, num_kills: int, *, seed: int = 0) -> dict[str, int]:
     with server() as endpoint:
         for number in range(num_kills):
             one = _Trial(work / str(number), endpoint, f"alice/drill-{number}")
+            for place in ("mine", "theirs"):
+                database = postgresql.new_database(socket_folder) if socket_folder else None
+                (work / str(number) / place).mkdir(parents=True)
+                RegistrySettings(database).write(work / str(number) / place)
             must_end_well(one.make)
             is_push = draw.random() < 0.5
             counts["pushes" if is_push else "pulls"] += 1
@@ -84,7 +95,7 @@ class _Trial:
     def make(self) -> None:
         """A version to push."""
         files = self.folder / "files"
-        files.mkdir(parents=True)
+        files.mkdir()
         for name, size_bytes in FILES.items():
             (files / name).write_bytes(random.Random(name + self.repo_id).randbytes(size_bytes))
         registry = Registry(self.folder / "mine")
@@ -136,12 +147,21 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
     asked = parser.parse_args()
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="bitsmith-drill-") as work:
-        counts = drill_hub(Path(work), asked.kills)
-    seconds = time.monotonic() - started
-    print(f"{asked.kills} kills of push and pull in {seconds:.0f} s, {json.dumps(counts)}: 0 half there")
+    for database in asked.databases:
+        if database == "postgresql" and postgresql.programs() is None:
+            sys.exit(postgresql.MISSING)
+        with (
+            postgresql.server() if database == "postgresql" else nullcontext(None) as socket_folder,
+            tempfile.TemporaryDirectory(prefix="bitsmith-drill-") as work,
+        ):
+            started = time.monotonic()
+            counts = drill_hub(Path(work), asked.kills, socket_folder=socket_folder)
+            seconds = time.monotonic() - started
+        print(
+            f"{database}: {asked.kills} kills of push and pull in {seconds:.0f} s, {json.dumps(counts)}: 0 half there"
+        )
 
 
 if __name__ == "__main__":
