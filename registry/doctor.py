@@ -71,6 +71,8 @@ class _Examination:
         artifacts, damaged = index.readable()
         yield from self._rows(index, ledger, damaged)
         yield from self._records_of_artifacts(index.records, artifacts)
+        if self.repair:
+            index.note_made()
         yield from self._records_of_names(index.records, ledger)
         unread = self._unreadable(index.records, index, ledger)
         yield from unread

@@ -103,6 +103,7 @@ class Index:
     def record_step(self, key: str, artifact: Artifact) -> None:
         """Record `artifact` and that it is the result of step `key`, in one transaction."""
         self.records.add_artifact(artifact)
+        self.records.note_made(artifact.digest)
         with self.database.writing() as connection:
             self.insert_artifact(connection, artifact)
             self._insert_step(connection, key, artifact.digest)
@@ -113,6 +114,13 @@ class Index:
             digest = connection.scalar(select(step_results.c.digest).where(step_results.c.key == key))
         return None if digest is None else self.artifact(digest)
 
+    def note_made(self) -> None:
+        """Write the records of what steps made that are missing."""
+        with self.database.reading() as connection:
+            found = list(connection.scalars(select(step_results.c.digest)))
+        for digest in found:
+            self.records.note_made(digest)
+
     def forget_step(self, key: str) -> None:
         """Drop the record that step `key` is done; its artifact stays."""
         with self.database.writing() as connection:
@@ -121,7 +129,7 @@ class Index:
     # Records
 
     def take_in_records(self) -> list[Artifact]:
-        """Add every artifact that only the records have, as used now; the result of its step if a step made it.
+        """Add every artifact that only the records have, as used now; the result of its step if a step here made it.
 
         Returns:
             those that were added.
@@ -130,7 +138,7 @@ class Index:
         for artifact in added:
             with self.database.writing() as connection:
                 self.insert_artifact(connection, artifact)
-                if "settings" in artifact.metadata:
+                if self.records.was_made(artifact.digest):
                     self._insert_step(connection, step_key_of(artifact), artifact.digest)
         return added
 

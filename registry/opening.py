@@ -77,6 +77,7 @@ def _complete(index: Index, marker: Path) -> None:
         return
     for artifact, _ in index.artifacts():
         index.records.add_artifact(artifact)
+    index.note_made()
     for fact in Ledger(index).facts():
         index.records.add(fact)
     write_atomically(marker, "")

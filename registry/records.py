@@ -1,6 +1,7 @@
 """The facts that the index could lose, each in a small file beside the blobs; from them `doctor` makes the index anew.
 
     records/artifacts/ab/abcdef...json      what an artifact is, named by its digest
+    records/made/ab/abcdef...               that a step here made it
     records/versions/<name>/000003.json     a version
     records/moves/<name>/000012.json        a move of an alias
     records/damaged/<random>-<file>         what `doctor` could not read, nor write again
@@ -68,9 +69,21 @@ class Records:
 
     def remove_artifact(self, digest: str) -> None:
         """Remove the description, if it is there."""
-        path = self.artifact_path(digest)
-        with disk_errors(path):
-            path.unlink(missing_ok=True)
+        for path in (self.artifact_path(digest), self._made_path(digest)):
+            with disk_errors(path):
+                path.unlink(missing_ok=True)
+
+    def note_made(self, digest: str) -> None:
+        """Note that a step here made the artifact: what came from elsewhere may claim any settings."""
+        if not self.was_made(digest):
+            self._write(self._made_path(digest), "")
+
+    def was_made(self, digest: str) -> bool:
+        """Did a step here make the artifact?"""
+        return self._made_path(digest).exists()
+
+    def _made_path(self, digest: str) -> Path:
+        return self.folder / "made" / checked_digest(digest)[:2] / digest
 
     def add(self, fact: Version | AliasMove) -> None:
         """Write the next version or move of a name.

@@ -81,6 +81,18 @@ def test_a_lost_index_is_refused_and_made_anew(full: Registry) -> None:
     assert str(again.publish("model", again.get(again.versions()[0].digest))) == "model:1"
 
 
+def test_what_came_from_elsewhere_is_no_steps_result(full: Registry, make_folder) -> None:
+    """It may claim any settings, those of a step that is still to run among them."""
+    forged = full.add_artifact("statistics", make_folder({"file": b"forged"}), [], {"settings": {"seed": 7}})
+    made = full.step("statistics", [], {"seed": 8}, build)
+    lose_index(full)
+    examine(full, repair=True)
+    again = Registry(full.root)
+    assert again.get(forged.digest) == forged
+    assert again.has_step("statistics", [], {"seed": 7}) is None
+    assert again.has_step("statistics", [], {"seed": 8}) == made
+
+
 def test_a_rebuild_that_was_killed_is_brought_to_its_end(full: Registry, monkeypatch) -> None:
     before = facts(full)
     lose_index(full)
