@@ -9,7 +9,7 @@ from pipeline.eval_report import EvalReport
 from pipeline.markdown import markdown_template
 from pipeline.origin import base_model_of, model_name
 from pipeline.version_facts import VersionFacts
-from registry import IntegrityError, Overview
+from registry import IntegrityError, Overview, RegistryError
 from registry.artifact import FileEntry
 from registry.publication import MANIFEST, REPORT_FOLDER, Manifest
 
@@ -32,7 +32,7 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
     """
     facts = {branch: _facts(branch, files) for branch, files in branches.items()}
     by_size = sorted(facts.items(), key=lambda item: (item[1].checkpoint.size_bytes, item[0]))
-    rows = [{"branch": branch, **each.figures} for branch, each in by_size]
+    rows = [{"branch": branch, **_figures(branch, each)} for branch, each in by_size]
     largest = by_size[-1][1]
     base_model = base_model_of(largest.recipe)
     repo_name = repo_id.rpartition("/")[2]
@@ -54,6 +54,17 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
     return f"---\n{header.to_yaml()}\n---\n\n{body}"
 
 
+def _figures(branch: str, facts: VersionFacts) -> dict[str, float]:
+    try:
+        card_header(facts, branch)
+        return facts.figures
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RegistryError(
+            f"Branch {branch} holds a plan, a recipe or a report that bitsmith did not write ({type(error).__name__}: "
+            f"{error}), so that the page of the branches cannot be made. Remove that branch, or push its version again."
+        ) from error
+
+
 def _facts(branch: str, files: Mapping[str, bytes]) -> VersionFacts:
     manifest = Manifest.from_json(files[MANIFEST])
     read = {}
@@ -65,7 +76,10 @@ def _facts(branch: str, files: Mapping[str, bytes]) -> VersionFacts:
             raise IntegrityError(
                 what, f"sha256 {expected.sha256 if expected else None}", f"sha256 {found.sha256}", advice
             )
-        read[path] = json.loads(files[path])
+        try:
+            read[path] = json.loads(files[path])
+        except (ValueError, RecursionError) as error:
+            raise RegistryError(f"{path} on branch {branch} is not JSON ({error}). Remove that branch.") from error
     return VersionFacts(
         version=None,
         checkpoint=manifest.artifact,

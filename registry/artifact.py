@@ -17,6 +17,8 @@ from registry.errors import IntegrityError, InvalidDescriptionError, InvalidName
 from registry.paths import check_distinct, checked_path
 
 ARTIFACT_FORMAT = 1
+# what a registry says of an artifact by itself; from elsewhere it would be hearsay
+OWN_KINDS = frozenset({"signature", "publication"})
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -3,6 +3,7 @@
 The original is not chained: it carries the request, and the request carries the token.
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +36,15 @@ def hub_errors(repo_id: str, right: str, token: str | None, folder: Path) -> Ite
         yield
     except RegistryError:
         raise
-    except (hf.HTTPError, OSError, ValueError, RuntimeError) as error:
+    except (hf.HTTPError, _invalid_url(), OSError, ValueError, RuntimeError) as error:
         raise _translated(error, repo_id, right, token, folder) from None
+
+
+def _invalid_url() -> type[Exception]:
+    """Of the HTTP library that the client uses: httpx in its version 1, httpx2 in 2."""
+    from huggingface_hub import errors as hf
+
+    return importlib.import_module(hf.HTTPError.__module__.partition(".")[0]).InvalidURL
 
 
 def _translated(error: Exception, repo_id: str, right: str, token: str | None, folder: Path) -> RegistryError:
@@ -123,6 +131,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def _blotted(text: str, token: str | None) -> str:
     """One line of `text`, without the token."""
-    if token:
-        text = text.replace(token, "***")
+    for secret in (token, repr(token)[1:-1], (token or "").strip()) if token else ():
+        text = text.replace(secret, "***")
     return " ".join(text.split())[:400]

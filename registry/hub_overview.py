@@ -24,8 +24,12 @@ class Overview:
 
 
 def check_main_is_free(repository: HubRepository) -> None:
-    """Raises HubConflictError where main holds a version itself: its card would be overwritten."""
-    if MANIFEST in repository.files(repository.resolve("main")):
+    """Raises HubConflictError where main holds a version, or files of others: their card would be overwritten."""
+    head = repository.resolve("main")
+    remote = repository.files(head)
+    if MANIFEST not in remote:
+        repository.stale_files(head, remote, {})
+    else:
         raise HubConflictError(
             f"{repository.repo_id} has a version on main, as `--layout repo` publishes it; its card cannot be the page "
             "of the branches too. Nothing was sent. Name another repository."

@@ -7,12 +7,11 @@ network only what was pulled before is found again, and only if `offline` asks f
 import io
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from registry.artifact import Artifact, FileEntry
-from registry.errors import NotFoundError, PinError, RegistryError
+from registry.errors import IntegrityError, NotFoundError, PinError, RegistryError
 from registry.hub_repository import HubRepository, open_repository
 from registry.lock import exclusive, held_if_free
 from registry.patience import Patience
@@ -24,9 +23,6 @@ from registry.registry import Registry
 from registry.signing import KIND as SIGNATURE_KIND
 from registry.signing import signatures, signed_paths, verify_artifact
 from registry.version import Version, checked_name
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -89,6 +85,7 @@ def pull(
         HubAuthError, HubNotFoundError, HubUnavailableError: as the server answered.
     """
     pin = read_pin(lock_file, repo_id) if lock_file else None
+    asked_name = name and checked_name(name)
     name = checked_name(name or (pin.name if pin else repo_id.rsplit("/", 1)[-1]))
     if pin and revision and revision not in (pin.revision, pin.commit):
         raise PinError(
@@ -97,7 +94,7 @@ def pull(
         )
     result = None
     if offline or pin:
-        result = _from_here(registry, repo_id, revision, pin, public_key)
+        result = _from_here(registry, repo_id, asked_name, revision, pin, public_key, offline)
     if result is None and offline:
         at = f" at {pin.commit if pin else revision}" if pin or revision else ""
         raise NotFoundError(
@@ -119,7 +116,13 @@ def pull(
 
 
 def _from_here(
-    registry: Registry, repo_id: str, revision: str | None, pin: Pin | None, public_key: Path | None
+    registry: Registry,
+    repo_id: str,
+    name: str | None,
+    revision: str | None,
+    pin: Pin | None,
+    public_key: Path | None,
+    offline: bool,
 ) -> PullResult | None:
     """What was pulled before, if all of it is here and sound."""
     if pin:
@@ -132,14 +135,23 @@ def _from_here(
         return None
     version, record = found
     manifest_sha256 = manifest_entry(record).sha256
+    recorded = Manifest.from_json(registry.path(record, MANIFEST).read_bytes())
+    if recorded.artifact.digest != version.digest:
+        raise IntegrityError(
+            f"The note that {version} was pulled from {repo_id}", version.digest, recorded.artifact.digest
+        )
     if pin and manifest_sha256 != pin.manifest_sha256:
         return None  # let the server say what is there
     verification = registry.verify(str(version))
-    if pin and not verification.ok:
+    if pin and not verification.ok and not offline:
         return None  # to be fetched again
     verification.raise_if_damaged()
+    signed = signatures(registry, version.digest)
     if public_key:
-        verify_artifact(registry, registry.get(version.digest), public_key, str(version))
+        verify_artifact(registry, registry.get(version.digest), public_key, str(version), signed)
+    if name and name != version.name:
+        report = registry.get(version.report_digest) if version.report_digest else None
+        version = registry.publish(name, registry.get(version.digest), report, version.note)
     return PullResult(
         version,
         repo_id,
@@ -148,7 +160,7 @@ def _from_here(
         manifest_sha256,
         0,
         verification.num_files,
-        bool(signatures(registry, version.digest)),
+        bool(signed),
         bool(public_key),
     )
 
@@ -177,16 +189,17 @@ class _Pulling:
                 "rewritten: ask its owner why, and remove the entry only if you trust the answer."
             )
         repository.check_listing(manifest, remote)
-        signature = repository.small_file(SIGNATURE, commit, remote[SIGNATURE]) if SIGNATURE in remote else None
+        bundle = repository.small_file(SIGNATURE, commit, remote[SIGNATURE]) if SIGNATURE in remote else None
+        if self.public_key and bundle is not None and MANIFEST not in signed_paths(bundle):
+            manifest = replace(manifest, report=None, lineage=())  # nobody has signed these
         with self.registry.adding():
             num_fetched = self._fetch(repository, commit, manifest)
-            self._record(manifest)
-            if signature is not None:
-                self._record_signature(manifest, text, signature)
             revision = self.pin.revision if self.pin else self.revision or "main"
+            found = [self._signature(manifest, text, bundle)] if bundle is not None else []
             if self.public_key:
                 what = f"{self.repo_id} at {revision}"
-                verify_artifact(self.registry, manifest.artifact, self.public_key, what)
+                verify_artifact(self.registry, manifest.artifact, self.public_key, what, found)
+            self._record(manifest, found)
             note = f"pulled from {self.repo_id} at {commit}"
             version = self.registry.publish(self.name, manifest.artifact, manifest.report, note)
             record_publication(
@@ -201,7 +214,7 @@ class _Pulling:
             entry.sha256,
             num_fetched,
             num_here,
-            signature is not None,
+            bundle is not None,
             bool(self.public_key),
         )
 
@@ -222,7 +235,7 @@ class _Pulling:
         return len(wanted)
 
     def _check_space(self, wanted: Mapping[str, FileEntry]) -> None:
-        needed = sum(entry.size_bytes for entry in wanted.values())
+        needed = sum(self._missing_bytes(entry) for entry in set(wanted.values()))
         free = shutil.disk_usage(self.registry.root).free
         if needed > free:
             raise RegistryError(
@@ -230,19 +243,23 @@ class _Pulling:
                 "fetched. Free some space, or point BITSMITH_HOME at a larger disk."
             )
 
-    def _record(self, manifest: Manifest) -> None:
-        """Enter all descriptions, which nobody finds before a version names them."""
+    def _missing_bytes(self, entry: FileEntry) -> int:
+        part = self.registry.root / "pulls" / f"{entry.sha256}.part"
+        return entry.size_bytes - min(part.stat().st_size if part.exists() else 0, entry.size_bytes)
+
+    def _record(self, manifest: Manifest, found: list[Artifact]) -> None:
+        """Enter all descriptions and signatures, which nobody finds before a version names them."""
         for artifact in manifest.lineage:
             self.registry.remember(artifact)
-        for artifact in filter(None, (manifest.artifact, manifest.report)):
+        for artifact in filter(None, (manifest.artifact, manifest.report, *found)):
             self.registry.record(artifact)
 
-    def _record_signature(self, manifest: Manifest, text: bytes, signature: bytes) -> None:
-        """Together with whatever else was published and it speaks of."""
-        entries = {path: FileEntry.of_bytes(content) for path, content in ((MANIFEST, text), (SIGNATURE, signature))}
-        for path, content in ((MANIFEST, text), (SIGNATURE, signature)):
+    def _signature(self, manifest: Manifest, text: bytes, bundle: bytes) -> Artifact:
+        """Together with whatever else was published and it speaks of; its files are in the store."""
+        entries = {path: FileEntry.of_bytes(content) for path, content in ((MANIFEST, text), (SIGNATURE, bundle))}
+        for path, content in ((MANIFEST, text), (SIGNATURE, bundle)):
             self.registry.store.receive(io.BytesIO(content), entries[path], path)
         beside = {path: entry for path, entry in manifest.files.items() if path not in manifest.artifact.files}
-        spoken_of = {*signed_paths(signature), SIGNATURE}
+        spoken_of = {*signed_paths(bundle), SIGNATURE}
         files = {path: entry for path, entry in (beside | entries).items() if path in spoken_of}
-        self.registry.record(Artifact.create(SIGNATURE_KIND, files, [manifest.artifact.digest]))
+        return Artifact.create(SIGNATURE_KIND, files, [manifest.artifact.digest])

@@ -9,6 +9,7 @@ HF_HUB_DISABLE_XET=1 in the environment before `huggingface_hub` is first import
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,15 +106,24 @@ def push(
             raise InvalidNameError(f"{name!r} cannot be a {word}: expected letters, digits, '.', '-' or '_'.")
     publication = Publication.of(registry, version, card)
     publication = _signed(registry, str(version), publication, sign_key)
-    target = _Target(publication, branch, tag, private, f"{version} by bitsmith", overview)
+    target = _Target(publication, branch, tag, private, f"{version} by bitsmith", must_be_signed=sign_key is not None)
+    patience = patience or Patience()
 
-    def attempt() -> PushResult:
-        with open_repository(repo_id, "write", registry.root / "pulls", endpoint, token) as repository:
-            return target.reach(repository, progress)
+    def repository() -> AbstractContextManager[HubRepository]:
+        return open_repository(repo_id, "write", registry.root / "pulls", endpoint, token)
 
-    result = (patience or Patience()).run(attempt, progress)
-    manifest = publication.contents[MANIFEST].read()
+    def attempt() -> tuple[PushResult, bytes]:
+        with repository() as opened:
+            return target.reach(opened, progress)
+
+    def attempt_overview(overview: Overview) -> None:
+        with repository() as opened:
+            write_overview(opened, overview)
+
+    result, manifest = patience.run(attempt, progress)
     record_publication(registry, version.digest, manifest, repo_id=repo_id, revision=tag, commit=result.commit)
+    if overview is not None:
+        patience.run(lambda: attempt_overview(overview), progress)
     return result
 
 
@@ -126,23 +136,16 @@ class _Target:
     tag: str
     private: bool
     message: str
-    overview: Overview | None
+    must_be_signed: bool
 
-    def reach(self, repository: HubRepository, progress: Progress) -> PushResult:
+    def reach(self, repository: HubRepository, progress: Progress) -> tuple[PushResult, bytes]:
+        """Also the manifest that lies there."""
+        contents = self.publication.contents
         head = repository.create(self.private, self.branch)
         if self.branch != "main":
             check_main_is_free(repository)
-        result = self._publish(repository, head, progress)
-        if self.overview is not None:
-            write_overview(repository, self.overview)
-        return result
-
-    def _publish(self, repository: HubRepository, head: str, progress: Progress) -> PushResult:
-        contents = self.publication.contents
         if tagged := repository.tags().get(self.tag):
-            if not repository.holds(tagged, contents):
-                raise repository.tag_conflict(self.tag, tagged)
-            return self._result(repository, tagged, 0)
+            return self._found(repository, tagged)
         progress.say(f"Comparing {len(contents)} files with {repository.repo_id}.")
         remote = repository.files(head)
         changed = {path: content for path, content in contents.items() if not content.equals(remote.get(path))}
@@ -153,7 +156,16 @@ class _Target:
             expected = (set(remote) - set(stale)) | set(contents)
             commit = self._commit(repository, head, changed, stale, expected)
         repository.tag(self.tag, commit)
-        return self._result(repository, commit, len(changed))
+        return self._result(repository, commit, len(changed), SIGNATURE in contents), contents[MANIFEST].read()
+
+    def _found(self, repository: HubRepository, tagged: str) -> tuple[PushResult, bytes]:
+        """What the tag names already: the same version, and with the same signature if it is to be signed."""
+        contents = self.publication.contents
+        manifest = repository.published(tagged, self.publication.manifest, contents)
+        signature = repository.files(tagged).get(SIGNATURE)
+        if manifest is None or (self.must_be_signed and not contents[SIGNATURE].equals(signature)):
+            raise repository.tag_conflict(self.tag, tagged)
+        return self._result(repository, tagged, 0, signature is not None), manifest
 
     def _commit(
         self, repository: HubRepository, head: str, changed: Mapping[str, Content], stale: list[str], expected: set[str]
@@ -167,7 +179,7 @@ class _Target:
         repository.check(commit, contents, expected, "The commit is there, but the repository")
         return commit
 
-    def _result(self, repository: HubRepository, commit: str, num_uploaded: int) -> PushResult:
+    def _result(self, repository: HubRepository, commit: str, num_uploaded: int, is_signed: bool) -> PushResult:
         return PushResult(
             repository.repo_id,
             commit,
@@ -176,7 +188,7 @@ class _Target:
             repository.url(self.tag),
             num_uploaded,
             len(self.publication.contents) - num_uploaded,
-            SIGNATURE in self.publication.contents,
+            is_signed,
         )
 
 

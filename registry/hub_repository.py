@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from registry.artifact import FileEntry
-from registry.errors import HubConflictError, HubRaceError, IntegrityError, NotPublishedError
+from registry.errors import (
+    HubConflictError,
+    HubRaceError,
+    IntegrityError,
+    InvalidDescriptionError,
+    NotPublishedError,
+    UnsafeFileError,
+    UnsafePathError,
+)
 from registry.hub_errors import hub_errors
 from registry.publication import CARD, MANIFEST, MOST_MANIFEST_BYTES, SIGNATURE, Content, Manifest
 from registry.store import disk_errors, hash_file
@@ -38,7 +46,7 @@ def open_repository(
 
     with disk_errors(downloads):
         downloads.mkdir(parents=True, exist_ok=True)
-    token = token or get_token()
+    token = (token or get_token() or "").strip() or None
     with hub_errors(repo_id, right, token, downloads):
         yield HubRepository(HfApi(endpoint=endpoint, token=token, library_name="bitsmith"), repo_id, downloads)
 
@@ -166,14 +174,16 @@ class HubRepository:
             if found is None or found.size != entry.size_bytes or (found.lfs and found.lfs.sha256 != entry.sha256):
                 raise IntegrityError(path, _in_words(entry), _listed(found), _PULL_ADVICE)
 
-    def holds(self, commit: str, contents: Mapping[str, Content]) -> bool:
-        """Does the server list these files at `commit`? A card and a signature may have been made anew since."""
+    def published(self, commit: str, wanted: Manifest, contents: Mapping[str, Content]) -> bytes | None:
+        """The manifest at `commit`, if the version and its report are there; the card may have been made anew since."""
         remote = self.files(commit)
-        version = self.manifest(commit, remote)[0] if MANIFEST in remote else None
-        wanted = Manifest.from_json(contents[MANIFEST].read())
-        if version is None or version.artifact != wanted.artifact:
-            return False
-        return all(contents[path].equals(remote.get(path)) for path in wanted.artifact.files)
+        if MANIFEST not in remote:
+            return None
+        found, text = self.manifest(commit, remote)
+        if (found.artifact, found.report) != (wanted.artifact, wanted.report):
+            return None
+        is_whole = all(contents[path].equals(remote.get(path)) for path in wanted.files if path != CARD)
+        return text if is_whole else None
 
     def stale_files(self, head: str, remote: Mapping[str, "RepoFile"], contents: Mapping[str, Content]) -> list[str]:
         """What the version published before had and this one lacks: left there, both would be loaded.
@@ -182,7 +192,14 @@ class HubRepository:
             HubConflictError: the repository holds files and was not published by bitsmith.
         """
         if MANIFEST in remote:
-            published = {*self.manifest(head, remote)[0].files, SIGNATURE} - {CARD}
+            try:
+                published = {*self.manifest(head, remote)[0].files, SIGNATURE} - {CARD}
+            except (InvalidDescriptionError, IntegrityError, UnsafePathError, UnsafeFileError) as error:
+                raise HubConflictError(
+                    f"{self.repo_id} has a {MANIFEST} that is damaged ({error}), so that nobody knows which files "
+                    "belong to the version there. Nothing was sent. Remove it and them on the repository's page, "
+                    "then push again."
+                ) from error
             return sorted((published & set(remote)) - set(contents))
         if foreign := sorted(set(remote) - _HUB_OWN_FILES - set(contents)):
             raise HubConflictError(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from registry.artifact import checked_digest
 from registry.errors import PinError
+from registry.lock import exclusive
 from registry.store import disk_errors, write_atomically
 
 FORMAT = 1
@@ -39,9 +40,20 @@ def read_pin(path: Path, repo_id: str) -> Pin | None:
 
 
 def write_pin(path: Path, repo_id: str, pin: Pin) -> None:
-    """Set the pin of one repository and leave the others; whole or not at all."""
-    models = {key: asdict(each) for key, each in sorted((_read(path) | {repo_id: pin}).items())}
-    write_atomically(path, json.dumps({"format": FORMAT, "models": models}, indent=2) + "\n")
+    """Add the pin of one repository and leave the others; whole or not at all.
+
+    Raises:
+        PinError: another process has pinned it to something else meanwhile.
+    """
+    with exclusive(path.with_name(f".{path.name}.lock")):
+        pins = _read(path)
+        if pins.get(repo_id, pin) != pin:
+            raise PinError(
+                f"{path} has come to pin {repo_id} at commit {pins[repo_id].commit[:12]}, and {pin.commit[:12]} was "
+                "pulled. Run the same command again: it pulls what is pinned."
+            )
+        models = {key: asdict(each) for key, each in sorted((pins | {repo_id: pin}).items())}
+        write_atomically(path, json.dumps({"format": FORMAT, "models": models}, indent=2) + "\n")
 
 
 def _read(path: Path) -> dict[str, Pin]:

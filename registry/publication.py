@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from registry.artifact import Artifact, FileEntry, canonical_json
+from registry.artifact import OWN_KINDS, Artifact, FileEntry, canonical_json
 from registry.errors import IntegrityError, InvalidDescriptionError, RegistryError, UnsafeFileError
 from registry.registry import Registry
 from registry.version import Version
@@ -30,9 +30,9 @@ MANIFEST = "bitsmith-manifest.json"
 CARD = "README.md"
 SIGNATURE = "model.sig"
 REPORT_FOLDER = "report"
-MOST_MANIFEST_BYTES = 64 << 20
+MOST_MANIFEST_BYTES = 8 << 20
 
-_PICKLES = {".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
+_PICKLES = {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
 _PROGRAMS = {".bat", ".cmd", ".dll", ".dylib", ".exe", ".ipynb", ".ps1", ".py", ".pyc", ".pyd", ".pyz", ".sh", ".so"}
 
 
@@ -75,6 +75,7 @@ class Manifest:
         RegistryError: the version has a file that publishing writes itself.
         UnsafePathError: two of the files cannot lie in one folder.
         UnsafeFileError: one could be executed.
+        IntegrityError: one of the artifacts is of a kind that only a registry itself makes.
     """
 
     artifact: Artifact
@@ -83,7 +84,11 @@ class Manifest:
     card: FileEntry | None
 
     def __post_init__(self) -> None:
-        Artifact.create("publication", self.files)
+        for artifact in (self.artifact, *([self.report] if self.report else []), *self.lineage):
+            if artifact.kind in OWN_KINDS:
+                what = f"a version, a report, or what they were made from, not a {artifact.kind}"
+                raise IntegrityError(MANIFEST, what, f"{artifact.kind} {artifact.digest[:12]}")
+        Artifact.create("files", self.files)
         refuse_executables(self.files)
 
     @cached_property
@@ -179,8 +184,13 @@ class Publication:
 
 
 def refuse_executables(paths: Iterable[str]) -> None:
-    """Raises UnsafeFileError for the first that a loader could execute."""
+    """Raises UnsafeFileError for the first that a loader, or git, could execute."""
     for path in paths:
+        if any(part.casefold().startswith(".git") for part in path.split("/")):
+            raise UnsafeFileError(
+                f"The version has a file {path[:80]!r}: git reads it, and signatures leave it out. Nothing was sent or "
+                "fetched. Make the version without that file."
+            )
         suffix = PurePosixPath(path).suffix.lower()
         if suffix in _PICKLES | _PROGRAMS:
             what = "a pickle, which runs code when it is loaded" if suffix in _PICKLES else "a program"

@@ -38,7 +38,7 @@ def find_publication(
     asked = {"repo_id": repo_id} | ({"revision": revision} if revision else {}) | ({"commit": commit} if commit else {})
     for version in sorted(registry.versions(), key=lambda version: (version.created_at, version.number), reverse=True):
         for record in publications(registry, version.digest):
-            if all(record.metadata[key] == value for key, value in asked.items()):
+            if all(record.metadata.get(key) == value for key, value in asked.items()):
                 return version, record
     return None
 

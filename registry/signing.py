@@ -113,11 +113,19 @@ def verify_signature(registry: Registry, reference: str, public_key: Path) -> Ar
         SignatureError: there is none, or it is over other files, or the key cannot be read.
     """
     version = registry.version(reference)
-    return verify_artifact(registry, registry.get(version.digest), public_key, str(version))
+    found = signatures(registry, version.digest)
+    return verify_artifact(registry, registry.get(version.digest), public_key, str(version), found)
 
 
-def verify_artifact(registry: Registry, artifact: Artifact, public_key: Path, what: str) -> Artifact:
-    """As `verify_signature`, for an artifact that may have no version yet; `what` is its name in an error."""
+def verify_artifact(
+    registry: Registry, artifact: Artifact, public_key: Path, what: str, found: list[Artifact]
+) -> Artifact:
+    """As `verify_signature`, for an artifact that may not be recorded yet.
+
+    Args:
+        what: its name in an error.
+        found: the signatures to try.
+    """
     _, verifying = _model_signing()
     with disk_errors(public_key):
         public_key.read_bytes()
@@ -125,7 +133,6 @@ def verify_artifact(registry: Registry, artifact: Artifact, public_key: Path, wh
         verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (ValueError, TypeError, AttributeError) as error:
         raise SignatureError(f"{public_key} is not a public key in PEM of an elliptic curve ({error}).") from error
-    found = signatures(registry, artifact.digest)
     reasons = []
     for signature in found:
         why = _why_it_fails(registry, artifact, signature, public_key)
@@ -142,9 +149,17 @@ def verify_artifact(registry: Registry, artifact: Artifact, public_key: Path, wh
 def _why_it_fails(registry: Registry, artifact: Artifact, signature: Artifact, public_key: Path) -> str | None:
     """None if it holds."""
     _, verifying = _model_signing()
+    beside = {path: entry for path, entry in signature.files.items() if path != FILE}
+    if FILE not in signature.files or set(beside) & set(artifact.files):
+        return "it is no signature of this version"
+    try:
+        spoken_of = signed_paths(registry.path(signature, FILE).read_bytes())
+    except SignatureError as error:
+        return str(error)
+    if unspoken := sorted({*artifact.files, *beside} - spoken_of):
+        return f"it leaves out {unspoken[0]}"
     with _scratch(registry) as folder:
         _lay_out(registry, artifact, folder / "model")
-        beside = {path: entry for path, entry in signature.files.items() if path != FILE}
         _lay_out(registry, Artifact.create("beside", beside), folder / "model")
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
         try:
@@ -183,8 +198,11 @@ def _lay_out(registry: Registry, artifact: Artifact, folder: Path) -> None:
         blob = registry.path(artifact, path)
         try:
             os.link(blob, target)
+        except FileExistsError:
+            raise
         except OSError:
-            shutil.copyfile(blob, target)
+            with blob.open("rb") as reader, target.open("xb") as writer:
+                shutil.copyfileobj(reader, writer)
 
 
 def _model_signing():

@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from registry.artifact import Artifact, FileEntry, canonical_json, checked_digest
+from registry.artifact import OWN_KINDS, Artifact, FileEntry, canonical_json, checked_digest
 from registry.errors import IntegrityError, InvalidDescriptionError, RegistryError, TargetExistsError
 from registry.progress import SILENT, Progress
 from registry.registry import Registry
+from registry.signing import KIND as SIGNATURE_KIND
 from registry.signing import signatures
 from registry.store import disk_errors, fsync, temporary_beside
 from registry.version import Version, checked_name
@@ -114,6 +115,10 @@ def import_version(registry: Registry, path: Path, *, name: str | None = None, p
             received.add(digest)
         if missing := [digest for digest in own if digest not in artifacts] or sorted(entries.keys() - received):
             raise IntegrityError(str(path), "a whole export", f"one without {missing[0][:12]}", _AGAIN)
+        for digest, artifact in artifacts.items():
+            is_signature = artifact.kind == SIGNATURE_KIND and artifact.parents == (exported.digest,)
+            if is_signature != (digest in signed) or (artifact.kind in OWN_KINDS and not is_signature):
+                raise _not_ours(path, f"{artifact.kind} {digest[:12]} is none of its version's")
         for digest, artifact in artifacts.items():
             if digest not in own:
                 registry.remember(artifact)
