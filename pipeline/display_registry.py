@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rich.markup import escape
 from rich.tree import Tree
 
 from pipeline.budget import human_bytes
@@ -181,20 +180,14 @@ def show_watched(changes: list["BaseModelChange"]) -> None:
     if not changes:
         RESULTS.print("The registry is empty: there is no base to watch.")
         return
-    table = new_table("version", "base", "state", "then", "now", "modified", title="Base models")
     for change in changes:
-        table.add_row(
-            f"{change.name}:{change.version}",
-            escape(f"{change.base} at {change.revision}") if change.base else "-",
-            change.state,
-            (change.commit_then or "-")[:12],
-            (change.commit_now or "-")[:12],
-            (change.modified_at or "-")[:10],
-        )
-    for column in table.columns:
-        column.no_wrap, column.justify = column.header != "base", "left"
-    RESULTS.print(table)
-    for change in changes:
+        line = f"{change.name}:{change.version}  {change.state}"
+        if change.base:
+            line += f"  {change.base} at {change.revision}"
+        if change.is_changed:
+            day = f", {change.modified_at[:10]}" if change.modified_at else ""
+            line += f": {(change.commit_then or '-')[:12]} to {(change.commit_now or '-')[:12]}{day}"
+        RESULTS.print(line, soft_wrap=True, highlight=False, markup=False)
         if change.state == "gone":
             RESULTS.print(f"{change.name}: {change.problem}", soft_wrap=True, highlight=False, markup=False)
 
