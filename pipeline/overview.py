@@ -41,7 +41,7 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
         base_model=base_model,
         base_perplexity=EvalReport.from_json(evaluation["report"]).base_perplexity.mean if evaluation else None,
         name=model_name(largest.recipe["model"], base_model),
-        original_bytes=largest.report["sizes"]["folder"]["original"] if largest.report else None,
+        original_bytes=rows[-1].get("original_bytes"),
         repo_id=repo_id,
         repo_name=repo_name,
         rows=rows,
@@ -57,7 +57,8 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
 def _figures(branch: str, facts: VersionFacts) -> dict[str, float]:
     try:
         card_header(facts, branch)
-        return facts.figures
+        before = {"original_bytes": float(facts.report["sizes"]["folder"]["original"])} if facts.report else {}
+        return facts.figures | before
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RegistryError(
             f"Branch {branch} holds a plan, a recipe or a report that bitsmith did not write ({type(error).__name__}: "

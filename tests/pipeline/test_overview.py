@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from pipeline.figures import ReportFacts, figures
 from pipeline.overview import branch_overview, render_overview
-from registry import Artifact, IntegrityError, InvalidDescriptionError
+from registry import Artifact, IntegrityError, InvalidDescriptionError, RegistryError
 from registry.artifact import FileEntry
 from registry.publication import MANIFEST, Manifest
 from tests.pipeline.report_facts import made_up_facts
@@ -100,3 +100,16 @@ def test_what_push_reads_from_a_branch(facts: ReportFacts) -> None:
     overview = branch_overview("me/tiny")
     assert set(branch(facts)) == set(overview.paths)
     assert overview.render({"2bpw": branch(facts)}) == render_overview("me/tiny", {"2bpw": branch(facts)})
+
+
+@pytest.mark.parametrize("path", ["plan.json", "recipe.json", "report/report.json"])
+@pytest.mark.parametrize("content", [b"[1]", b'{"a": 1}', b"nonsense", b"[" * 100_000])
+def test_an_odd_branch_is_named(facts: ReportFacts, path: str, content: bytes) -> None:
+    """Its manifest is sound and names these bytes, which are no plan, recipe or report."""
+    files = {**branch(facts), path: content}
+    own = {name: FileEntry.of_bytes(files[name]) for name in ("plan.json", "recipe.json")}
+    checkpoint = Artifact.create("checkpoint", own)
+    report = Artifact.create("report", {"report.json": FileEntry.of_bytes(files["report/report.json"])})
+    files[MANIFEST] = Manifest(checkpoint, report, (), None).to_json().encode()
+    with pytest.raises(RegistryError, match="ranch odd"):
+        render_overview("me/tiny", {"2bpw": branch(facts), "odd": files})
