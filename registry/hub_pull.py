@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from registry.artifact import Artifact, FileEntry
-from registry.errors import IntegrityError, NotFoundError, PinError, RegistryError
+from registry.errors import IntegrityError, NotFoundError, PinError, RegistryError, SignatureError
 from registry.hub_repository import HubRepository, open_repository
 from registry.lock import exclusive, held_if_free
 from registry.patience import Patience
 from registry.pins import Pin, read_pin, write_pin
 from registry.progress import SILENT, Progress
-from registry.publication import MANIFEST, SIGNATURE, Manifest
+from registry.publication import MANIFEST, REPORT_FOLDER, SIGNATURE, Manifest
 from registry.publication_record import find_publication, manifest_entry, record_publication
 from registry.registry import Registry
 from registry.signing import KIND as SIGNATURE_KIND
@@ -148,7 +148,8 @@ def _from_here(
     verification.raise_if_damaged()
     signed = signatures(registry, version.digest)
     if public_key:
-        verify_artifact(registry, registry.get(version.digest), public_key, str(version), signed)
+        signature = verify_artifact(registry, registry.get(version.digest), public_key, str(version), signed)
+        _check_report(registry, version, signature)
     if name and name != version.name:
         report = registry.get(version.report_digest) if version.report_digest else None
         version = registry.publish(name, registry.get(version.digest), report, version.note)
@@ -163,6 +164,17 @@ def _from_here(
         bool(signed),
         bool(public_key),
     )
+
+
+def _check_report(registry: Registry, version: Version, signature: Artifact) -> None:
+    """Raises SignatureError where the version was published here before, without a key, with a report nobody signed."""
+    report = registry.get(version.report_digest) if version.report_digest else None
+    signed = {path.removeprefix(f"{REPORT_FOLDER}/"): entry for path, entry in signature.files.items()}
+    if report and not report.files.items() <= signed.items():
+        raise SignatureError(
+            f"{version} is here already, from a pull or an import without a key, with a report that the signature does "
+            "not speak of. Its own files are right. Pull it under another name (--name) to have only what was signed."
+        )
 
 
 @dataclass(frozen=True)
@@ -196,12 +208,15 @@ class _Pulling:
             num_fetched = self._fetch(repository, commit, manifest)
             revision = self.pin.revision if self.pin else self.revision or "main"
             found = [self._signature(manifest, text, bundle)] if bundle is not None else []
+            signature = None
             if self.public_key:
                 what = f"{self.repo_id} at {revision}"
-                verify_artifact(self.registry, manifest.artifact, self.public_key, what, found)
+                signature = verify_artifact(self.registry, manifest.artifact, self.public_key, what, found)
             self._record(manifest, found)
             note = f"pulled from {self.repo_id} at {commit}"
             version = self.registry.publish(self.name, manifest.artifact, manifest.report, note)
+            if signature:
+                _check_report(self.registry, version, signature)
             record_publication(
                 self.registry, manifest.artifact.digest, text, repo_id=self.repo_id, revision=revision, commit=commit
             )

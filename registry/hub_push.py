@@ -161,8 +161,9 @@ class _Target:
     def _found(self, repository: HubRepository, tagged: str) -> tuple[PushResult, bytes]:
         """What the tag names already: the same version, and with the same signature if it is to be signed."""
         contents = self.publication.contents
-        manifest = repository.published(tagged, self.publication.manifest, contents)
-        signature = repository.files(tagged).get(SIGNATURE)
+        remote = repository.files(tagged)
+        manifest = repository.published(tagged, remote, self.publication.manifest, contents)
+        signature = remote.get(SIGNATURE)
         if manifest is None or (self.must_be_signed and not contents[SIGNATURE].equals(signature)):
             raise repository.tag_conflict(self.tag, tagged)
         return self._result(repository, tagged, 0, signature is not None), manifest

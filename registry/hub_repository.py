@@ -174,9 +174,10 @@ class HubRepository:
             if found is None or found.size != entry.size_bytes or (found.lfs and found.lfs.sha256 != entry.sha256):
                 raise IntegrityError(path, _in_words(entry), _listed(found), _PULL_ADVICE)
 
-    def published(self, commit: str, wanted: Manifest, contents: Mapping[str, Content]) -> bytes | None:
+    def published(
+        self, commit: str, remote: Mapping[str, "RepoFile"], wanted: Manifest, contents: Mapping[str, Content]
+    ) -> bytes | None:
         """The manifest at `commit`, if the version and its report are there; the card may have been made anew since."""
-        remote = self.files(commit)
         if MANIFEST not in remote:
             return None
         found, text = self.manifest(commit, remote)

@@ -165,6 +165,23 @@ def test_what_a_signature_does_not_speak_of_is_left_out_where_a_key_is_given(reg
     assert result.version.report_digest is None
 
 
+def test_a_report_from_a_pull_without_a_key_is_not_vouched_for_later(registry, hub, other, keys, make_folder) -> None:
+    private, public = keys
+    made = registry.add_artifact("checkpoint", make_folder({"config.json": b"{}"}))
+    report = registry.add_artifact("report", make_folder({"report.json": b'{"kld": 1}'}), [made.digest])
+    registry.publish("tiny", made, report)
+    send(registry, hub, sign_key=SignKey(private))
+    forged = b'{"kld": 0}'
+    lie = Artifact.create("report", {"report.json": FileEntry.of_bytes(forged)}, [made.digest])
+    publish(hub, THEIRS, {"config.json": b"{}", "report/report.json": forged, MANIFEST: describe(made, lie)})
+    assert theirs(other, hub, name="tiny").report_digest == lie.digest
+    with pytest.raises(SignatureError, match="report that the signature does not speak of"):
+        fetch(other, hub, name="tiny", public_key=public)
+    with pytest.raises(SignatureError, match="report that the signature"):
+        theirs(other, hub, name="tiny", public_key=public, offline=True)
+    assert fetch(other, hub, name="sound", public_key=public).report_digest == report.digest
+
+
 def test_a_pull_that_fails_its_check_leaves_no_signature_behind(registry, version, hub, other, keys, tmp_path) -> None:
     private, _ = keys
     send(registry, hub, sign_key=SignKey(private))

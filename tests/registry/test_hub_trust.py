@@ -9,31 +9,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from registry import (
     Artifact,
-    HubAuthError,
-    HubConflictError,
     IntegrityError,
     InvalidDescriptionError,
-    InvalidNameError,
-    NotFoundError,
-    NotPublishedError,
-    Overview,
-    PinError,
     Registry,
     SignatureError,
     SignKey,
     UnsafeFileError,
     Version,
-    add_to_collection,
     sign_version,
     verify_signature,
 )
 from registry.artifact import FileEntry, canonical_json
-from registry.patience import ONCE
 from registry.publication import MANIFEST, MOST_MANIFEST_BYTES, SIGNATURE, Manifest
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hub_server import WRITE_TOKEN, HubServer, StoredFile
+from hub_server import HubServer, StoredFile
 from hub_steps import CARD, REPO, fetch, fetch_whole, send
 from keys import write_keys
 
@@ -286,185 +277,3 @@ def test_a_config_that_asks_for_remote_code_brings_no_code_along(registry, hub, 
     pulled = fetch(other, hub)
     assert set(other.get(pulled.digest).files) == {"config.json"}
     assert not hub.sent("evil.py")
-
-
-# Layout by branches
-
-
-def test_versions_side_by_side_on_branches(registry, version, hub, other, make_folder):
-    registry.publish("small", registry.add_artifact("checkpoint", make_folder({"config.json": b"small"})))
-    first = send(registry, hub, branch="3bpw")
-    second = send(registry, hub, "small", branch="2bpw")
-    repo = hub.repos[REPO]
-    assert (first.tag, second.tag) == ("3bpw-v1", "2bpw-v1")
-    assert repo.tags == {"3bpw-v1": first.commit, "2bpw-v1": second.commit}
-    assert set(repo.branches) == {"main", "3bpw", "2bpw"}
-    assert set(hub.head(REPO)) == {".gitattributes"}
-    assert fetch(other, hub, revision="3bpw").digest == version.digest
-    assert str(fetch(other, hub, revision="2bpw-v1", name="small")) == "small:1"
-    assert "model.safetensors" not in repo.commits[second.commit]
-
-
-def test_a_repository_of_branches_says_which_it_has(registry, version, hub, other):
-    send(registry, hub, branch="3bpw")
-    with pytest.raises(NotPublishedError, match=r"such as alice/tiny-3bpw@3bpw"):
-        fetch(other, hub)
-
-
-@pytest.mark.parametrize("name", ["", "a b", "../x", "bitsmith-staging-1", "x" * 200, "ref:1"])
-def test_names_of_branches_and_tags_are_checked_before_anything_is_sent(registry, version, hub, name):
-    for wrong in ({"branch": name}, {"tag": name or " "}):
-        with pytest.raises(InvalidNameError):
-            send(registry, hub, **wrong)
-    assert hub.requests == []
-
-
-def test_a_tag_of_ones_own(registry, version, hub, other):
-    result = send(registry, hub, tag="release-3")
-    assert hub.repos[REPO].tags == {"release-3": result.commit}
-    assert fetch(other, hub, revision="release-3").digest == version.digest
-
-
-# Without the network, and lock files
-
-
-def test_offline_finds_what_was_pulled_and_asks_nobody(registry, version, hub, other):
-    send(registry, hub)
-    pulled = fetch(other, hub, revision="v1")
-    hub.requests.clear()
-    for revision in (None, "v1", hub.repos[REPO].tags["v1"]):
-        result = fetch_whole(other, hub, revision=revision, offline=True)
-        assert (result.version, result.num_fetched) == (pulled, 0)
-    assert hub.requests == []
-    with pytest.raises(NotFoundError, match="--offline"):
-        fetch(other, hub, revision="v2", offline=True)
-
-
-def test_offline_checks_every_file(registry, version, checkpoint, hub, other):
-    send(registry, hub)
-    fetch(other, hub)
-    blob = other.path(checkpoint, "model.safetensors")
-    blob.chmod(0o644)
-    blob.write_bytes(b"x" + blob.read_bytes()[1:])
-    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
-        fetch(other, hub, offline=True)
-
-
-def test_without_offline_a_dead_server_is_an_error_and_a_wrong_token_too(registry, version, hub, other):
-    send(registry, hub)
-    fetch(other, hub)
-    with pytest.raises(HubAuthError):
-        fetch(other, hub, token="hf_wrong")
-    with pytest.raises(ConnectionError):
-        fetch(other, hub, endpoint="http://127.0.0.1:9")
-
-
-def test_a_lock_file_pins_what_is_pulled(registry, version, hub, other, tmp_path, make_folder):
-    lock = tmp_path / "bitsmith.lock"
-    first = send(registry, hub)
-    fetch(other, hub, lock_file=lock)
-    pin = json.loads(lock.read_text())["models"][REPO]
-    manifest_sha256 = FileEntry.of_bytes(hub.head(REPO)[MANIFEST].content).sha256
-    assert pin == {
-        "name": "tiny-3bpw",
-        "revision": "main",
-        "commit": first.commit,
-        "manifest_sha256": manifest_sha256,
-    }
-    registry.publish("tiny", registry.add_artifact("checkpoint", make_folder({"config.json": b"{}"})))
-    send(registry, hub)
-    fresh = Registry(tmp_path / "fresh")
-    assert fetch(fresh, hub, lock_file=lock).digest == version.digest  # though main has moved on
-    hub.requests.clear()
-    assert fetch(fresh, hub, lock_file=lock).digest == version.digest
-    assert hub.requests == []  # all of it is here
-    with pytest.raises(PinError, match="v2 was asked for"):
-        fetch(fresh, hub, lock_file=lock, revision="v2")
-    assert json.loads(lock.read_text())["models"][REPO] == pin
-
-
-def test_a_damaged_file_of_a_pinned_version_is_fetched_again(registry, version, checkpoint, hub, other, tmp_path):
-    lock = tmp_path / "bitsmith.lock"
-    send(registry, hub)
-    fetch(other, hub, lock_file=lock)
-    blob = other.path(checkpoint, "config.json")
-    blob.chmod(0o644)
-    blob.write_bytes(b"x" * 19)
-    result = fetch_whole(other, hub, lock_file=lock)
-    assert result.num_fetched == 1
-    assert other.verify("tiny-3bpw").ok
-
-
-def test_a_history_that_was_rewritten_under_a_pin_is_refused(registry, version, hub, other, tmp_path):
-    lock = tmp_path / "bitsmith.lock"
-    send(registry, hub)
-    fetch(other, hub, lock_file=lock)
-    content = json.loads(lock.read_text())
-    content["models"][REPO]["manifest_sha256"] = "0" * 64
-    lock.write_text(json.dumps(content))
-    fresh = Registry(tmp_path / "fresh")
-    with pytest.raises(PinError, match="another manifest"):
-        fetch(fresh, hub, lock_file=lock)
-    assert refuses(fresh)
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 9}', '{"format": 1, "models": {"a/b": {"name": 1}}}'])
-def test_a_damaged_lock_file_is_explained(registry, version, hub, other, tmp_path, content):
-    lock = tmp_path / "bitsmith.lock"
-    lock.write_text(content)
-    send(registry, hub)
-    with pytest.raises(PinError, match=r"bitsmith\.lock is not a lock file"):
-        fetch(other, hub, lock_file=lock)
-    assert lock.read_text() == content
-
-
-def test_a_lock_file_keeps_the_pins_of_others(registry, version, hub, other, tmp_path):
-    lock = tmp_path / "bitsmith.lock"
-    theirs = {"name": "x", "revision": "v1", "commit": "1" * 40, "manifest_sha256": "2" * 64}
-    lock.write_text(json.dumps({"format": 1, "models": {"bob/x": theirs}}))
-    send(registry, hub)
-    fetch(other, hub, lock_file=lock)
-    assert json.loads(lock.read_text())["models"]["bob/x"] == theirs
-
-
-def test_the_page_of_the_branches(registry, version, hub, make_folder):
-    """It is made from what lies on the branches, whoever put it there."""
-
-    def render(facts) -> str:
-        return "".join(f"{branch}: {files['config.json'].decode()}\n" for branch, files in facts.items())
-
-    overview = Overview(("config.json", "absent.json"), render)
-    registry.publish("small", registry.add_artifact("checkpoint", make_folder({"config.json": b"small"})))
-    send(registry, hub, branch="3bpw", overview=overview)
-    send(registry, hub, "small", branch="2bpw", overview=overview)
-    repo = hub.repos[REPO]
-    assert set(hub.head(REPO)) == {".gitattributes", "README.md"}
-    assert hub.head(REPO)["README.md"].content == b'2bpw: small\n3bpw: {"hidden_size": 64}\n'
-    before = repo.branches["main"]
-    send(registry, hub, "small", branch="2bpw", overview=overview)
-    assert repo.branches["main"] == before
-
-
-def test_main_with_a_version_is_no_page_of_branches(registry, version, hub):
-    first = send(registry, hub)
-    with pytest.raises(HubConflictError, match="--layout repo"):
-        send(registry, hub, branch="3bpw")
-    assert hub.repos[REPO].tags == {"v1": first.commit}
-
-
-# Collections
-
-
-def test_a_collection_lists_the_budgets_once(registry, version, hub):
-    settings = {"endpoint": hub.endpoint, "token": WRITE_TOKEN, "patience": ONCE}
-    page = add_to_collection(REPO, "Tiny, compressed", "3.0 bits", **settings)
-    assert add_to_collection("alice/tiny-2bpw", "Tiny, compressed", "2.0 bits", **settings) == page
-    assert add_to_collection(REPO, "Tiny, compressed", "3.01 bits", **settings) == page
-    ((slug, collection),) = hub.collections.items()
-    assert page == f"{hub.endpoint}/collections/{slug}"
-    notes = {item["id"]: item["note"]["text"] for item in collection["items"]}
-    assert notes == {REPO: "3.01 bits", "alice/tiny-2bpw": "2.0 bits"}
-    with pytest.raises(HubAuthError, match="Tiny, compressed"):
-        add_to_collection("bob/tiny", "Tiny, compressed", "x", **settings)
-    with pytest.raises(HubAuthError):
-        add_to_collection(REPO, "Tiny, compressed", "x", **settings | {"token": "hf_wrong"})

@@ -1,0 +1,120 @@
+"""Pulling without the network, and by a lock file: what was pulled before, or exactly what is pinned."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from registry import (
+    HubAuthError,
+    IntegrityError,
+    NotFoundError,
+    PinError,
+    Registry,
+)
+from registry.artifact import FileEntry
+from registry.publication import MANIFEST
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hub_steps import REPO, fetch, fetch_whole, send
+
+
+def test_offline_finds_what_was_pulled_and_asks_nobody(registry, version, hub, other):
+    send(registry, hub)
+    pulled = fetch(other, hub, revision="v1")
+    hub.requests.clear()
+    for revision in (None, "v1", hub.repos[REPO].tags["v1"]):
+        result = fetch_whole(other, hub, revision=revision, offline=True)
+        assert (result.version, result.num_fetched) == (pulled, 0)
+    assert hub.requests == []
+    with pytest.raises(NotFoundError, match="--offline"):
+        fetch(other, hub, revision="v2", offline=True)
+
+
+def test_offline_checks_every_file(registry, version, checkpoint, hub, other):
+    send(registry, hub)
+    fetch(other, hub)
+    blob = other.path(checkpoint, "model.safetensors")
+    blob.chmod(0o644)
+    blob.write_bytes(b"x" + blob.read_bytes()[1:])
+    with pytest.raises(IntegrityError, match=r"model\.safetensors"):
+        fetch(other, hub, offline=True)
+
+
+def test_without_offline_a_dead_server_is_an_error_and_a_wrong_token_too(registry, version, hub, other):
+    send(registry, hub)
+    fetch(other, hub)
+    with pytest.raises(HubAuthError):
+        fetch(other, hub, token="hf_wrong")
+    with pytest.raises(ConnectionError):
+        fetch(other, hub, endpoint="http://127.0.0.1:9")
+
+
+def test_a_lock_file_pins_what_is_pulled(registry, version, hub, other, tmp_path, make_folder):
+    lock = tmp_path / "bitsmith.lock"
+    first = send(registry, hub)
+    fetch(other, hub, lock_file=lock)
+    pin = json.loads(lock.read_text())["models"][REPO]
+    manifest_sha256 = FileEntry.of_bytes(hub.head(REPO)[MANIFEST].content).sha256
+    assert pin == {
+        "name": "tiny-3bpw",
+        "revision": "main",
+        "commit": first.commit,
+        "manifest_sha256": manifest_sha256,
+    }
+    registry.publish("tiny", registry.add_artifact("checkpoint", make_folder({"config.json": b"{}"})))
+    send(registry, hub)
+    fresh = Registry(tmp_path / "fresh")
+    assert fetch(fresh, hub, lock_file=lock).digest == version.digest  # though main has moved on
+    hub.requests.clear()
+    assert fetch(fresh, hub, lock_file=lock).digest == version.digest
+    assert hub.requests == []  # all of it is here
+    with pytest.raises(PinError, match="v2 was asked for"):
+        fetch(fresh, hub, lock_file=lock, revision="v2")
+    assert json.loads(lock.read_text())["models"][REPO] == pin
+
+
+def test_a_damaged_file_of_a_pinned_version_is_fetched_again(registry, version, checkpoint, hub, other, tmp_path):
+    lock = tmp_path / "bitsmith.lock"
+    send(registry, hub)
+    fetch(other, hub, lock_file=lock)
+    blob = other.path(checkpoint, "config.json")
+    blob.chmod(0o644)
+    blob.write_bytes(b"x" * 19)
+    result = fetch_whole(other, hub, lock_file=lock)
+    assert result.num_fetched == 1
+    assert other.verify("tiny-3bpw").ok
+
+
+def test_a_history_that_was_rewritten_under_a_pin_is_refused(registry, version, hub, other, tmp_path):
+    lock = tmp_path / "bitsmith.lock"
+    send(registry, hub)
+    fetch(other, hub, lock_file=lock)
+    content = json.loads(lock.read_text())
+    content["models"][REPO]["manifest_sha256"] = "0" * 64
+    lock.write_text(json.dumps(content))
+    fresh = Registry(tmp_path / "fresh")
+    with pytest.raises(PinError, match="another manifest"):
+        fetch(fresh, hub, lock_file=lock)
+    assert not fresh.versions()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 9}', '{"format": 1, "models": {"a/b": {"name": 1}}}'])
+def test_a_damaged_lock_file_is_explained(registry, version, hub, other, tmp_path, content):
+    lock = tmp_path / "bitsmith.lock"
+    lock.write_text(content)
+    send(registry, hub)
+    with pytest.raises(PinError, match=r"bitsmith\.lock is not a lock file"):
+        fetch(other, hub, lock_file=lock)
+    assert lock.read_text() == content
+
+
+def test_a_lock_file_keeps_the_pins_of_others(registry, version, hub, other, tmp_path):
+    lock = tmp_path / "bitsmith.lock"
+    theirs = {"name": "x", "revision": "v1", "commit": "1" * 40, "manifest_sha256": "2" * 64}
+    lock.write_text(json.dumps({"format": 1, "models": {"bob/x": theirs}}))
+    send(registry, hub)
+    fetch(other, hub, lock_file=lock)
+    assert json.loads(lock.read_text())["models"]["bob/x"] == theirs
