@@ -30,13 +30,13 @@ def quiet_hub(quiet: bool) -> None:
         disable_progress_bars()
 
 
-def read_password(variable: str | None) -> str | None:
-    """Of a private key, from that environment variable: no secret stands in a command line."""
+def read_secret(variable: str | None, what: str) -> str | None:
+    """A password or a token from that environment variable: no secret stands in a command line."""
     if variable is None:
         return None
-    if (password := os.environ.get(variable)) is None:
-        raise RecipeError(f"The environment has no {variable} with the key's password. Set it.")
-    return password
+    if (secret := os.environ.get(variable)) is None:
+        raise RecipeError(f"The environment has no {variable} with {what}. Set it.")
+    return secret
 
 
 def version_json(version: Version) -> dict[str, Any]:

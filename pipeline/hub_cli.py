@@ -8,10 +8,21 @@ from typing import Annotated
 import typer
 
 from pipeline.budget import Budget
-from pipeline.console import open_registry, print_json, progress_of, quiet_hub, read_password, version_json
+from pipeline.console import open_registry, print_json, progress_of, quiet_hub, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
-from pipeline.options import AsJson, NameArgument, PasswordVariable, PublicKey, Quiet
+from pipeline.options import (
+    AsJson,
+    Identity,
+    Issuer,
+    NameArgument,
+    PasswordVariable,
+    PublicKey,
+    Quiet,
+    TokenVariable,
+    TrustConfig,
+)
+from pipeline.signers import signer_of, verifier_of
 
 
 class Layout(StrEnum):
@@ -38,6 +49,12 @@ def push(
         Path | None, typer.Option(help="sign all that is published with this private key, in PEM")
     ] = None,
     password_variable: PasswordVariable = None,
+    sign_keyless: Annotated[
+        bool,
+        typer.Option("--sign-keyless", help="sign it as who you are, which a public log then shows; needs the network"),
+    ] = False,
+    token_variable: TokenVariable = None,
+    trust_config: TrustConfig = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -48,9 +65,12 @@ def push(
     from pipeline.card import collection_note, write_card
     from pipeline.overview import branch_overview
     from pipeline.version_facts import VersionFacts
-    from registry import SignKey, add_to_collection
+    from registry import add_to_collection
     from registry import push as registry_push
 
+    signer = signer_of(
+        ("--sign-key", sign_key), ("--sign-keyless", sign_keyless), password_variable, token_variable, trust_config
+    )
     quiet_hub(quiet or as_json)
     store, progress = open_registry(), progress_of(quiet)
     version = store.version(name)
@@ -66,7 +86,7 @@ def push(
         tag=tag,
         card=write_card(store, version, repo, tag),
         overview=branch_overview(repo) if layout == Layout.BRANCHES else None,
-        sign_key=SignKey(sign_key.expanduser(), read_password(password_variable)) if sign_key else None,
+        signer=signer,
         progress=progress,
     )
     page = None
@@ -87,6 +107,9 @@ def pull(
     repo: Annotated[str, typer.Argument(help="user/repo on the Hub, or user/repo@tag (or @branch, or @commit)")],
     name: Annotated[str | None, typer.Option(help="name in the registry; the repository's by default")] = None,
     public_key: PublicKey = None,
+    identity: Identity = None,
+    issuer: Issuer = None,
+    trust_config: TrustConfig = None,
     lock: Annotated[
         Path | None,
         typer.Option(help="lock file: pull exactly what it pins, or pin what is pulled if it does not have it yet"),
@@ -102,11 +125,18 @@ def pull(
 
     Run again after a failure, it goes on where it stopped.
     """
+    from registry import IdentityVerifier
     from registry import pull as registry_pull
 
     repo_id, at, revision = repo.partition("@")
     if at and not revision:
         raise RecipeError(f"{repo!r} ends in @. Write user/repo@tag, or leave the @ out for the head of main.")
+    verifier = verifier_of(public_key, identity, issuer, trust_config)
+    if offline and isinstance(verifier, IdentityVerifier) and verifier.trust_config is None:
+        raise RecipeError(
+            "--offline asks nobody, and the trust root of the public Sigstore comes from the network. Give a trust "
+            "configuration (--trust-config), or leave --offline out."
+        )
     quiet_hub(quiet or as_json)
     store = open_registry()
     pulled = registry_pull(
@@ -115,7 +145,7 @@ def pull(
         name=name,
         revision=revision or None,
         offline=offline,
-        public_key=public_key.expanduser() if public_key else None,
+        verifier=verifier,
         lock_file=lock.expanduser() if lock else None,
         progress=progress_of(quiet),
     )
@@ -126,7 +156,7 @@ def pull(
         rest = {key: value for key, value in asdict(pulled).items() if key != "version"}
         print_json(version_json(version) | rest)
     elif not quiet:
-        checked = f"signature of {public_key} holds" if pulled.is_verified else "signature not checked (--public-key)"
+        checked = f"signature of {verifier} holds" if verifier else "signature not checked (--public-key, --identity)"
         signed = f", {checked}" if pulled.is_signed else ""
         RESULTS.print(
             f"{version} ({version.digest[:12]}) from {repo_id} at {pulled.commit[:12]}: {pulled.num_fetched} files "

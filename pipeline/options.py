@@ -11,7 +11,22 @@ NameArgument = Annotated[str, typer.Argument(help="NAME (the latest version), NA
 PasswordVariable = Annotated[
     str | None, typer.Option(help="environment variable with the private key's password, if it has one")
 ]
+TokenVariable = Annotated[
+    str | None,
+    typer.Option(
+        "--identity-token-variable",
+        help="environment variable with the token to sign with; else the CI's, else a browser asks",
+    ),
+]
 PublicKey = Annotated[Path | None, typer.Option(help="require a signature of this key, in PEM")]
+Identity = Annotated[
+    str | None, typer.Option(help="require a keyless signature of this e-mail address or URI; with --issuer")
+]
+Issuer = Annotated[str | None, typer.Option(help="URL of the service that vouches for the identity")]
+TrustConfig = Annotated[
+    Path | None,
+    typer.Option(help="trust configuration of a private Sigstore, in JSON; else the public one, from the network"),
+]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
 BudgetOption = Annotated[
     str,

@@ -10,11 +10,22 @@ from typing import Annotated
 import typer
 
 from pipeline.budget import human_bytes
-from pipeline.console import open_registry, print_json, progress_of, read_password, version_json
+from pipeline.console import open_registry, print_json, progress_of, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
 from pipeline.home import home
-from pipeline.options import AsJson, NameArgument, PasswordVariable, PublicKey, Quiet
+from pipeline.options import (
+    AsJson,
+    Identity,
+    Issuer,
+    NameArgument,
+    PasswordVariable,
+    PublicKey,
+    Quiet,
+    TokenVariable,
+    TrustConfig,
+)
+from pipeline.signers import signer_of, verifier_of
 from pipeline.watch_cli import watch
 from registry import AliasMove, RegistryError, export_version, import_version, sign_version, verify_signature
 
@@ -125,14 +136,24 @@ def diff(before: NameArgument, after: NameArgument, as_json: AsJson = False) -> 
 @registry_app.command()
 def sign(
     name: NameArgument,
-    key: Annotated[Path, typer.Option(help="private key of an elliptic curve, in PEM")],
+    key: Annotated[Path | None, typer.Option(help="private key of an elliptic curve, in PEM")] = None,
     password_variable: PasswordVariable = None,
+    keyless: Annotated[
+        bool, typer.Option("--keyless", help="sign as who you are, which a public log then shows; needs the network")
+    ] = False,
+    token_variable: TokenVariable = None,
+    trust_config: TrustConfig = None,
     quiet: Quiet = False,
 ) -> None:
-    """Sign all files of a version with a key of your own; `verify --public-key` checks it, here or elsewhere."""
-    password = read_password(password_variable)
+    """Sign all files of a version with a key of your own, or without one by Sigstore.
+
+    `verify --public-key`, or `verify --identity --issuer`, checks it, here or elsewhere.
+    """
+    signer = signer_of(("--key", key), ("--keyless", keyless), password_variable, token_variable, trust_config)
+    if signer is None:
+        raise RecipeError("Who signs? Expected `--key FILE` for a key of your own, or `--keyless`.")
     store = open_registry()
-    signature = sign_version(store, name, key.expanduser(), password=password)
+    signature = sign_version(store, name, signer)
     if not quiet:
         RESULTS.print(f"{store.version(name)} is signed ({signature.digest[:12]})", soft_wrap=True, highlight=False)
 
@@ -141,25 +162,32 @@ def sign(
 def verify(
     name: NameArgument,
     public_key: PublicKey = None,
+    identity: Identity = None,
+    issuer: Issuer = None,
+    trust_config: TrustConfig = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Re-hash every file of a version, and compare its tensors with its plan; exits with 1 if anything differs."""
+    verifier = verifier_of(public_key, identity, issuer, trust_config)
+    if verifier is not None:
+        verifier.check()  # a large version takes minutes to read
     store = open_registry()
     found = store.verify(name, progress=progress_of(quiet))
     num_matrices = 0
     if found.ok:  # before a word of "ok" is printed
         from pipeline.planned_tensors import check_planned
 
-        if public_key is not None:
-            verify_signature(store, name, public_key.expanduser())
+        if verifier is not None:
+            verify_signature(store, name, verifier)
         num_matrices = check_planned(store, found.version)
     if as_json:
         damage = {path: str(error) for path, error in found.damaged.items()}
         print_json(version_json(found.version) | {"ok": found.ok, "missing": list(found.missing), "damaged": damage})
     found.raise_if_damaged()
     if not quiet and not as_json:
-        signed = "" if public_key is None else f", signed with the key of {public_key}"
+        by = verifier and (f"by {verifier}" if verifier.is_keyless else f"with the key of {verifier}")
+        signed = f", signed {by}" if by else ""
         RESULTS.print(
             f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound; {num_matrices} "
             f"matrices as planned{signed}",

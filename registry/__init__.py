@@ -31,9 +31,12 @@ from registry.errors import (
 from registry.hub_collection import add_to_collection
 from registry.hub_overview import Overview
 from registry.hub_pull import PullResult, pull
-from registry.hub_push import PushResult, SignKey, push
+from registry.hub_push import PushResult, push
+from registry.key_files import KeySigner, KeyVerifier
+from registry.keyless import IdentityVerifier, KeylessSigner
 from registry.patience import Patience
 from registry.registry import Lineage, Registry
+from registry.signer import Signer, Verifier
 from registry.signing import sign_version, signatures, verify_signature
 from registry.store import Store
 from registry.transfer import Exported, export_version, import_version
@@ -53,10 +56,14 @@ __all__ = [
     "HubNotFoundError",
     "HubRaceError",
     "HubUnavailableError",
+    "IdentityVerifier",
     "IndexLostError",
     "IntegrityError",
     "InvalidDescriptionError",
     "InvalidNameError",
+    "KeySigner",
+    "KeyVerifier",
+    "KeylessSigner",
     "Lineage",
     "NotFoundError",
     "NotPublishedError",
@@ -68,13 +75,14 @@ __all__ = [
     "Registry",
     "RegistryError",
     "SchemaError",
-    "SignKey",
     "SignatureError",
+    "Signer",
     "Store",
     "TargetExistsError",
     "UnsafeFileError",
     "UnsafePathError",
     "Verification",
+    "Verifier",
     "Version",
     "VersionReference",
     "add_to_collection",

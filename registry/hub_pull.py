@@ -20,6 +20,7 @@ from registry.progress import SILENT, Progress
 from registry.publication import MANIFEST, REPORT_FOLDER, SIGNATURE, Manifest
 from registry.publication_record import find_publication, manifest_entry, record_publication
 from registry.registry import Registry
+from registry.signer import Verifier
 from registry.signing import KIND as SIGNATURE_KIND
 from registry.signing import signatures, signed_paths, verify_artifact
 from registry.version import Version, checked_name
@@ -34,7 +35,7 @@ class PullResult:
         manifest_sha256: of bitsmith-manifest.json.
         num_fetched, num_here: files that were downloaded, and that the registry had.
         is_signed: there is a signature, checked or not.
-        is_verified: it was made by the key that was given.
+        is_verified: it is of the key or the identity that was asked for.
     """
 
     version: Version
@@ -55,7 +56,7 @@ def pull(
     name: str | None = None,
     revision: str | None = None,
     offline: bool = False,
-    public_key: Path | None = None,
+    verifier: Verifier | None = None,
     lock_file: Path | None = None,
     endpoint: str | None = None,
     token: str | None = None,
@@ -71,19 +72,21 @@ def pull(
         name: to publish it under; by default the last part of `repo_id`.
         revision: branch, tag or commit; by default the head of main.
         offline: ask nobody; find the version that was pulled from there (and from `revision`) before, and check it.
-        public_key: in PEM; without its signature over exactly these files nothing is published here.
+        verifier: a key or an identity; without its signature over exactly these files nothing is published here.
         lock_file: where it pins the repository, that commit and manifest or nothing; otherwise it is pinned there now.
         patience: with a busy server.
     Raises:
         NotPublishedError: the repository has no manifest.
         IntegrityError: a file is not what the manifest says. Nothing was published here.
-        SignatureError: see `public_key`. Nothing was published here.
+        SignatureError: see `verifier`. Nothing was published here.
         UnsafePathError, UnsafeFileError: the manifest names a file outside its folder, or one that could be executed.
         InvalidDescriptionError: the manifest cannot be read.
         PinError: the lock file pins another revision or manifest.
         NotFoundError: `offline`, and it is not here.
         HubAuthError, HubNotFoundError, HubUnavailableError: as the server answered.
     """
+    if verifier:
+        verifier.check()
     pin = read_pin(lock_file, repo_id) if lock_file else None
     asked_name = name and checked_name(name)
     name = checked_name(name or (pin.name if pin else repo_id.rsplit("/", 1)[-1]))
@@ -94,7 +97,7 @@ def pull(
         )
     result = None
     if offline or pin:
-        result = _from_here(registry, repo_id, asked_name, revision, pin, public_key, offline)
+        result = _from_here(registry, repo_id, asked_name, revision, pin, verifier, offline)
     if result is None and offline:
         at = f" at {pin.commit if pin else revision}" if pin or revision else ""
         raise NotFoundError(
@@ -102,7 +105,7 @@ def pull(
             "Run the same command once with the network."
         )
     if result is None:
-        pulling = _Pulling(registry, repo_id, name, revision, pin, public_key, progress)
+        pulling = _Pulling(registry, repo_id, name, revision, pin, verifier, progress)
 
         def attempt() -> PullResult:
             with open_repository(repo_id, "read", registry.root / "pulls", endpoint, token) as repository:
@@ -121,7 +124,7 @@ def _from_here(
     name: str | None,
     revision: str | None,
     pin: Pin | None,
-    public_key: Path | None,
+    verifier: Verifier | None,
     offline: bool,
 ) -> PullResult | None:
     """What was pulled before, if all of it is here and sound."""
@@ -147,8 +150,8 @@ def _from_here(
         return None  # to be fetched again
     verification.raise_if_damaged()
     signed = signatures(registry, version.digest)
-    if public_key:
-        signature = verify_artifact(registry, registry.get(version.digest), public_key, str(version), signed)
+    if verifier:
+        signature = verify_artifact(registry, registry.get(version.digest), verifier, str(version), signed)
         _check_report(registry, version, signature)
     if name and name != version.name:
         report = registry.get(version.report_digest) if version.report_digest else None
@@ -162,18 +165,19 @@ def _from_here(
         0,
         verification.num_files,
         bool(signed),
-        bool(public_key),
+        bool(verifier),
     )
 
 
 def _check_report(registry: Registry, version: Version, signature: Artifact) -> None:
-    """Raises SignatureError where the version was published here before, without a key, with a report nobody signed."""
+    """Raises SignatureError where the version was published here before, unchecked, with a report nobody signed."""
     report = registry.get(version.report_digest) if version.report_digest else None
     signed = {path.removeprefix(f"{REPORT_FOLDER}/"): entry for path, entry in signature.files.items()}
     if report and not report.files.items() <= signed.items():
         raise SignatureError(
-            f"{version} is here already, from a pull or an import without a key, with a report that the signature does "
-            "not speak of. Its own files are right. Pull it under another name (--name) to have only what was signed."
+            f"{version} is here already, from a pull or an import that checked no signature, with a report that the "
+            "signature does not speak of. Its own files are right. Pull it under another name (--name) to have only "
+            "what was signed."
         )
 
 
@@ -186,7 +190,7 @@ class _Pulling:
     name: str
     revision: str | None
     pin: Pin | None
-    public_key: Path | None
+    verifier: Verifier | None
     progress: Progress
 
     def run(self, repository: HubRepository) -> PullResult:
@@ -202,16 +206,16 @@ class _Pulling:
             )
         repository.check_listing(manifest, remote)
         bundle = repository.small_file(SIGNATURE, commit, remote[SIGNATURE]) if SIGNATURE in remote else None
-        if self.public_key and bundle is not None and MANIFEST not in signed_paths(bundle):
+        if self.verifier and bundle is not None and MANIFEST not in signed_paths(bundle):
             manifest = replace(manifest, report=None, lineage=())  # nobody has signed these
         with self.registry.adding():
             num_fetched = self._fetch(repository, commit, manifest)
             revision = self.pin.revision if self.pin else self.revision or "main"
             found = [self._signature(manifest, text, bundle)] if bundle is not None else []
             signature = None
-            if self.public_key:
+            if self.verifier:
                 what = f"{self.repo_id} at {revision}"
-                signature = verify_artifact(self.registry, manifest.artifact, self.public_key, what, found)
+                signature = verify_artifact(self.registry, manifest.artifact, self.verifier, what, found)
             self._record(manifest, found)
             note = f"pulled from {self.repo_id} at {commit}"
             version = self.registry.publish(self.name, manifest.artifact, manifest.report, note)
@@ -230,7 +234,7 @@ class _Pulling:
             num_fetched,
             num_here,
             bundle is not None,
-            bool(self.public_key),
+            bool(self.verifier),
         )
 
     def _fetch(self, repository: HubRepository, commit: str, manifest: Manifest) -> int:

@@ -11,7 +11,6 @@ HF_HUB_DISABLE_XET=1 in the environment before `huggingface_hub` is first import
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 from registry.artifact import sha256_of
 from registry.errors import InvalidNameError
@@ -22,6 +21,7 @@ from registry.progress import SILENT, Progress
 from registry.publication import MANIFEST, SIGNATURE, Content, Publication
 from registry.publication_record import record_publication
 from registry.registry import Registry
+from registry.signer import Signer
 from registry.signing import sign_version, signature_over, signatures
 from registry.version import is_name
 
@@ -36,7 +36,7 @@ class PushResult:
         url: a page that people can open.
         num_uploaded: files that the commit added or changed; 0 if everything was there.
         num_unchanged: files that were there already.
-        is_signed: by `sign_key`, or by `bitsmith registry sign` before.
+        is_signed: by `signer`, or by `bitsmith registry sign` before.
     """
 
     repo_id: str
@@ -49,14 +49,6 @@ class PushResult:
     is_signed: bool
 
 
-@dataclass(frozen=True)
-class SignKey:
-    """A private key in PEM, and the password of its file."""
-
-    path: Path
-    password: str | None = None
-
-
 def push(
     registry: Registry,
     reference: str,
@@ -67,7 +59,7 @@ def push(
     tag: str | None = None,
     card: str | None = None,
     overview: Overview | None = None,
-    sign_key: SignKey | None = None,
+    signer: Signer | None = None,
     endpoint: str | None = None,
     token: str | None = None,
     patience: Patience | None = None,
@@ -85,8 +77,8 @@ def push(
         tag: by default v<number>, on another branch than main <branch>-v<number>.
         card: the text of README.md, with its YAML header. None leaves the page as it is.
         overview: how to make the page of main from all branches; only where `branch` is another.
-        sign_key: to sign all published files with, the card included. Without it, a signature of the version's own
-            files that the registry has is published.
+        signer: a key or an identity that signs all published files, the card included. Without it, a signature of the
+            version's own files that the registry has is published.
         endpoint, token: default to HF_ENDPOINT and to the login of `hf auth login` or HF_TOKEN.
         patience: with a busy server and lost races.
     Raises:
@@ -97,7 +89,7 @@ def push(
         UnsafeFileError: a file of the version could be executed.
         RegistryError: the artifact has a README.md of its own and `card` was given too.
         InvalidNameError: `branch` or `tag` cannot be one.
-        SignatureError: the key cannot be used.
+        SignatureError: the key or the identity cannot sign. Nothing was sent.
     """
     version = registry.version(reference)
     tag = tag or (f"v{version.number}" if branch == "main" else f"{branch}-v{version.number}")
@@ -105,8 +97,8 @@ def push(
         if not is_name(name) or name.startswith(STAGING):
             raise InvalidNameError(f"{name!r} cannot be a {word}: expected letters, digits, '.', '-' or '_'.")
     publication = Publication.of(registry, version, card)
-    publication = _signed(registry, str(version), publication, sign_key)
-    target = _Target(publication, branch, tag, private, f"{version} by bitsmith", must_be_signed=sign_key is not None)
+    publication = _signed(registry, str(version), publication, signer)
+    target = _Target(publication, branch, tag, private, f"{version} by bitsmith", must_be_signed=signer is not None)
     patience = patience or Patience()
 
     def repository() -> AbstractContextManager[HubRepository]:
@@ -193,19 +185,15 @@ class _Target:
         )
 
 
-def _signed(registry: Registry, reference: str, publication: Publication, key: SignKey | None) -> Publication:
+def _signed(registry: Registry, reference: str, publication: Publication, signer: Signer | None) -> Publication:
     """With the signature that the registry has, or a new one: signing the same twice would give two commits."""
     digest, beside = publication.manifest.artifact.digest, publication.beside
-    if key is None:
+    if signer is None:
         found = next((each for each in signatures(registry, digest) if set(each.files) == {SIGNATURE}), None)
     else:
         entries = {path: content.entry for path, content in beside.items()}
-        found = signature_over(registry, digest, entries, key.path, password=key.password) or sign_version(
-            registry,
-            reference,
-            key.path,
-            password=key.password,
-            beside={path: content.read() for path, content in beside.items()},
+        found = signature_over(registry, digest, entries, signer) or sign_version(
+            registry, reference, signer, beside={path: content.read() for path, content in beside.items()}
         )
     if found is None:
         return publication

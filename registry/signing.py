@@ -1,11 +1,11 @@
-"""Signatures over all files of a version, in the OpenSSF's format (model-signing), with elliptic-curve keys: offline.
+"""Signatures over all files of a version, in the OpenSSF's format (model-signing), with a key or by an identity.
 
 A signature is an artifact of kind "signature" whose parent is the signed one:
 
     model.sig      a Sigstore bundle: an in-toto statement with the sha256 of every file, and its signature
     ...            what was signed with the version's files: in a publication the card, the manifest and the report
 
-It holds for the content, under whatever name and number. `model-signing verify key` reads it too, beside the files.
+It holds for the content, under whatever name and number. `model-signing verify` reads it too, beside the files.
 """
 
 import base64
@@ -20,6 +20,7 @@ from pathlib import Path
 from registry.artifact import Artifact, FileEntry
 from registry.errors import RegistryError, SignatureError
 from registry.registry import Registry
+from registry.signer import Signer, Verifier
 from registry.store import disk_errors
 
 KIND = "signature"
@@ -27,36 +28,19 @@ FILE = "model.sig"
 
 
 def sign_version(
-    registry: Registry,
-    reference: str,
-    private_key: Path,
-    *,
-    password: str | None = None,
-    beside: Mapping[str, bytes] | None = None,
+    registry: Registry, reference: str, signer: Signer, *, beside: Mapping[str, bytes] | None = None
 ) -> Artifact:
-    """Sign a version with a private key in PEM (P-256, P-384 or P-521), after checking every file's hash.
+    """Sign a version, after checking every file's hash.
 
     Args:
         beside: more files to sign together with the version's, by their path in the same folder.
     Raises:
-        SignatureError: the key cannot be read or used.
+        SignatureError: the key or the identity cannot sign.
         IntegrityError: a file of the version is damaged.
     """
-    from cryptography.exceptions import UnsupportedAlgorithm
-
-    signing, _ = _model_signing()
+    signer.check()
     registry.verify(reference).raise_if_damaged()
     artifact = registry.get(registry.version(reference).digest)
-    try:
-        with disk_errors(private_key):
-            private_key.read_bytes()
-        secret = password.encode() if password else None  # annotated as text, used as bytes
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
-    except (ValueError, TypeError, AttributeError, UnsupportedAlgorithm) as error:
-        raise SignatureError(
-            f"{private_key} is not a private key that can sign ({error}). Expected an elliptic-curve key in PEM, such "
-            "as `openssl ecparam -name prime256v1 -genkey -noout -out key.pem` writes, and its password if it has one."
-        ) from error
     with _scratch(registry) as folder:
         model, out = folder / "model", folder / "out"  # the first name stands in the statement
         _lay_out(registry, artifact, model)
@@ -65,7 +49,7 @@ def sign_version(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(content)
         out.mkdir(exist_ok=True)
-        config.sign(model, out / FILE)
+        signer.sign(model, out / FILE)
         return registry.add_artifact(KIND, out, [artifact.digest])
 
 
@@ -74,20 +58,23 @@ def signatures(registry: Registry, digest: str) -> list[Artifact]:
     return [child for child in registry.children(digest) if child.kind == KIND]
 
 
-def signature_over(
-    registry: Registry, digest: str, beside: Mapping[str, FileEntry], private_key: Path, *, password: str | None = None
-) -> Artifact | None:
-    """The signature that `private_key` made over the artifact and exactly these files beside it, if there is one."""
+def signature_over(registry: Registry, digest: str, beside: Mapping[str, FileEntry], signer: Signer) -> Artifact | None:
+    """The signature that `signer` made over the artifact and exactly these files beside it, if there is one."""
     candidates = [
-        each for each in signatures(registry, digest) if {p: e for p, e in each.files.items() if p != FILE} == beside
+        each
+        for each in signatures(registry, digest)
+        if {path: entry for path, entry in each.files.items() if path != FILE} == beside
+        and _is_keyless(registry, each) == signer.is_keyless
     ]
     if not candidates:
         return None
+    artifact = registry.get(digest)
     with _scratch(registry) as folder:
-        public_key = folder / "public.pem"
-        public_key.write_bytes(_public_half(private_key, password))
-        held = (each for each in candidates if _why_it_fails(registry, registry.get(digest), each, public_key) is None)
-        return next(held, None)
+        for verifier in signer.verifiers(folder):
+            for each in candidates:
+                if _why_it_fails(registry, artifact, each, verifier) is None:
+                    return each
+    return None
 
 
 def signed_paths(bundle: bytes) -> set[str]:
@@ -106,19 +93,19 @@ def signed_paths(bundle: bytes) -> set[str]:
         ) from error
 
 
-def verify_signature(registry: Registry, reference: str, public_key: Path) -> Artifact:
-    """The signature of the version that `public_key` made, over exactly the files that are here.
+def verify_signature(registry: Registry, reference: str, verifier: Verifier) -> Artifact:
+    """The signature of the version that `verifier` asks for, over exactly the files that are here.
 
     Raises:
-        SignatureError: there is none, or it is over other files, or the key cannot be read.
+        SignatureError: there is none, or it is over other files, or nothing can be verified.
     """
     version = registry.version(reference)
     found = signatures(registry, version.digest)
-    return verify_artifact(registry, registry.get(version.digest), public_key, str(version), found)
+    return verify_artifact(registry, registry.get(version.digest), verifier, str(version), found)
 
 
 def verify_artifact(
-    registry: Registry, artifact: Artifact, public_key: Path, what: str, found: list[Artifact]
+    registry: Registry, artifact: Artifact, verifier: Verifier, what: str, found: list[Artifact]
 ) -> Artifact:
     """As `verify_signature`, for an artifact that may not be recorded yet.
 
@@ -126,44 +113,36 @@ def verify_artifact(
         what: its name in an error.
         found: the signatures to try.
     """
-    _, verifying = _model_signing()
-    with disk_errors(public_key):
-        public_key.read_bytes()
-    try:
-        verifying.Config().use_elliptic_key_verifier(public_key=public_key)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise SignatureError(f"{public_key} is not a public key in PEM of an elliptic curve ({error}).") from error
+    verifier.check()
     reasons = []
     for signature in found:
-        why = _why_it_fails(registry, artifact, signature, public_key)
+        why = _why_it_fails(registry, artifact, signature, verifier)
         if why is None:
             return signature
         reasons.append(why)
     why = f"it has {len(found)}, and none holds: {'; '.join(reasons)}" if found else "it has none"
-    raise SignatureError(
-        f"{what} has no signature of {public_key}: {why}. Ask the one who has the private key to sign it "
-        "(`bitsmith registry sign`, or `bitsmith push --sign-key`), or give the right public key."
-    )
+    raise SignatureError(f"{what} has no signature of {verifier}: {why}. {verifier.advice}")
 
 
-def _why_it_fails(registry: Registry, artifact: Artifact, signature: Artifact, public_key: Path) -> str | None:
+def _why_it_fails(registry: Registry, artifact: Artifact, signature: Artifact, verifier: Verifier) -> str | None:
     """None if it holds."""
-    _, verifying = _model_signing()
     beside = {path: entry for path, entry in signature.files.items() if path != FILE}
     if FILE not in signature.files or set(beside) & set(artifact.files):
         return "it is no signature of this version"
+    bundle = registry.path(signature, FILE)
     try:
-        spoken_of = signed_paths(registry.path(signature, FILE).read_bytes())
+        spoken_of = signed_paths(bundle.read_bytes())
     except SignatureError as error:
         return str(error)
+    if _is_keyless(registry, signature) != verifier.is_keyless:
+        return "it is of a key, not of an identity" if verifier.is_keyless else "it is of an identity, not of a key"
     if unspoken := sorted({*artifact.files, *beside} - spoken_of):
         return f"it leaves out {unspoken[0]}"
     with _scratch(registry) as folder:
         _lay_out(registry, artifact, folder / "model")
         _lay_out(registry, Artifact.create("beside", beside), folder / "model")
-        config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
         try:
-            config.verify(folder / "model", registry.path(signature, FILE))
+            verifier.verify(folder / "model", bundle)
         except RegistryError:
             raise
         except Exception as error:  # whatever a foreign file makes the parser raise, it is no signature
@@ -171,16 +150,12 @@ def _why_it_fails(registry: Registry, artifact: Artifact, signature: Artifact, p
     return None
 
 
-def _public_half(private_key: Path, password: str | None) -> bytes:
-    from cryptography.hazmat.primitives import serialization
-
-    with disk_errors(private_key):
-        content = private_key.read_bytes()
+def _is_keyless(registry: Registry, signature: Artifact) -> bool:
+    """Does its bundle hold a certificate, which names an identity, in place of the hash of a key?"""
     try:
-        key = serialization.load_pem_private_key(content, password.encode() if password else None)
-    except (ValueError, TypeError) as error:
-        raise SignatureError(f"{private_key} cannot be read as a private key ({error}).") from error
-    return key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return "publicKey" not in json.loads(registry.path(signature, FILE).read_bytes())["verificationMaterial"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 @contextmanager
@@ -203,13 +178,3 @@ def _lay_out(registry: Registry, artifact: Artifact, folder: Path) -> None:
         except OSError:
             with blob.open("rb") as reader, target.open("xb") as writer:
                 shutil.copyfileobj(reader, writer)
-
-
-def _model_signing():
-    try:
-        from model_signing import signing, verifying
-    except ImportError as error:
-        raise RegistryError(
-            f"Signatures need {error.name}. Install it with `pip install 'bitsmith[signing]'`."
-        ) from error
-    return signing, verifying

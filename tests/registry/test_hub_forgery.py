@@ -13,12 +13,13 @@ from registry import (
     HubConflictError,
     HubError,
     IntegrityError,
+    KeySigner,
+    KeyVerifier,
     Overview,
     PinError,
     Registry,
     RegistryError,
     SignatureError,
-    SignKey,
     UnsafeFileError,
     Version,
     import_version,
@@ -112,26 +113,26 @@ def test_a_signature_holds_for_no_file_that_it_leaves_out(
 ) -> None:
     """The OpenSSF's tools leave out what git reads, so that one could be added under a signature that is genuine."""
     private, public = keys
-    bundle = registry.path(sign_version(registry, "tiny", private), SIGNATURE).read_bytes()
+    bundle = registry.path(sign_version(registry, "tiny", KeySigner(private)), SIGNATURE).read_bytes()
     genuine = registry.get(version.digest)
     more = registry.add_artifact("x", make_folder({".git/config": b"evil"}))
     forged = Artifact.create("checkpoint", {**genuine.files, **more.files})
     registry.record(forged)
     signature = registry.add_artifact("signature", make_folder({SIGNATURE: bundle}), [forged.digest])
     with pytest.raises(SignatureError, match="leaves out"):
-        verify_artifact(registry, forged, public, "forged", [signature])
+        verify_artifact(registry, forged, KeyVerifier(public), "forged", [signature])
 
 
 def test_a_signature_does_not_bring_its_own_weights(registry: Registry, version: Version, keys, make_folder) -> None:
     """Files beside the version's own may not take their place; nor may laying them out write into the store."""
     private, public = keys
-    bundle = registry.path(sign_version(registry, "tiny", private), SIGNATURE).read_bytes()
+    bundle = registry.path(sign_version(registry, "tiny", KeySigner(private)), SIGNATURE).read_bytes()
     genuine = registry.get(version.digest)
     folder = make_folder({"config.json": b"evil", "tables/plan.json": b"evil", "model.safetensors": b"evil"})
     forged = registry.add_artifact("checkpoint", folder)
     crafted = Artifact.create("signature", {SIGNATURE: FileEntry.of_bytes(bundle), **genuine.files}, [forged.digest])
     with pytest.raises(SignatureError, match="no signature of this version"):
-        verify_artifact(registry, forged, public, "forged", [crafted])
+        verify_artifact(registry, forged, KeyVerifier(public), "forged", [crafted])
     registry.publish("forged", forged)
     assert registry.verify("forged").ok
     assert registry.verify("tiny").ok
@@ -142,13 +143,13 @@ def test_a_signature_from_here_does_not_vouch_for_a_strangers_report(registry, h
     made = registry.add_artifact("checkpoint", make_folder({"config.json": b"{}"}))
     report = registry.add_artifact("report", make_folder({"report.json": b'{"kld": 1}'}), [made.digest])
     registry.publish("tiny", made, report)
-    send(registry, hub, sign_key=SignKey(private))
-    fetch(other, hub, public_key=public)
+    send(registry, hub, signer=KeySigner(private))
+    fetch(other, hub, verifier=KeyVerifier(public))
     forged = b'{"kld": 0}'
     lie = Artifact.create("report", {"report.json": FileEntry.of_bytes(forged)}, [made.digest])
     publish(hub, THEIRS, {"config.json": b"{}", "report/report.json": forged, MANIFEST: describe(made, lie)})
     with pytest.raises(SignatureError, match="it has none"):
-        theirs(other, hub, public_key=public)
+        theirs(other, hub, verifier=KeyVerifier(public))
     assert [version.name for version in other.versions()] == ["tiny-3bpw"]
 
 
@@ -158,9 +159,9 @@ def test_what_a_signature_does_not_speak_of_is_left_out_where_a_key_is_given(reg
     made = registry.add_artifact("checkpoint", make_folder({"config.json": b"{}"}))
     report = registry.add_artifact("report", make_folder({"report.json": b"{}"}), [made.digest])
     registry.publish("tiny", made, report)
-    sign_version(registry, "tiny", private)
+    sign_version(registry, "tiny", KeySigner(private))
     send(registry, hub)
-    result = fetch_whole(other, hub, public_key=public)
+    result = fetch_whole(other, hub, verifier=KeyVerifier(public))
     assert result.is_verified
     assert result.version.report_digest is None
 
@@ -170,24 +171,24 @@ def test_a_report_from_a_pull_without_a_key_is_not_vouched_for_later(registry, h
     made = registry.add_artifact("checkpoint", make_folder({"config.json": b"{}"}))
     report = registry.add_artifact("report", make_folder({"report.json": b'{"kld": 1}'}), [made.digest])
     registry.publish("tiny", made, report)
-    send(registry, hub, sign_key=SignKey(private))
+    send(registry, hub, signer=KeySigner(private))
     forged = b'{"kld": 0}'
     lie = Artifact.create("report", {"report.json": FileEntry.of_bytes(forged)}, [made.digest])
     publish(hub, THEIRS, {"config.json": b"{}", "report/report.json": forged, MANIFEST: describe(made, lie)})
     assert theirs(other, hub, name="tiny").report_digest == lie.digest
     with pytest.raises(SignatureError, match="report that the signature does not speak of"):
-        fetch(other, hub, name="tiny", public_key=public)
+        fetch(other, hub, name="tiny", verifier=KeyVerifier(public))
     with pytest.raises(SignatureError, match="report that the signature"):
-        theirs(other, hub, name="tiny", public_key=public, offline=True)
-    assert fetch(other, hub, name="sound", public_key=public).report_digest == report.digest
+        theirs(other, hub, name="tiny", verifier=KeyVerifier(public), offline=True)
+    assert fetch(other, hub, name="sound", verifier=KeyVerifier(public)).report_digest == report.digest
 
 
 def test_a_pull_that_fails_its_check_leaves_no_signature_behind(registry, version, hub, other, keys, tmp_path) -> None:
     private, _ = keys
-    send(registry, hub, sign_key=SignKey(private))
+    send(registry, hub, signer=KeySigner(private))
     _, wrong = write_keys(tmp_path, "wrong", ec.SECP256R1())
     with pytest.raises(SignatureError):
-        fetch(other, hub, public_key=wrong)
+        fetch(other, hub, verifier=KeyVerifier(wrong))
     assert signatures(other, version.digest) == []
 
 
@@ -228,7 +229,7 @@ def test_an_import_brings_no_place_either(registry, version, tmp_path, other) ->
 def test_a_tag_without_a_signature_is_not_said_to_be_signed(registry, version, hub, other, keys) -> None:
     send(registry, hub)
     with pytest.raises(HubConflictError, match="v1 already"):
-        send(registry, hub, sign_key=SignKey(keys[0]))
+        send(registry, hub, signer=KeySigner(keys[0]))
     assert not send(registry, hub).is_signed
 
 

@@ -11,9 +11,10 @@ from registry import (
     Artifact,
     IntegrityError,
     InvalidDescriptionError,
+    KeySigner,
+    KeyVerifier,
     Registry,
     SignatureError,
-    SignKey,
     UnsafeFileError,
     Version,
     sign_version,
@@ -82,14 +83,14 @@ def test_the_next_version_without_a_report_takes_the_old_one_away(registry, eval
 
 def test_a_signed_push_is_verified_before_anything_is_published(registry, evaluated, hub, other, keys, tmp_path):
     private, public = keys
-    assert send(registry, hub, sign_key=SignKey(private)).is_signed
-    result = fetch_whole(other, hub, public_key=public)
+    assert send(registry, hub, signer=KeySigner(private)).is_signed
+    result = fetch_whole(other, hub, verifier=KeyVerifier(public))
     assert (result.is_signed, result.is_verified) == (True, True)
-    assert verify_signature(other, "tiny-3bpw", public).kind == "signature"
+    assert verify_signature(other, "tiny-3bpw", KeyVerifier(public)).kind == "signature"
     _, theirs = write_keys(tmp_path, "theirs", ec.SECP256R1())
     third = Registry(tmp_path / "third")
     with pytest.raises(SignatureError, match=r"theirs\.pub"):
-        fetch(third, hub, public_key=theirs)
+        fetch(third, hub, verifier=KeyVerifier(theirs))
     assert refuses(third)
     assert not fetch_whole(third, hub).is_verified
 
@@ -99,7 +100,7 @@ def test_openssf_verifies_a_downloaded_folder(registry, evaluated, hub, keys, tm
     from model_signing import hashing, verifying
 
     private, public = keys
-    send(registry, hub, sign_key=SignKey(private))
+    send(registry, hub, signer=KeySigner(private))
     folder = tmp_path / "snapshot"
     for path, file in hub.head(REPO).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,49 +121,49 @@ def test_signing_the_same_twice_gives_one_commit(registry, evaluated, hub, keys)
     private, _ = keys
     hub.faults["/tag/"] = 500
     with pytest.raises(ConnectionError):
-        send(registry, hub, sign_key=SignKey(private))
+        send(registry, hub, signer=KeySigner(private))
     hub.faults.clear()
-    result = send(registry, hub, sign_key=SignKey(private))
+    result = send(registry, hub, signer=KeySigner(private))
     assert result.num_uploaded == 0
     assert len(list(hub.repos[REPO].history(result.commit))) == 2
 
 
 def test_another_key_signs_anew(registry, evaluated, hub, keys, tmp_path):
-    send(registry, hub, sign_key=SignKey(keys[0]), tag="first")
+    send(registry, hub, signer=KeySigner(keys[0]), tag="first")
     other_private, other_public = write_keys(tmp_path, "next", ec.SECP384R1(), b"secret")
-    send(registry, hub, sign_key=SignKey(other_private, "secret"), tag="second")
+    send(registry, hub, signer=KeySigner(other_private, "secret"), tag="second")
     mine = Registry(tmp_path / "mine")
-    assert fetch_whole(mine, hub, revision="second", public_key=other_public).is_verified
+    assert fetch_whole(mine, hub, revision="second", verifier=KeyVerifier(other_public)).is_verified
     with pytest.raises(SignatureError, match=r"not a private key|cannot be read"):
-        send(registry, hub, sign_key=SignKey(other_private, "wrong"), tag="third")
+        send(registry, hub, signer=KeySigner(other_private, "wrong"), tag="third")
 
 
 def test_a_signature_of_the_registry_is_published_too(registry, evaluated, hub, other, keys):
     """It was made where the key is, and covers the version's own files."""
     private, public = keys
-    sign_version(registry, "tiny", private)
+    sign_version(registry, "tiny", KeySigner(private))
     assert send(registry, hub).is_signed
-    assert fetch_whole(other, hub, public_key=public).is_verified
+    assert fetch_whole(other, hub, verifier=KeyVerifier(public)).is_verified
 
 
 def test_a_version_that_was_changed_with_its_manifest_has_no_signature(
     registry, evaluated, hub, other, keys, make_folder
 ):
     private, public = keys
-    send(registry, hub, sign_key=SignKey(private))
+    send(registry, hub, signer=KeySigner(private))
     forged = Artifact.create("checkpoint", {"config.json": FileEntry.of_bytes(b"evil")})
     card = FileEntry.of_bytes(CARD.encode())
     change(hub, "config.json", b"evil")
     change(hub, MANIFEST, Manifest(forged, None, (), card).to_json().encode())
     with pytest.raises(SignatureError):
-        fetch(other, hub, public_key=public)
+        fetch(other, hub, verifier=KeyVerifier(public))
     assert refuses(other)
 
 
 def test_an_unsigned_version_is_refused_where_a_key_is_given(registry, version, hub, other, keys):
     send(registry, hub)
     with pytest.raises(SignatureError, match="it has none"):
-        fetch(other, hub, public_key=keys[1])
+        fetch(other, hub, verifier=KeyVerifier(keys[1]))
     assert refuses(other)
 
 
@@ -171,7 +172,7 @@ def test_a_signature_that_is_none(registry, version, hub, other, keys, content):
     send(registry, hub)
     change(hub, SIGNATURE, content)
     with pytest.raises(SignatureError):
-        fetch(other, hub, public_key=keys[1])
+        fetch(other, hub, verifier=KeyVerifier(keys[1]))
     assert refuses(other)
 
 
