@@ -14,6 +14,8 @@ from registry import Registry
 from tests.keys import write_keys
 from tests.pipeline.conftest import Answer
 from tests.pipeline.small import SMALL
+from tests.registry.hub_server import WRITE_TOKEN, HubServer
+from tests.registry.sigstore_server import SigstoreServer
 
 
 @pytest.fixture(scope="module")
@@ -334,3 +336,60 @@ def test_sign_and_verify_with_a_key(call, tmp_path: Path, monkeypatch) -> None:
     assert "none holds" in refused.err
     assert call("verify", "tiny:1", "--public-key", public).code == 1
     assert call("verify", "tiny:1", "--public-key", public, "--json").out == "", "nothing says ok"
+
+
+def test_sign_and_verify_without_a_key(call, bitsmith, tmp_path: Path, monkeypatch) -> None:
+    """On to the Hub and back, by what the command line offers."""
+    _, public = write_keys(tmp_path, "key", ec.SECP256R1())
+    with SigstoreServer() as sigstore, HubServer() as hub:
+        trust = ("--trust-config", sigstore.write_trust_config(tmp_path / "trust.json"))
+        alice = ("--identity", "alice@example.com", "--issuer", sigstore.issuer, *trust)
+        keyless = ("--identity-token-variable", "TOKEN", *trust)
+        monkeypatch.setenv("TOKEN", f"{sigstore.token()}\n")
+        signed = call("sign", "tiny", "--keyless", *keyless)
+        assert "tiny:2 is signed" in signed.out, signed.err
+        verified = call("verify", "tiny", *alice)
+        assert f"14 matrices as planned, signed by alice@example.com (by {sigstore.issuer})" in verified.out
+        refused = call("verify", "tiny", "--identity", "bob@example.com", *alice[2:])
+        assert (refused.code, refused.out) == (1, "")
+        assert "none holds" in refused.err
+
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        pushed = bitsmith("push", "tiny", "alice/tiny", "--sign-keyless", *keyless)
+        assert ", signed)" in " ".join(pushed.out.split()), pushed.err
+        pulled = bitsmith("pull", "alice/tiny@v2", *alice)
+        assert f"signature of alice@example.com (by {sigstore.issuer}) holds" in pulled.out, pulled.err
+        assert bitsmith("pull", "alice/tiny@v2", "--offline", *alice).code == 0
+        assert "not checked" in bitsmith("pull", "alice/tiny@v2").out
+        for other in (("--public-key", public), ("--identity", "bob@example.com", *alice[2:])):
+            refused = bitsmith("pull", "alice/tiny@v2", *other)
+            assert (refused.code, refused.out) == (1, "")
+            assert "none holds" in refused.err
+
+
+def test_a_key_and_an_identity_exclude_each_other(call, bitsmith, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("TOKEN", "")
+    push, pull = ("push", "tiny", "alice/tiny"), ("pull", "alice/tiny")
+    sign, verify = ("registry", "sign", "tiny"), ("registry", "verify", "tiny")
+    for arguments, word in (
+        (sign, "Who signs?"),
+        ((*sign, "--key", "k", "--keyless"), "one of the two"),
+        ((*push, "--sign-key", "k", "--sign-keyless"), "--sign-key signs with a key and --sign-keyless without"),
+        ((*sign, "--key", "k", "--trust-config", "t"), "--trust-config belongs to --keyless"),
+        ((*sign, "--keyless", "--password-variable", "P"), "--password-variable belongs to --key"),
+        ((*push, "--identity-token-variable", "TOKEN"), "--identity-token-variable belongs to --sign-keyless"),
+        ((*sign, "--keyless", "--identity-token-variable", "NO_SUCH"), "The environment has no NO_SUCH"),
+        ((*sign, "--keyless", "--identity-token-variable", "TOKEN"), "no JWT"),
+        ((*verify, "--public-key", "k", "--identity", "a", "--issuer", "b"), "one of the two"),
+        ((*verify, "--identity", "a"), "--identity needs --issuer too"),
+        ((*pull, "--issuer", "b"), "--issuer needs --identity too"),
+        ((*pull, "--identity", "", "--issuer", "b"), "The identity is empty"),
+        ((*pull, "--public-key", "k", "--trust-config", "t"), "--trust-config belongs to --identity"),
+        ((*pull, "--offline", "--identity", "a", "--issuer", "b"), "--offline asks nobody"),
+    ):
+        refused = bitsmith(*arguments)
+        assert refused.code == 1, arguments
+        assert word in " ".join(refused.err.split()), arguments

@@ -1,4 +1,4 @@
-"""A registry in a temporary folder with either database, folders to add, places for a remote store, and a Hub."""
+"""A registry in a temporary folder with either database, folders to add, and the servers that it speaks with."""
 
 import json
 import sys
@@ -10,11 +10,12 @@ from uuid import uuid4
 
 import pytest
 
-from registry import Artifact, Registry, Version
+from registry import Artifact, IdentityVerifier, KeylessSigner, Registry, Version
 from registry.settings import RegistrySettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_server import HubServer
+from sigstore_server import SigstoreServer
 
 if TYPE_CHECKING:
     from tests.registry.s3_server import S3Server
@@ -76,6 +77,31 @@ def other(tmp_path: Path) -> Registry:
 @pytest.fixture
 def version(registry: Registry, checkpoint: Artifact) -> Version:
     return registry.publish("tiny", checkpoint)
+
+
+@pytest.fixture
+def sigstore(monkeypatch: pytest.MonkeyPatch) -> Iterator[SigstoreServer]:
+    """An instance, and no CI around us that would give its own tokens."""
+    for variable in ("GITHUB_ACTIONS", "GITLAB_CI", "CIRCLECI", "BUILDKITE", "SIGSTORE_ID_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("id._internal.oidc.ambient._GCP_PRODUCT_NAME_FILE", "/nonexistent")
+    with SigstoreServer() as server:
+        yield server
+
+
+@pytest.fixture
+def trust(sigstore: SigstoreServer, tmp_path: Path) -> Path:
+    return sigstore.write_trust_config(tmp_path / "trust.json")
+
+
+@pytest.fixture
+def alice(sigstore: SigstoreServer, trust: Path) -> KeylessSigner:
+    return KeylessSigner(sigstore.token("alice@example.com"), trust)
+
+
+@pytest.fixture
+def is_alice(sigstore: SigstoreServer, trust: Path) -> IdentityVerifier:
+    return IdentityVerifier("alice@example.com", sigstore.issuer, trust)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """A private Sigstore instance on the loopback interface: an issuer of tokens, Fulcio, a CT log's key, and Rekor (v1).
 
-Honest where the real one is: tokens are checked before a certificate is given out, the certificate carries a timestamp of
-the CT log, an entry's signature is checked before it enters the log, and what Rekor answers holds an inclusion proof
+Honest where the real one is: tokens are checked before a certificate is given out, the certificate carries a timestamp
+of the CT log, an entry's signature is checked before it enters the log, and what Rekor answers holds an inclusion proof
 of its Merkle tree (RFC 6962), a signed checkpoint and a signed entry timestamp. The client's own code checks all of it.
 Left out: a timestamp authority, Rekor v2, witnesses.
 """
@@ -200,7 +200,9 @@ class SigstoreServer:
             "treeSize": len(self.leaves),
         }
         promise = _b64(self._log_key.sign(_canonical(entry), _SHA256))
-        return {_leaf_hash(leaf).hex(): entry | {"verification": {"inclusionProof": proof, "signedEntryTimestamp": promise}}}
+        return {
+            _leaf_hash(leaf).hex(): entry | {"verification": {"inclusionProof": proof, "signedEntryTimestamp": promise}}
+        }
 
     # The issuer
 
@@ -246,7 +248,9 @@ class _Authority:
 
         self.chain = [certificate("intermediate", self._key, 0), certificate("root", root, 1)]
 
-    def issue(self, key: ec.EllipticCurvePublicKey, claims: dict, ct_key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    def issue(
+        self, key: ec.EllipticCurvePublicKey, claims: dict, ct_key: ec.EllipticCurvePrivateKey
+    ) -> x509.Certificate:
         """Valid for ten minutes; signed twice, since the CT log's timestamp is over the certificate without it."""
         usage = dict.fromkeys(_USAGES, False) | {"digital_signature": True}
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
@@ -258,7 +262,9 @@ class _Authority:
         builder = builder.add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
         builder = builder.add_extension(issuer, critical=False)
         for oid, value in ((_ISSUER, iss.encode()), (_ISSUER_V2, _der(0x0C, iss.encode()))):
-            builder = builder.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=False)
+            builder = builder.add_extension(
+                x509.UnrecognizedExtension(x509.ObjectIdentifier(oid), value), critical=False
+            )
         before = builder.sign(self._key, hashes.SHA256()).tbs_certificate_bytes
         stamp = _timestamp(before, hashlib.sha256(_spki(self._key)).digest(), ct_key)
         listed = struct.pack(">HH", len(stamp) + 2, len(stamp)) + stamp
@@ -268,9 +274,9 @@ class _Authority:
 
 
 _USAGES = (
-    "digital_signature content_commitment key_encipherment data_encipherment key_agreement key_cert_sign crl_sign "
-    "encipher_only decipher_only"
-).split()
+    *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+    *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+)
 
 
 def _builder(
