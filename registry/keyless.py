@@ -101,8 +101,15 @@ class KeylessSigner:
         _ = self._config
 
     def sign(self, folder: Path, signature: Path) -> None:
+        from sigstore.models import Bundle
+        from sigstore.verify import Verifier as SigstoreVerifier
+
         with keyless_errors("made"):
             self._config.sign(folder, signature)
+            trusted_root = self._trust().trusted_root  # the client checks certificates, and not what the log answers
+            SigstoreVerifier(trusted_root=trusted_root).verify_dsse(
+                Bundle.from_json(signature.read_bytes()), _Anybody()
+            )
 
     def verifiers(self, scratch: Path) -> list[Verifier]:
         with keyless_errors("made"):
@@ -123,15 +130,25 @@ class KeylessSigner:
         return config
 
     def _any_token(self) -> "IdentityToken":
-        from sigstore.models import ClientTrustConfig
         from sigstore.oidc import IdentityToken, Issuer, detect_credential
 
         if self.token is not None:
             return _identity_token(self.token)
         if ambient := detect_credential():
             return IdentityToken(ambient)
-        trust = read_trust(self.trust_config) if self.trust_config else ClientTrustConfig.production()
-        return Issuer(trust.signing_config.get_oidc_url()).identity_token()
+        return Issuer(self._trust().signing_config.get_oidc_url()).identity_token()
+
+    def _trust(self) -> "ClientTrustConfig":
+        from sigstore.models import ClientTrustConfig
+
+        return read_trust(self.trust_config) if self.trust_config else ClientTrustConfig.production()
+
+
+class _Anybody:
+    """A policy of Sigstore's verifier that asks nothing of the identity."""
+
+    def verify(self, cert: object) -> None:
+        pass
 
 
 def read_trust(path: Path) -> "ClientTrustConfig":

@@ -357,6 +357,8 @@ def test_sign_and_verify_without_a_key(call, bitsmith, tmp_path: Path, monkeypat
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.endpoint)
+        template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
         pushed = bitsmith("push", "tiny", "alice/tiny", "--sign-keyless", *keyless)
         assert ", signed)" in " ".join(pushed.out.split()), pushed.err

@@ -54,6 +54,7 @@ class SigstoreServer:
         faults: word in "METHOD /path", such as "signingCert" -> status to answer with.
         silent: a word in "METHOD /path" of requests that get no answer while the instance lives.
         leaves: the log; it has seen others before us.
+        is_lying: entries are proven to be in another tree.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,7 @@ class SigstoreServer:
         self.bodies: list[bytes] = []
         self.faults: dict[str, int] = {}
         self.silent: str | None = None
+        self.is_lying = False
         self.leaves = [f"somebody else's entry {number}".encode() for number in range(6)]
         self.codes: dict[str, dict[str, str]] = {}
         self.signs_in = "alice@example.com"
@@ -183,7 +185,7 @@ class SigstoreServer:
         return self._entry(leaf, len(self.leaves) - 1)
 
     def _entry(self, leaf: bytes, index: int) -> dict:
-        root = _root(self.leaves)
+        root = _root(self.leaves if not self.is_lying else self.leaves[:-1])
         note = f"rekor.test - 1\n{len(self.leaves)}\n{_b64(root)}\n"
         note_signature = _b64(_key_id(self._log_key)[:4] + self._log_key.sign(note.encode(), _SHA256))
         entry = {

@@ -335,6 +335,12 @@ def test_a_server_that_never_answers(registry, version, sigstore, alice, part, m
     assert f"{sigstore.endpoint} cannot be reached" in refused(registry, version, alice)
 
 
+def test_a_log_that_lies(registry, version, sigstore, alice) -> None:
+    """Its answer would be kept, published, and refused by everybody."""
+    sigstore.is_lying = True
+    assert "inclusion proof" in refused(registry, version, alice)
+
+
 def test_a_server_that_is_gone(registry, version, tmp_path) -> None:
     with SigstoreServer() as server:
         gone = KeylessSigner(server.token(), server.write_trust_config(tmp_path / "gone.json"))
