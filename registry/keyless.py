@@ -73,7 +73,8 @@ class IdentityVerifier:
     @cached_property
     def _config(self):
         _, verifying = model_signing()
-        read_trust(self.trust_config) if self.trust_config else None
+        if self.trust_config:
+            read_trust(self.trust_config)
         with keyless_errors("verified"):
             return verifying.Config().use_sigstore_verifier(
                 identity=self.identity, oidc_issuer=self.issuer, trust_config=self.trust_config
@@ -96,6 +97,7 @@ class KeylessSigner:
     is_keyless: ClassVar[bool] = True
 
     def check(self) -> None:
+        model_signing()
         if self.token is not None:
             _identity_token(self.token)
         _ = self._config
@@ -106,12 +108,12 @@ class KeylessSigner:
 
         with keyless_errors("made"):
             self._config.sign(folder, signature)
-            trusted_root = self._trust().trusted_root  # the client checks certificates, and not what the log answers
-            SigstoreVerifier(trusted_root=trusted_root).verify_dsse(
-                Bundle.from_json(signature.read_bytes()), _Anybody()
-            )
+            verifier = SigstoreVerifier(trusted_root=self._trust().trusted_root)
+            # the client itself does not check what the log answers
+            verifier.verify_dsse(Bundle.from_json(signature.read_bytes()), _Anybody())
 
     def verifiers(self, scratch: Path) -> list[Verifier]:
+        model_signing()
         with keyless_errors("made"):
             token = self._any_token()
             claims = _claims(str(token))
@@ -121,7 +123,8 @@ class KeylessSigner:
     @cached_property
     def _config(self):
         signing, _ = model_signing()
-        read_trust(self.trust_config) if self.trust_config else None
+        if self.trust_config:
+            read_trust(self.trust_config)
         with keyless_errors("made"):
             config = signing.Config().use_sigstore_signer(
                 use_ambient_credentials=True, identity_token=self.token, trust_config=self.trust_config

@@ -396,6 +396,17 @@ def test_a_trust_configuration_that_is_not_there(registry, version, sigstore, tm
             sign_version(registry, "tiny", KeylessSigner(sigstore.token(), path))
 
 
+def test_without_the_extra_it_is_named(registry, version, alice, is_alice, monkeypatch) -> None:
+    sign_version(registry, "tiny", alice)
+    for module in ("model_signing", "sigstore", "sigstore.oidc", "sigstore.models", "requests"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(RegistryError, match=r"bitsmith\[signing\]"):
+        sign_version(registry, "tiny", KeylessSigner(alice.token, alice.trust_config))
+    fresh = IdentityVerifier(is_alice.identity, is_alice.issuer, is_alice.trust_config)
+    with pytest.raises(RegistryError, match=r"bitsmith\[signing\]"):
+        verify_signature(registry, "tiny", fresh)
+
+
 def test_a_token_stands_nowhere(registry, version, alice, is_alice, caplog, capfd) -> None:
     caplog.set_level(logging.DEBUG)
     sign_version(registry, "tiny", alice)
