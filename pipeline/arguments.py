@@ -16,16 +16,14 @@ _SAME_NAME = (
 )
 
 
-def recipes_of(arguments: dict[str, Any], **fixed: Any) -> "list[Recipe]":
+def recipes_of(arguments: dict[str, Any]) -> "list[Recipe]":
     """The recipes that a command's parameters, by name, ask for, in the order of the budgets.
 
-    Args:
-        fixed: settings that the command does not leave to the user.
     Raises:
         BudgetError, RecipeError: a setting is malformed or out of range.
     """
     budgets = parse_budgets(arguments["budget"])
-    settings = _settings(arguments) | fixed
+    settings = _settings(arguments)
     from pipeline.recipe import Recipe
 
     return [Recipe.of(arguments["preset"], **settings, budget=budget.text) for budget in budgets]

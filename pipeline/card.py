@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.card_header import card_header
-from pipeline.command import compress_command, evaluate_command, without_local_folders
+from pipeline.command import compress_command, evaluate_command
 from pipeline.markdown import markdown_template
-from pipeline.origin import base_model_of, last_part, model_name, public_name
+from pipeline.origin import base_model_of, last_part, model_name, public_name, without_local_folders
 from pipeline.version_facts import VersionFacts
 
 if TYPE_CHECKING:

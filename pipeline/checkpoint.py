@@ -55,6 +55,7 @@ class Checkpoint:
     def texts(self) -> dict[str, str]:
         """File name -> content of the JSON files that are made here."""
         config = json.loads((self.model.path / "config.json").read_text())
+        config.pop("_name_or_path", None)  # where whoever saved it had loaded it from; nobody reads it
         config["quantization_config"] = quantization_config(
             {module: (matrix.format, matrix.shape) for module, matrix in self.plan.matrices.items()}
         )

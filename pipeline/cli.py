@@ -121,6 +121,10 @@ def plan(
     share_groups: ShareGroups = None,
     cost_rows: CostRows = None,
     solver: Solver = None,
+    eval_dataset: EvalDataset = None,
+    eval_dataset_revision: EvalDatasetRevision = None,
+    eval_windows: EvalWindows = None,
+    eval_seq_len: EvalSeqLen = None,
     device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -132,7 +136,7 @@ def plan(
 
     Of several budgets (2.5bpw,3bpw,180MB) it shows sizes and predicted costs in one table.
     """
-    recipes = recipes_of(locals(), eval_windows=0)
+    recipes = recipes_of(locals())
     _check_model(model, revision, quiet)
     from pipeline.display import show_plan
     from pipeline.display_sweep import show_plans

@@ -3,7 +3,6 @@
 import shlex
 from typing import Any
 
-from pipeline.origin import base_model_of, last_part, public_name
 from pipeline.recipe import PRESETS, Recipe
 
 # settings whose flag is not their name
@@ -34,12 +33,6 @@ def evaluate_command(recipe: dict[str, Any], folder: str = "OUT") -> str:
     }
     words += [word for flag, value in flags.items() if value is not None for word in (flag, value)]
     return " ".join(shlex.quote(str(word)) for word in words)
-
-
-def without_local_folders(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe with paths of this disk cut to their last part: nobody else needs the author's folders."""
-    public = recipe | {key: public_name(recipe[key]) for key in ("dataset", "eval_dataset") if recipe.get(key)}
-    return public if base_model_of(recipe) else public | {"model": last_part(recipe["model"])}
 
 
 def _changes(settings: dict[str, Any], preset: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The figures behind the report, as plain JSON: the page, the pictures and the model card only show them.
 
-Equal facts give equal figures: no time, no host, no path of this machine but those in the recipe.
+Equal facts give equal figures: no time, no host, no path of this machine.
 """
 
 import math

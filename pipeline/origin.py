@@ -102,6 +102,12 @@ def public_name(source: str) -> str:
     return source if hub_dataset(source) else last_part(source)
 
 
+def without_local_folders(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe.json with paths of this disk cut to their last part: nobody else needs the author's folders."""
+    public = recipe | {key: public_name(recipe[key]) for key in ("dataset", "eval_dataset") if recipe.get(key)}
+    return public if base_model_of(recipe) else public | {"model": last_part(recipe["model"])}
+
+
 def last_part(path: str) -> str:
     """A file's or folder's name without what is above it, on any system."""
     return PureWindowsPath(path).name or path

@@ -90,6 +90,7 @@ def _recipe_rows(recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
         "bitsmith": "version that did the work",
         "calibration_commit": "of the calibration text on the Hub",
         "calibration_sha256": "of the calibration tokens",
+        "evaluation_sha256": "of the evaluation tokens",
         "model_commit": "of the original on the Hub",
         "model_sha256": "of the original's files",
         "recovery_sha256": "of the tokens that recovery trains on and checks with",

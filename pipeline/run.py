@@ -30,6 +30,7 @@ from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
 from pipeline.model import Model, open_model
+from pipeline.origin import without_local_folders
 from pipeline.output import OutputFolder
 from pipeline.packed import load_packed, packed_model
 from pipeline.progress import Progress
@@ -96,17 +97,23 @@ class Run:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """recipe.json: the recipe, and what its words stood for on the day."""
-        calibration, recovery = self.texts.calibration, self.texts.recovery
+        """recipe.json: the recipe, and what its words stood for on the day.
+
+        It is published, and decides what a stage's result is called: of a local model or text it has the name, and
+        the hash of what was read.
+        """
+        calibration, recovery, evaluation = self.texts.calibration, self.texts.recovery, self.texts.evaluation
         text = calibration or recovery
-        return self.recipe.to_json() | {
+        stood_for = {
             "bitsmith": VERSION,
             "calibration_commit": text.revision if text else None,
             "calibration_sha256": calibration.sha256 if calibration else None,
+            "evaluation_sha256": evaluation.sha256 if evaluation else None,
             "recovery_sha256": recovery.sha256 if recovery else None,
             "model_sha256": self.model.digest,
             "model_commit": self.model.revision,
         }
+        return without_local_folders(self.recipe.to_json() | stood_for)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -315,7 +322,7 @@ class Run:
         def build(work: Path) -> dict[str, Any]:
             (work / "out").mkdir(exist_ok=True)
             folder.write(work / "out", self._matrix_path(matrices), self._kept(matrices), progress=self.progress)
-            return {"bits_per_param": folder.plan.bits_per_param, "model": self.recipe.model}
+            return {"bits_per_param": folder.plan.bits_per_param, "model": self.facts["model"]}
 
         return self._step("checkpoint", (plan.digest, matrices.digest), self.facts, build)
 

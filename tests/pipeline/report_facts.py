@@ -57,6 +57,7 @@ def made_up_facts(folder: Path, *, evaluated: bool = True, **settings: Any) -> R
     facts = {
         "bitsmith": "1.2.3",
         "calibration_sha256": "c" * 64,
+        "evaluation_sha256": "e" * 64,
         "recovery_sha256": None,
         "model_sha256": model.digest,
         "model_commit": None,

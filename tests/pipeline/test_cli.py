@@ -49,9 +49,7 @@ def test_inspect(bitsmith, tiny_model_dir: Path) -> None:
 
 def test_plan_dry_run_writes_nothing(bitsmith, tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
-    flags = [flag for flag in FLAGS if flag not in ("--eval-windows", "--eval-seq-len")]
-    flags = flags[: flags.index("--seq-len") + 2] + flags[flags.index("--candidate") :]
-    shown = bitsmith("plan", tiny_model_dir, "--dry-run", *flags)
+    shown = bitsmith("plan", tiny_model_dir, "--dry-run", *FLAGS)
     assert shown.code == 0, shown.err
     assert "model.safetensors" in shown.out
     assert not (tmp_path / "home").exists()

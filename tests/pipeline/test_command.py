@@ -8,7 +8,7 @@ import typer
 
 from pipeline.arguments import recipes_of
 from pipeline.cli import app
-from pipeline.command import compress_command, evaluate_command, without_local_folders
+from pipeline.command import compress_command, evaluate_command
 from pipeline.recipe import Recipe
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -61,19 +61,3 @@ def test_evaluate_command_names_the_original_and_the_windows() -> None:
     assert arguments["base"] == "user/model"
     assert arguments["base_revision"] == "f" * 40
     assert (arguments["num_windows"], arguments["seq_len"]) == (5, 512)
-
-
-def test_folders_of_the_author_are_cut_off() -> None:
-    recipe = {
-        "model": "/home/me/models/llama",
-        "dataset": "~/secret/notes.txt",
-        "eval_dataset": None,
-        "seed": 0,
-    }
-    public = without_local_folders(recipe)
-    assert (public["model"], public["dataset"], public["seed"]) == ("llama", "notes.txt", 0)
-    relative = without_local_folders({"model": "clients/model", "model_commit": None, "dataset": "C:\\data\\a.jsonl"})
-    assert (relative["model"], relative["dataset"]) == ("model", "a.jsonl")
-    of_the_hub = {"model": "user/model", "model_commit": "f" * 40, "dataset": "user/data:config"}
-    assert without_local_folders(of_the_hub) == of_the_hub
-    assert without_local_folders({"model": "demo", "model_commit": None})["model"] == "demo"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.origin import hub_id, model_name, read_origin
+from pipeline.origin import hub_id, model_name, read_origin, without_local_folders
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,22 @@ def test_hub_id(spec: str, commit: str | None, wanted: str | None) -> None:
 )
 def test_model_name_of_a_local_model(spec: str, wanted: str) -> None:
     assert model_name(spec, None) == wanted
+
+
+def test_folders_of_the_author_are_cut_off() -> None:
+    recipe = {
+        "model": "/home/me/models/llama",
+        "dataset": "~/secret/notes.txt",
+        "eval_dataset": None,
+        "seed": 0,
+    }
+    public = without_local_folders(recipe)
+    assert (public["model"], public["dataset"], public["seed"]) == ("llama", "notes.txt", 0)
+    relative = without_local_folders({"model": "clients/model", "model_commit": None, "dataset": "C:\\data\\a.jsonl"})
+    assert (relative["model"], relative["dataset"]) == ("model", "a.jsonl")
+    of_the_hub = {"model": "user/model", "model_commit": "f" * 40, "dataset": "user/data:config"}
+    assert without_local_folders(of_the_hub) == of_the_hub
+    assert without_local_folders({"model": "demo", "model_commit": None})["model"] == "demo"
 
 
 def test_header_of_the_readme(tmp_path: Path) -> None:

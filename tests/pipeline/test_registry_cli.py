@@ -89,7 +89,7 @@ def test_lineage_goes_down_to_the_base_model(call, tiny_model_dir: Path) -> None
     assert "base model" in shown
     found = facts(call("lineage", "tiny:1", "--json"))
     assert found["artifacts"][0]["digest"] == found["digest"]
-    assert found["artifacts"][0]["metadata"]["settings"]["model"] == str(tiny_model_dir)
+    assert found["artifacts"][0]["metadata"]["settings"]["model"] == tiny_model_dir.name
     assert found["missing"] == []
     for artifact in found["artifacts"]:
         assert artifact["metadata"]["tools"].keys() == {"python", "torch", "transformers"}
