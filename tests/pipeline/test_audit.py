@@ -5,14 +5,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.audit import audit
+from pipeline.audit import NUM_TOKENS, audit, fixed_logits, logits_in_fresh_process
 from pipeline.compress import compress
 from pipeline.errors import CheckpointError
 from pipeline.packed import load_packed
 from pipeline.recipe import Recipe
 from registry import Registry
+from tests.models import VOCAB_SIZE
 from tests.pipeline.small import SMALL
 
 
@@ -28,8 +30,12 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_a_sound_folder_passes(folder: Path) -> None:
-    audit(folder, load_packed(folder))
+def test_a_sound_folder_gives_the_logits_of_the_model_in_memory(folder: Path) -> None:
+    """That it passes is seen when `folder` is made."""
+    reloaded, in_memory = logits_in_fresh_process(folder), fixed_logits(load_packed(folder))
+    assert reloaded.shape == (NUM_TOKENS, VOCAB_SIZE)
+    assert reloaded.std() > 0
+    torch.testing.assert_close(reloaded, in_memory)
 
 
 def test_changed_codes_change_the_logits(folder: Path, copy: Path) -> None:

@@ -155,27 +155,31 @@ def test_one_window_has_no_standard_error(facts: ReportFacts, report: dict[str, 
 
 
 @pytest.fixture
-def validation(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def accepted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """The headers that the server accepted."""
     from huggingface_hub import constants
 
-    with validation_server() as endpoint:
+    with validation_server() as (endpoint, headers):
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield
+        yield headers
 
 
-def test_the_hub_takes_the_card(facts: ReportFacts, report: dict[str, Any], validation: None) -> None:
+def test_the_hub_takes_the_card(facts: ReportFacts, report: dict[str, Any], accepted: list[dict[str, Any]]) -> None:
     ModelCard(_card(facts, report)).validate()
     ModelCard(_card(facts, None, model="/home/me/tiny", model_commit=None)).validate()
     with pytest.raises(ValueError, match="license"):
         ModelCard("---\nlicense: none-such\n---\n").validate()
+    assert [header.get("base_model") for header in accepted] == ["user/tiny", None]
 
 
 @pytest.mark.parametrize("trick", TRICKS, ids=range(len(TRICKS)))
 def test_the_hub_takes_the_card_with_foreign_text(
-    facts: ReportFacts, report: Any, trick: str, validation: None
+    facts: ReportFacts, report: Any, trick: str, accepted: list[dict[str, Any]]
 ) -> None:
-    ModelCard(_tricked(facts, report, trick)).validate()
+    card = ModelCard(_tricked(facts, report, trick))
+    card.validate()
+    assert accepted == [card.data.to_dict()]
 
 
 def test_a_card_that_the_hub_refuses_ends_the_push_before_a_file_is_sent(

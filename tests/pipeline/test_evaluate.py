@@ -19,6 +19,7 @@ from pipeline.base_logits import BaseLogits, base_log_probs, cache_key, read_win
 from pipeline.errors import CalibrationError, CheckpointError, NonFiniteError
 from pipeline.eval_report import Estimate, EvalReport
 from pipeline.evaluate import evaluate, sample_text, score_window
+from tests.pipeline.notes import Notes
 
 VOCAB_SIZE = 200
 NUM_WINDOWS, SEQ_LEN = 5, 80  # more positions than one slice
@@ -64,19 +65,6 @@ class Spy:
         if self.num_windows == self._fail_after:
             raise KeyboardInterrupt
         self.num_windows += 1
-
-
-class Notes:
-    """A progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def track(self, items, description, total=None, done=0):
-        yield from items
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.fixture(scope="module")

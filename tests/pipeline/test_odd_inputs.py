@@ -16,6 +16,7 @@ from pipeline.packed import load_packed
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.statistics import collect_statistics
 from registry import Registry
+from tests.pipeline.notes import Notes
 from tests.pipeline.small import SMALL
 
 pytestmark = pytest.mark.usefixtures("quick_audit")
@@ -62,19 +63,6 @@ def test_a_strange_matrix_ends_in_a_valid_checkpoint(change, matrix: str, tiny_m
 def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     done = default_run(request.getfixturevalue(folder), tmp_path, budget="5bpw", ranks=(1,))
     assert done.plan.bits_per_param <= 5
-
-
-class Notes:
-    """A progress that remembers what was said."""
-
-    def __init__(self) -> None:
-        self.said: list[str] = []
-
-    def track(self, items, description, total=None, done=0):
-        yield from items
-
-    def say(self, message: str) -> None:
-        self.said.append(message)
 
 
 @pytest.mark.parametrize("metric", ["kronecker", "sequence", "input"])

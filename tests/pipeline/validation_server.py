@@ -39,14 +39,24 @@ def faults(header: Any) -> Iterator[str]:
                 yield '"type" and "value" of a metric are required'
 
 
+class _Server(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.accepted: list[dict[str, Any]] = []
+
+
 class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/api/validate-yaml"
         assert body["repoType"] == "model"
         header = re.match(r"---\n(.*?)\n---\n", body["content"], flags=re.DOTALL)
         assert header is not None
-        found = list(faults(yaml.safe_load(header[1])))
+        content = yaml.safe_load(header[1])
+        found = list(faults(content))
+        self.server.accepted += [content] if not found else []
         answer = json.dumps({"errors": [{"message": fault} for fault in found], "warnings": []}).encode()
         self.send_response(400 if found else 200)
         self.send_header("Content-Type", "application/json")
@@ -59,9 +69,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def validation_server() -> Iterator[str]:
-    """Its endpoint, as long as the block lasts."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+def validation_server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Its endpoint, as long as the block lasts, and the headers that it accepts."""
+    with _Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield f"http://127.0.0.1:{server.server_address[1]}", server.accepted
         server.shutdown()
