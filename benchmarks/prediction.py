@@ -28,7 +28,7 @@ def main() -> None:
         run = bench.run_of("default", budget)
         statistics = run.statistics()
         plan = run.plan(run.costs(statistics), statistics)
-        made, chosen = run.matrices(plan, statistics), run.read_plan(plan)
+        made, chosen = run.matrices(plan, statistics), run.results.plan(plan)
         files = {module: bench.registry.path(made, matrix_file(module)) for module in chosen.matrices}
         expected = np.array([matrix.cost for matrix in chosen.matrices.values()])
         achieved = np.array([read_error(files[module]) for module in chosen.matrices])

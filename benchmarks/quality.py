@@ -146,7 +146,7 @@ def ours(bench: Bench, seconds: Seconds, name: str, preset: str, budget: float, 
         matrices, *fourth = seconds.of(lambda: run.recovered(plan, matrices, statistics), run.log)
         assert matrices is not None
         spent.append(fourth)
-    chosen, file = run.read_plan(plan), partial(bench.registry.path, matrices)
+    chosen, file = run.results.plan(plan), partial(bench.registry.path, matrices)
     weights = {m.name: read_matrix(file(matrix_file(m.module)), chosen, m.module) for m in bench.model.matrices}
     kept = read_kept(file(KEPT_FILE)) if KEPT_FILE in matrices.files else {}
     bench.put({name: weight.dequantize() for name, weight in weights.items()}, kept)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from flows.progress import RunProgress
+from pipeline.disk_space import check_disk
 from pipeline.errors import RecipeChangedError
 from pipeline.output import OutputFolder
 from pipeline.recipe import Recipe
@@ -67,7 +68,7 @@ def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, devi
     with log.stage("open"):
         run = _prepare(Recipe.from_json(recipe), registry, device, resume)
         output = OutputFolder(Path(out).expanduser(), run.facts)
-        run.check_disk(output.path)
+        check_disk(run, output.path)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     job = _job(run, output, registry, name, was_finished, _done(log, None))
@@ -157,9 +158,9 @@ def read_outcome(outcome: Outcome) -> "Compressed":
     return Compressed(
         folder=Path(outcome["job"]["out"]),
         version=run.registry.version(outcome["version"]),
-        plan=run.read_plan(artifact(run, made["plan"])),
-        evaluation=run.read_evaluation(artifact_if_any(run, made["evaluate"])),
-        recovery=run.read_recovery(artifact(run, made.get("recover", made["decompose"]))),
+        plan=run.results.plan(artifact(run, made["plan"])),
+        evaluation=run.results.eval_report(artifact_if_any(run, made["evaluate"])),
+        recovery=run.results.recovery(artifact(run, made.get("recover", made["decompose"]))),
         stages=tuple(_stage(done) for done in outcome["stages"]),
         size_bytes=artifact(run, made["checkpoint"]).size_bytes,
         original_bytes=run.model.folder_bytes,

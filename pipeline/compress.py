@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.allocation import Plan
+from pipeline.disk_space import check_disk
 from pipeline.eval_report import EvalReport
 from pipeline.output import OutputFolder
 from pipeline.progress import SILENT, Progress
@@ -90,7 +91,7 @@ def compress(
     with log.stage("open"):
         run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)
         output = OutputFolder(out, run.facts)
-        run.check_disk(out)
+        check_disk(run, out)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     on_start(run)
@@ -137,9 +138,9 @@ def complete(
     return Compressed(
         folder=output.path,
         version=version,
-        plan=run.read_plan(plan),
-        evaluation=run.read_evaluation(evaluation),
-        recovery=run.read_recovery(matrices),
+        plan=run.results.plan(plan),
+        evaluation=run.results.eval_report(evaluation),
+        recovery=run.results.recovery(matrices),
         stages=tuple(log.stages),
         size_bytes=checkpoint.size_bytes,
         original_bytes=run.model.folder_bytes,

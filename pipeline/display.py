@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.table import Table
 
 from pipeline.budget import human_bytes
+from pipeline.disk_space import disk_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -134,7 +135,7 @@ def show_start(run: "Run", out: "Path") -> None:
     table = new_table(title="Plan of the run")
     table.add_row("budget", f"{run.recipe.budget} (smallest plan: {smallest_plan(run)})")
     add_run_rows(table, run)
-    table.add_row("disk", f"up to {human_bytes(run.disk_bytes())} for results and intermediate files")
+    table.add_row("disk", f"up to {human_bytes(disk_bytes(run))} for results and intermediate files")
     table.add_row("output", str(out))
     ERRORS.print(table)
 

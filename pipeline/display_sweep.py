@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from pipeline.budget import Budget, human_bytes
+from pipeline.disk_space import checkpoint_disk_bytes, shared_disk_bytes
 from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, smallest_plan
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     table = new_table(title=f"Plan of the run, {len(parts)} budgets")
     table.add_row("smallest plan", smallest_plan(run))
     add_run_rows(table, run)
-    disk_bytes = run.shared_disk_bytes() + sum(part.run.checkpoint_disk_bytes() for part in parts)
+    disk_bytes = shared_disk_bytes(run) + sum(checkpoint_disk_bytes(part.run) for part in parts)
     table.add_row("disk", f"up to {human_bytes(disk_bytes)} for results and intermediate files")
     table.add_row("output", f"{out}, a folder a budget")
     ERRORS.print(table)

@@ -1,11 +1,11 @@
 """One run of a recipe: each stage's key and settings, what it reads, and what it leaves.
 
 `Registry.step` runs a stage only where nobody has done that work; the methods here say what decides each
-stage's result. They take and give artifacts, so that a flow can call them one by one.
+stage's result. They take and give artifacts, so that a flow can call them one by one. results.py reads artifacts,
+disk_space.py says how much a run writes.
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,13 +20,12 @@ from pipeline.allocation import Plan, allocate_to_budget, offered_choices
 from pipeline.atomic import write_json
 from pipeline.audit import audit
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
-from pipeline.budget import Budget, human_bytes
+from pipeline.budget import Budget
 from pipeline.calibration import TokenWindows
 from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
-from pipeline.decompose import decompose, matrix_file, read_error
-from pipeline.errors import DiskSpaceError
-from pipeline.eval_report import EvalReport
+from pipeline.decompose import decompose, read_error
+from pipeline.disk_space import EVAL_CACHE_BYTES
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
 from pipeline.model import Model, open_model
@@ -36,13 +35,13 @@ from pipeline.packed import load_packed, packed_model
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, check_trainable
 from pipeline.recover import compute_of
-from pipeline.recovered import KEPT_FILE, REPORT_FILE, read_kept, read_report, recover_matrices
-from pipeline.recovery_report import RecoveryReport
+from pipeline.recovered import recover_matrices
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.report import ReportFacts, write_report
+from pipeline.results import Results
 from pipeline.rival import rival_of
 from pipeline.stages import StageLog
-from pipeline.statistics import Statistics, collect_statistics
+from pipeline.statistics import collect_statistics
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
 from pipeline.version import TOOLS, VERSION
@@ -50,7 +49,6 @@ from registry import Artifact, Registry
 
 SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
 SAMPLE_TOKENS = 48
-EVAL_CACHE_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,11 @@ class Run:
         }
         return without_local_folders(self.recipe.to_json() | stood_for)
 
+    @property
+    def results(self) -> Results:
+        """What the stages left, read back."""
+        return Results(self.registry)
+
     @cached_property
     def labels(self) -> list[str]:
         """All choices of the cost table."""
@@ -124,49 +127,6 @@ class Run:
         """Any plan within the budget, by sizes alone; raises BudgetError if there is none."""
         sizes = cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
         return self._allocate(sizes)
-
-    def disk_bytes(self) -> int:
-        """What the run writes at most, in the registry and beside it."""
-        return self.checkpoint_disk_bytes() + self.shared_disk_bytes()
-
-    def checkpoint_disk_bytes(self) -> int:
-        """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
-        compressed = self.smallest_plan().size_bits // 8
-        around = self.model.size_bytes - sum(self.model.tensors[m.name].size_bytes for m in self.model.matrices)
-        total = 3 * (compressed + around)
-        if self.texts.recovery is not None:
-            total += 2 * compressed + self._training_bytes()
-        return total
-
-    def shared_disk_bytes(self) -> int:
-        """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
-        total = 0
-        if self.texts.calibration is not None:
-            widths = {matrix.group: matrix.shape[1] for matrix in self.model.matrices}
-            total += 3 * 4 * (self.model.num_matrix_params + sum(width**2 for width in widths.values()))
-        if self.texts.recovery is not None:
-            settings, width = self.recovery_settings, self.model.config.get_text_config().hidden_size
-            bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py
-            total += bytes_a_token * self.texts.recovery.tokens.numel()
-        if self.texts.evaluation is not None:
-            vocab = self.model.config.get_text_config().vocab_size
-            total += min(EVAL_CACHE_BYTES, 2 * vocab * self.texts.evaluation.tokens.numel())
-        return total
-
-    def check_disk(self, out: Path, needed_bytes: int | None = None) -> None:
-        """Raise DiskSpaceError if the registry's disk or the output's cannot hold what will be written.
-
-        Args:
-            needed_bytes: where more is written than by this run alone (`disk_bytes`).
-        """
-        needed = self.disk_bytes() if needed_bytes is None else needed_bytes
-        for place in (self.registry.root, _existing(out)):
-            free = shutil.disk_usage(place).free
-            if free < needed:
-                raise DiskSpaceError(
-                    f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} "
-                    "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
-                )
 
     @property
     def recovery_settings(self) -> RecoverySettings:
@@ -213,7 +173,7 @@ class Run:
         def build(work: Path) -> None:
             measure_costs(
                 self.model,
-                self._statistics(statistics),
+                self.results.statistics(statistics),
                 self.offered,
                 num_rows=self.recipe.cost_rows,
                 seed=self.recipe.seed,
@@ -226,7 +186,7 @@ class Run:
     def plan(self, costs: Artifact, statistics: Artifact | None) -> Artifact:
         """The integer program's answer, or its uniform rival where that was measured to be better (rival.py)."""
         first = self._plan(costs, {}, lambda: self.allocate(costs))
-        rival = rival_of(self.read_plan(first), self._cost_table(costs))
+        rival = rival_of(self.results.plan(first), self.results.cost_table(costs))
         if rival is None or self.texts.evaluation is None:
             return first
         second = self._plan(costs, {"uniform": rival.status}, lambda: rival)
@@ -234,7 +194,7 @@ class Run:
 
         def build(work: Path) -> None:
             measured = [
-                self._divergence(packed_model(self.model, self.read_plan(plan), self._matrix_path(matrices)))
+                self._divergence(packed_model(self.model, self.results.plan(plan), self.results.matrix_path(matrices)))
                 for plan, matrices in zip((first, second), quantized, strict=True)
             ]
             (work / "out").mkdir(exist_ok=True)
@@ -255,16 +215,16 @@ class Run:
 
     def allocate(self, costs: Artifact) -> Plan:
         """The same, not recorded."""
-        return self._allocate(self._cost_table(costs))
+        return self._allocate(self.results.cost_table(costs))
 
     def matrices(self, plan: Artifact, statistics: Artifact | None) -> Artifact:
         """Every matrix quantized as planned."""
-        chosen = self.read_plan(plan)
+        chosen = self.results.plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
         settings = {"model": self.model.digest, "labels": labels}
 
         def build(work: Path) -> None:
-            learnt = self._statistics(statistics)
+            learnt = self.results.statistics(statistics)
             decompose(self.model, chosen, learnt, work, progress=self.progress)
 
         return self._step("matrices", _digests(statistics), settings, build)
@@ -302,9 +262,9 @@ class Run:
             teacher = self.teacher()
             recover_matrices(
                 self.model,
-                self.read_plan(plan),
-                self._statistics(statistics),
-                self._matrix_path(matrices),
+                self.results.plan(plan),
+                self.results.statistics(statistics),
+                self.results.matrix_path(matrices),
                 TeacherWindows(lambda name: self.registry.path(teacher, name), windows.tokens),
                 settings,
                 work,
@@ -317,11 +277,13 @@ class Run:
 
     def checkpoint(self, plan: Artifact, matrices: Artifact) -> Artifact:
         """The finished folder's files."""
-        folder = Checkpoint(self.model, self.read_plan(plan), self.facts)
+        folder = Checkpoint(self.model, self.results.plan(plan), self.facts)
 
         def build(work: Path) -> dict[str, Any]:
             (work / "out").mkdir(exist_ok=True)
-            folder.write(work / "out", self._matrix_path(matrices), self._kept(matrices), progress=self.progress)
+            folder.write(
+                work / "out", self.results.matrix_path(matrices), self.results.kept(matrices), progress=self.progress
+            )
             return {"bits_per_param": folder.plan.bits_per_param, "model": self.facts["model"]}
 
         return self._step("checkpoint", (plan.digest, matrices.digest), self.facts, build)
@@ -334,7 +296,7 @@ class Run:
         staged = output.stage(self.registry, checkpoint)
         for _ in self.progress.track(["audit"], "Audit in a fresh process", total=1):
             in_memory = packed_model(
-                self.model, self.read_plan(plan), self._matrix_path(matrices), self._kept(matrices)
+                self.model, self.results.plan(plan), self.results.matrix_path(matrices), self.results.kept(matrices)
             )
             audit(staged, in_memory)
         output.finish()
@@ -381,34 +343,21 @@ class Run:
 
         def build(work: Path) -> None:
             (work / "out").mkdir(exist_ok=True)
-            chosen = self.read_plan(plan)
+            chosen = self.results.plan(plan)
             facts = ReportFacts(
                 model=self.model,
                 plan=chosen,
-                table=self._cost_table(costs),
-                errors={name: read_error(self._matrix_path(matrices)(name)) for name in chosen.matrices},
+                table=self.results.cost_table(costs),
+                errors={name: read_error(self.results.matrix_path(matrices)(name)) for name in chosen.matrices},
                 recipe=self.facts,
                 size_bytes=checkpoint.size_bytes,
                 checkpoint_digest=checkpoint.digest,
-                evaluation=self._evaluation(evaluation),
-                recovery=self.read_recovery(matrices),
+                evaluation=self.results.evaluation(evaluation),
+                recovery=self.results.recovery(matrices),
             )
             write_report(facts, work / "out", progress=self.progress)
 
         return self._step("report", (checkpoint.digest, costs.digest, *_digests(evaluation)), {}, build)
-
-    def read_plan(self, plan: Artifact) -> Plan:
-        """The plan inside its artifact."""
-        return Plan.read(self.registry.path(plan, "plan.json"))
-
-    def read_evaluation(self, evaluation: Artifact | None) -> EvalReport | None:
-        """The figures inside the evaluation's artifact."""
-        content = self._evaluation(evaluation)
-        return EvalReport.from_json(content["report"]) if content else None
-
-    def read_recovery(self, matrices: Artifact) -> RecoveryReport | None:
-        """What a recovery did to the matrices; None if there was none."""
-        return read_report(self.registry.path(matrices, REPORT_FILE)) if REPORT_FILE in matrices.files else None
 
     def _original(self, tokens: Tensor) -> BaseLogits:
         return base_log_probs(
@@ -473,36 +422,6 @@ class Run:
             share_groups=self.recipe.share_groups,
         )
 
-    def _statistics(self, artifact: Artifact | None) -> Statistics | None:
-        if artifact is None:
-            return None
-        paths = {name: self.registry.path(artifact, name) for name in artifact.files}
-        return Statistics.open(paths.__getitem__)  # unlike a lambda it travels to other processes
-
-    def _cost_table(self, costs: Artifact) -> CostTable:
-        return CostTable.read(self.registry.path(costs, "costs.json"))
-
-    def _matrix_path(self, matrices: Artifact) -> Callable[[str], Path]:
-        return lambda module: self.registry.path(matrices, matrix_file(module))
-
-    def _kept(self, matrices: Artifact) -> dict[str, Tensor]:
-        """Tensors beside the matrices that a recovery changed, by parameter name."""
-        return read_kept(self.registry.path(matrices, KEPT_FILE)) if KEPT_FILE in matrices.files else {}
-
-    def _training_bytes(self) -> int:
-        """Of two saves of a recovery at most: float32 values, moments and best values; norms and gains hardly count."""
-        return 2 * 4 * 4 * sum(max(self.recipe.ranks, default=0) * sum(matrix.shape) for matrix in self.model.matrices)
-
-    def _evaluation(self, evaluation: Artifact | None) -> dict[str, Any] | None:
-        if evaluation is None:
-            return None
-        return json.loads(self.registry.path(evaluation, "evaluation.json").read_text())
-
 
 def _digests(*artifacts: Artifact | None) -> tuple[str, ...]:
     return tuple(artifact.digest for artifact in artifacts if artifact)
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists."""
-    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.budget import Budget
 from pipeline.compress import Compressed, complete, measure
+from pipeline.disk_space import check_disk, checkpoint_disk_bytes, shared_disk_bytes
 from pipeline.errors import BudgetError, PipelineError, RecipeError
 from pipeline.output import OutputFolder
 from pipeline.pareto import write_pareto
@@ -138,8 +139,8 @@ def prepare_parts(
     with log.stage("open"):
         runs = prepare_runs(recipes, registry, device=device, resume=resume, progress=progress)
         runs[0] = replace(runs[0], log=log)
-        needed_bytes = runs[0].shared_disk_bytes() + sum(run.checkpoint_disk_bytes() for run in runs)
-        runs[0].check_disk(out, needed_bytes)
+        needed_bytes = shared_disk_bytes(runs[0]) + sum(checkpoint_disk_bytes(run) for run in runs)
+        check_disk(runs[0], out, needed_bytes)
         check_same_recipe(out, runs[0].facts)
         outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
         for output in outputs:

@@ -1,0 +1,71 @@
+"""How much a run writes at most, and whether the disks have room for it: known before the work."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.budget import human_bytes
+from pipeline.errors import DiskSpaceError
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
+
+EVAL_CACHE_BYTES = 2 * 2**30  # of the original's predictions on the evaluation windows
+
+
+def disk_bytes(run: "Run") -> int:
+    """What the run writes at most, in the registry and beside it."""
+    return checkpoint_disk_bytes(run) + shared_disk_bytes(run)
+
+
+def checkpoint_disk_bytes(run: "Run") -> int:
+    """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
+    model = run.model
+    compressed = run.smallest_plan().size_bits // 8
+    around = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    total = 3 * (compressed + around)
+    if run.texts.recovery is not None:
+        total += 2 * compressed + _training_bytes(run)
+    return total
+
+
+def shared_disk_bytes(run: "Run") -> int:
+    """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
+    total = 0
+    if run.texts.calibration is not None:
+        widths = {matrix.group: matrix.shape[1] for matrix in run.model.matrices}
+        total += 3 * 4 * (run.model.num_matrix_params + sum(width**2 for width in widths.values()))
+    if run.texts.recovery is not None:
+        settings, width = run.recovery_settings, run.model.config.get_text_config().hidden_size
+        bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py
+        total += bytes_a_token * run.texts.recovery.tokens.numel()
+    if run.texts.evaluation is not None:
+        vocab = run.model.config.get_text_config().vocab_size
+        total += min(EVAL_CACHE_BYTES, 2 * vocab * run.texts.evaluation.tokens.numel())
+    return total
+
+
+def check_disk(run: "Run", out: Path, needed_bytes: int | None = None) -> None:
+    """Raise DiskSpaceError if the registry's disk or the output's cannot hold what will be written.
+
+    Args:
+        needed_bytes: where more is written than by this run alone (`disk_bytes`).
+    """
+    needed = disk_bytes(run) if needed_bytes is None else needed_bytes
+    for place in (run.registry.root, _existing(out)):
+        free = shutil.disk_usage(place).free
+        if free < needed:
+            raise DiskSpaceError(
+                f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} "
+                "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
+            )
+
+
+def _training_bytes(run: "Run") -> int:
+    """Of two saves of a recovery at most: float32 values, moments and best values; norms and gains hardly count."""
+    return 2 * 4 * 4 * sum(max(run.recipe.ranks, default=0) * sum(matrix.shape) for matrix in run.model.matrices)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
