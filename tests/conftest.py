@@ -57,6 +57,16 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: "Pre
     return save_model(build_gpt2(), tmp_path_factory.mktemp("gpt2"), tokenizer=tiny_tokenizer)
 
 
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """See `be_quick`. The real things are in test_audit.py, test_cli.py and test_report.py."""
+    from tests.pipeline.small import be_quick
+
+    with pytest.MonkeyPatch.context() as patch:
+        be_quick(patch.setattr)
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgresql_socket() -> Iterator[str]:
     from tests import postgresql

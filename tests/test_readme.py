@@ -5,20 +5,24 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.keys import write_keys
+from tests.pipeline.small import TEXTS
 from tests.registry.hub_server import WRITE_TOKEN, HubServer
+from tests.warm import WarmPython, warm_python
 
 ROOT = Path(__file__).parent.parent
 SMALLER = "--num-samples 4 --seq-len 32 --eval-windows 2 --eval-seq-len 32 --cost-rows 8"
+FEWER = "--candidate trellis2 --candidate trellis4 --rank 2"
 # What makes a command small enough for a test, by its first two words.
 EXTRA = {
-    "compress": f"{SMALLER} --recover-samples 4 --recover-steps 4",
-    "plan": SMALLER.replace("--eval-windows 2 --eval-seq-len 32 ", ""),
+    "compress": f"{SMALLER} {FEWER} {shlex.join(TEXTS)} --recover-samples 4 --recover-steps 4",
+    "plan": f"{SMALLER} {FEWER}",
     "evaluate": "--num-windows 2 --seq-len 32",
     "generate": "--max-new-tokens 2",
 }
@@ -53,32 +57,31 @@ def environment(tmp_path_factory: pytest.TempPathFactory):
         }
 
 
-def _run(command: str, environment: dict[str, str], model: Path) -> subprocess.CompletedProcess[str]:
-    words = shlex.split(command)
-    program = {"bitsmith": [sys.executable, "-m", "pipeline"], "python": [sys.executable]}[words[0]]
-    words = [str(model) if word == "demo" else word for word in words[1:]]
-    words = [re.sub("^user/", "alice/", word) for word in words]
-    verb = next(word for word in words if not word.startswith("-") and word not in ("pipeline",))
-    extra = EXTRA["compress" if verb == "flows.compress" else verb] if verb in (*EXTRA, "flows.compress") else ""
-    return subprocess.run(
-        [*program, *words, *extra.split()],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=environment["WORK"],
-        timeout=300,
-        check=False,
-    )
+def _run(command: str, python: WarmPython, model: Path) -> subprocess.CompletedProcess[str]:
+    words = [str(model) if word == "demo" else re.sub("^user/", "alice/", word) for word in shlex.split(command)]
+    if words[0] == "python":
+        assert words[1] == "-m"
+        module, *words = words[2:]
+    else:
+        module, words = "pipeline", words[1:]
+    verb = "compress" if module == "flows.compress" else words[0]
+    return python.run(module, [*words, *shlex.split(EXTRA.get(verb, ""))])
 
 
-def test_every_command_runs_in_order(environment: dict[str, str], tiny_model_dir: Path) -> None:
+@pytest.fixture
+def python(environment: dict[str, str], tmp_path: Path) -> Iterator[WarmPython]:
+    with warm_python(environment, Path(environment["WORK"]), tmp_path) as warm:
+        yield warm
+
+
+def test_every_command_runs_in_order(python: WarmPython, tiny_model_dir: Path) -> None:
     """One test, because each command works on what those before it made."""
     for command in commands():
         if command.startswith("make "):
             dry = subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, capture_output=True, check=False)
             assert dry.returncode == 0, command
         elif not command.startswith("pip "):
-            done = _run(command, environment, tiny_model_dir)
+            done = _run(command, python, tiny_model_dir)
             assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.pipeline.small import SMALL
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -34,6 +36,8 @@ def recipe(tiny_model_dir: Path) -> dict[str, Any]:
     return {
         "model": str(tiny_model_dir),
         "budget": "4.5bpw",
+        "dataset": SMALL["dataset"],
+        "eval_dataset": SMALL["eval_dataset"],
         "ranks": [4],
         "candidates": ["nf4-g64-s8", "nf3-g64-s8", "nf2-g64-s8"],
         "num_samples": 2,

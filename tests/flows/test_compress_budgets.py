@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def test_flow_and_function_make_the_same_folders(server: None, recipe: dict[str, Any], tmp_path: Path) -> None:
     from flows.compress_budgets import compress_budgets as flow

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.errors import RecipeChangedError
 
+pytestmark = pytest.mark.usefixtures("quick")
 STEPS = (
     *(
         "prepare",

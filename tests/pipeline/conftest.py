@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 
 from pipeline.cli import main
-from tests.pipeline.small import audit_in_this_process
 
 
 @dataclass
@@ -37,14 +36,3 @@ def bitsmith(monkeypatch, capsys) -> Callable[..., Answer]:
         return Answer(code, captured.out, captured.err)
 
     return call
-
-
-@pytest.fixture(scope="module")
-def quick_audit():
-    """No fresh interpreter for the audit; the real one is tested in test_audit.py and test_cli.py."""
-    from pipeline import audit
-
-    before = audit.logits_in_fresh_process
-    audit_in_this_process()
-    yield
-    audit.logits_in_fresh_process = before

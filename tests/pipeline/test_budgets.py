@@ -23,8 +23,9 @@ from pipeline.planning import make_plan, make_plans
 from pipeline.recipe import Recipe
 from pipeline.sweep import Sweep, compress_budgets
 from registry import InvalidNameError, Registry
-from tests.pipeline.small import FLAGS, audit_in_this_process
-from tests.pipeline.test_compress import KILL_POINTS, contents, run, small_recipe
+from tests.pipeline.small import FLAGS, be_quick
+from tests.pipeline.test_compress import contents, run, small_recipe
+from tests.pipeline.test_kills import KILL_POINTS, find_owner
 
 BUDGETS = ("4.5bpw", "100kB", "58%")
 LABELS = ("4.5bpw", "100kB", "58pct")
@@ -40,7 +41,7 @@ def sweep(model: Path, place: Path, budgets: tuple[str, ...] = BUDGETS, **change
     return compress_budgets(made, Registry(place / "registry"), place / "out", **options)
 
 
-pytestmark = pytest.mark.usefixtures("quick_audit")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -270,14 +271,13 @@ def _child(model: str, place: str, home: str, kill_point: str | None) -> None:
     """One sweep in a process that kills itself at a call of the second budget."""
     import torch
 
-    from tests.pipeline.test_compress import _import
-
     os.environ["BITSMITH_HOME"] = home
     torch.set_num_threads(1)
-    audit_in_this_process()
+    be_quick()
     if kill_point is not None:
         path, name, _ = KILL_POINTS[kill_point]
-        owner, real = _import(path), getattr(_import(path), name)
+        owner = find_owner(path)
+        real = getattr(owner, name)
 
         def counting(*args: Any, **kwargs: Any) -> Any:
             if (Path(place) / "out" / "4bpw" / "report").exists():
@@ -288,31 +288,25 @@ def _child(model: str, place: str, home: str, kill_point: str | None) -> None:
     sweep(Path(model), Path(place), ("4bpw", "3bpw"))
 
 
-@pytest.fixture(scope="module")
-def unbroken(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("unbroken")
-    sweep(tiny_model_dir, place, ("4bpw", "3bpw"))
-    return place
-
-
-@pytest.mark.parametrize("kill_point", ["decompose", "finish", "add report"])
-def test_after_a_kill_at_the_second_budget_the_next_run_ends_in_the_same_bytes(
-    kill_point: str, unbroken: Path, tiny_model_dir: Path, tmp_path: Path
+def test_a_sweep_that_is_killed_at_the_second_budget_ends_in_the_same_bytes(
+    tiny_model_dir: Path, tmp_path: Path
 ) -> None:
+    """Killed three times; each run goes on from where the one before was killed."""
     import multiprocessing
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.sweep", "tests.pipeline.test_budgets"])
     args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
-    for point, expected in ((kill_point, -signal.SIGKILL), (None, 0)):
+    for point in ("decompose", "finish", "add report", None):
         process = context.Process(target=_child, args=(*args, point))
         process.start()
         process.join(120)
-        assert process.exitcode == expected
+        assert process.exitcode == (-signal.SIGKILL if point else 0), point
         if point:
             assert Plan.read(tmp_path / "out" / "4bpw" / "plan.json").budget == "4bpw"
             assert not (tmp_path / "out" / "pareto.json").exists()
-    assert contents(tmp_path / "out") == contents(unbroken / "out")
+    sweep(tiny_model_dir, tmp_path / "unbroken", ("4bpw", "3bpw"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "unbroken" / "out")
 
 
 def _flags(budgets: str) -> list[str]:

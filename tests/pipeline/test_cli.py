@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.small import FLAGS
+from tests.pipeline.small import FLAGS, TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_mistakes_end_at_once_in_one_paragraph(mistake: str, bad_places: dict[st
 
 
 def test_slower_mistakes(bitsmith, tiny_model_dir: Path, tmp_path: Path) -> None:
-    start = ["compress", tiny_model_dir, "-o", tmp_path / "out"]
+    start = ["compress", tiny_model_dir, "-o", tmp_path / "out", *TEXTS]
     cases = {
         ("-b", "1bpw"): r"smallest plan takes .* at least \d",
         ("-b", "10kB"): r"Raise the budget to [\d.]+MB",

@@ -1,9 +1,6 @@
-"""The main job on tiny models: whole runs, kills at every stage, and what a second run does."""
+"""The main job on tiny models: whole runs, and what a second run does."""
 
-import json
-import multiprocessing
-import os
-import signal
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from pipeline.errors import (
 )
 from pipeline.recipe import Recipe
 from registry import Registry
-from tests.pipeline.small import SMALL, audit_in_this_process
+from tests.pipeline.small import SMALL
 
 
 def small_recipe(model: Path, **changes: Any) -> Recipe:
@@ -39,13 +36,19 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-pytestmark = pytest.mark.usefixtures("quick_audit")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compressed]:
     place = tmp_path_factory.mktemp("finished")
     return place, run(tiny_model_dir, place)
+
+
+@pytest.fixture
+def copy(finished, tmp_path: Path) -> Path:
+    """Registry and folder of the finished run, to be damaged."""
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
 
 
 def test_the_budget_holds_and_the_folder_is_complete(finished, tiny_model_dir: Path) -> None:
@@ -161,21 +164,19 @@ def test_other_recipes_are_refused_by_the_name_of_the_field(finished, tiny_model
         run(tiny_model_dir, place, resume=False)
 
 
-def test_a_changed_file_in_a_finished_folder_is_noticed(tiny_model_dir: Path, tmp_path: Path) -> None:
-    run(tiny_model_dir, tmp_path, eval_windows=0)
-    (tmp_path / "out" / "plan.json").write_text("{}")
+def test_a_changed_file_in_a_finished_folder_is_noticed(copy: Path, tiny_model_dir: Path) -> None:
+    (copy / "out" / "plan.json").write_text("{}")
     with pytest.raises(OutputExistsError, match=r"plan\.json is missing or was changed"):
-        run(tiny_model_dir, tmp_path, eval_windows=0)
+        run(tiny_model_dir, copy)
 
 
-def test_a_second_run_mends_a_damaged_copy_in_the_registry(tiny_model_dir: Path, tmp_path: Path) -> None:
-    run(tiny_model_dir, tmp_path, eval_windows=0)
-    registry = Registry(tmp_path / "registry")
+def test_a_second_run_mends_a_damaged_copy_in_the_registry(copy: Path, tiny_model_dir: Path) -> None:
+    registry = Registry(copy / "registry")
     blob = registry.path(registry.get(registry.version("out").digest), "plan.json")
     blob.chmod(0o644)
     blob.write_text("{}")
     assert not registry.verify("out").ok
-    assert str(run(tiny_model_dir, tmp_path, eval_windows=0).version) == "out:1"
+    assert str(run(tiny_model_dir, copy).version) == "out:1"
     assert registry.verify("out").ok
 
 
@@ -185,15 +186,14 @@ def test_a_file_in_the_way_is_called_a_file(tiny_model_dir: Path, tmp_path: Path
         run(tiny_model_dir, tmp_path)
 
 
-def test_a_truncated_checkpoint_does_not_load(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_does_not_load(copy: Path) -> None:
     from pipeline.errors import CheckpointError
     from pipeline.packed import load_packed
 
-    folder = run(tiny_model_dir, tmp_path, eval_windows=0).folder
-    weights = folder / "model.safetensors"
+    weights = copy / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged"):
-        load_packed(folder)
+        load_packed(copy / "out")
 
 
 def test_the_byte_budget_that_an_error_advises_is_enough(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -237,101 +237,3 @@ def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:
             run(folder, tmp_path, sensitivity=sensitivity, eval_windows=0)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
-
-
-# Kills. A child process counts calls of one function and kills itself at one of them.
-KILL_POINTS = {
-    "statistics": ("pipeline.statistics", "_one_window", 3),
-    "costs": ("pipeline.costs", "measure_matrix", 4),
-    "plan": ("pipeline.allocation.Plan", "write", 1),
-    "decompose": ("pipeline.decompose", "weighted_error", 4),
-    "checkpoint": ("pipeline.safetensors_file.SafetensorsFile", "write", 1),
-    "materialize": ("registry.registry.Registry", "materialize", 1),
-    "audit": ("pipeline.run", "audit", 1),
-    "finish": ("pipeline.output.OutputFolder", "finish", 1),
-    "logits": ("pipeline.base_logits", "write_window", 2),
-    "evaluate": ("pipeline.run", "evaluate", 1),
-    "report": ("pipeline.run", "write_report", 1),
-    "add report": ("pipeline.output.OutputFolder", "add_report", 1),
-    "publish": ("registry.registry.Registry", "publish", 1),
-}
-
-
-def _import(path: str) -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError:
-        module, _, name = path.rpartition(".")
-        return getattr(importlib.import_module(module), name)
-
-
-def _child(model: str, place: str, home: str, kill_point: str | None, signal_number: int) -> None:
-    os.environ["BITSMITH_HOME"] = home
-    torch.set_num_threads(1)
-    audit_in_this_process()
-    if kill_point is not None:
-        owner_path, name, at = KILL_POINTS[kill_point]
-        owner, calls = _import(owner_path), []
-        real = getattr(owner, name)
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            calls.append(1)
-            if len(calls) == at:
-                os.kill(os.getpid(), signal_number)
-            return real(*args, **kwargs)
-
-        setattr(owner, name, counting)
-    try:
-        run(Path(model), Path(place))
-    except KeyboardInterrupt:
-        os._exit(130)
-
-
-@pytest.fixture(scope="module")
-def children():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.compress", "tests.pipeline.test_compress"])
-    return context
-
-
-def _run_child(children, *args: Any) -> int | None:
-    process = children.Process(target=_child, args=args)
-    process.start()
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
-
-
-@pytest.mark.parametrize("kill_point", list(KILL_POINTS))
-def test_after_a_kill_the_next_run_ends_in_the_same_bytes(
-    kill_point: str, children, finished, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
-    assert _run_child(children, *args, kill_point, signal.SIGKILL) == -signal.SIGKILL
-    assert _run_child(children, *args, None, 0) == 0
-    assert contents(tmp_path / "out") == contents(finished[0] / "out")
-    assert not (tmp_path / "out.partial").exists()
-    assert [str(version) for version in Registry(tmp_path / "registry").versions()] == ["out:1"]
-    assert Registry(tmp_path / "registry").verify("out").ok
-
-
-@pytest.mark.parametrize("kill_point", ["statistics", "costs", "decompose", "evaluate"])
-def test_ctrl_c_leaves_work_to_go_on_from(
-    kill_point: str, children, finished, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
-    assert _run_child(children, *args, kill_point, signal.SIGINT) == 130
-    assert _run_child(children, *args, None, 0) == 0
-    assert contents(tmp_path / "out") == contents(finished[0] / "out")
-
-
-def test_an_unfinished_run_with_another_recipe_is_refused(children, tiny_model_dir: Path, tmp_path: Path) -> None:
-    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
-    assert _run_child(children, *args, "decompose", signal.SIGKILL) == -signal.SIGKILL
-    with pytest.raises(RecipeChangedError, match=r"unfinished run.*budget was '4\.5bpw' and is now '3bpw'"):
-        run(tiny_model_dir, tmp_path, budget="3bpw")
-    done = run(tiny_model_dir, tmp_path, budget="3bpw", resume=False)
-    assert json.loads((tmp_path / "out" / "recipe.json").read_text())["budget"] == "3bpw"
-    assert done.plan.bits_per_param <= 3

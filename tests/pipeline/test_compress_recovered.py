@@ -26,7 +26,7 @@ from pipeline.teacher import teacher_windows
 from quantizers import weighted_error
 from registry import Registry
 from tests.models import save_model
-from tests.pipeline.small import SMALL, audit_in_this_process
+from tests.pipeline.small import SMALL, be_quick
 from tests.pipeline.tiny_packed import original_llama
 
 RECOVERED: dict[str, Any] = SMALL | {
@@ -50,12 +50,13 @@ FIXED = (
 )
 
 
-def run(model: Path, place: Path, **changes: Any) -> Compressed:
+def run(model: Path, place: Path, registry: Path | None = None, **changes: Any) -> Compressed:
+    """Into `place`/out, with what `registry` has already, if one is given."""
     recipe = Recipe.of(model=str(model), **(RECOVERED | {"overrides": FIXED} | changes))
-    return compress(recipe, Registry(place / "registry"), place / "out")
+    return compress(recipe, Registry(registry or place / "registry"), place / "out")
 
 
-pytestmark = pytest.mark.usefixtures("quick_audit")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +66,21 @@ def loud_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> 
 
 
 @pytest.fixture(scope="module")
-def plain(loud_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The weights without recovery."""
-    place = tmp_path_factory.mktemp("plain")
-    return run(loud_model_dir, place, recover=False).folder / "model.safetensors"
-
-
-@pytest.fixture(scope="module")
 def finished(loud_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Compressed]:
     place = tmp_path_factory.mktemp("recovered")
     return place, run(loud_model_dir, place)
+
+
+@pytest.fixture(scope="module")
+def registry(finished) -> Path:
+    """It has the statistics, the cost table and the original's answers."""
+    return finished[0] / "registry"
+
+
+@pytest.fixture(scope="module")
+def plain(loud_model_dir: Path, registry: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights without recovery."""
+    return run(loud_model_dir, tmp_path_factory.mktemp("plain"), registry, recover=False).folder / "model.safetensors"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -159,8 +165,10 @@ def test_a_second_run_finds_it_done(finished, loud_model_dir: Path) -> None:
     assert next(stage for stage in again.stages if stage.name == "recover").reused
 
 
-def test_without_a_gain_the_checkpoint_is_the_one_before(loud_model_dir: Path, plain: Path, tmp_path: Path) -> None:
-    done = run(loud_model_dir, tmp_path, recover_learning_rate=100.0, recover_steps=2)
+def test_without_a_gain_the_checkpoint_is_the_one_before(
+    loud_model_dir: Path, registry: Path, plain: Path, tmp_path: Path
+) -> None:
+    done = run(loud_model_dir, tmp_path, registry, recover_learning_rate=100.0, recover_steps=2)
     assert done.recovery is not None
     assert not done.recovery.has_gained
     assert done.recovery.best_kl == done.recovery.start_kl
@@ -175,11 +183,12 @@ def test_an_unweighted_error_still_has_a_text_to_train_on(loud_model_dir: Path, 
     assert done.recovery.num_train_windows + done.recovery.num_held_out_windows == 8
 
 
-def test_another_budget_asks_the_original_nothing_new(loud_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
-    run(loud_model_dir, tmp_path, recover_steps=1)
+def test_another_budget_asks_the_original_nothing_new(
+    loud_model_dir: Path, registry: Path, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("pipeline.teacher._ask", None)
-    recipe = Recipe.of(model=str(loud_model_dir), **(RECOVERED | {"budget": "4bpw", "recover_steps": 1}))
-    assert compress(recipe, Registry(tmp_path / "registry"), tmp_path / "other").recovery is not None
+    done = run(loud_model_dir, tmp_path, registry, budget="4bpw", recover_steps=1, overrides=())
+    assert done.recovery is not None
 
 
 @pytest.mark.parametrize(
@@ -211,7 +220,7 @@ def _child(model: str, place: str, kill_point: str) -> None:
     import importlib
 
     torch.set_num_threads(1)
-    audit_in_this_process()
+    be_quick()
     module, name, at = KILL_POINTS[kill_point]
     owner, calls = importlib.import_module(module), []
     real = getattr(owner, name)
@@ -226,15 +235,14 @@ def _child(model: str, place: str, kill_point: str) -> None:
     run(Path(model), Path(place))
 
 
-@pytest.mark.parametrize("kill_point", list(KILL_POINTS))
-def test_after_a_kill_the_next_run_ends_in_the_same_bytes(
-    kill_point: str, finished, loud_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_is_killed_thrice_ends_in_the_same_bytes(finished, loud_model_dir: Path, tmp_path: Path) -> None:
+    """Each run goes on from where the one before was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.compress", "tests.pipeline.test_compress_recovered"])
-    child = context.Process(target=_child, args=(str(loud_model_dir), str(tmp_path), kill_point))
-    child.start()
-    child.join(240)
-    assert child.exitcode == -signal.SIGKILL
+    for kill_point in KILL_POINTS:
+        child = context.Process(target=_child, args=(str(loud_model_dir), str(tmp_path), kill_point))
+        child.start()
+        child.join(240)
+        assert child.exitcode == -signal.SIGKILL, kill_point
     assert run(loud_model_dir, tmp_path).recovery == finished[1].recovery
     assert contents(tmp_path / "out") == contents(finished[0] / "out")

@@ -19,7 +19,7 @@ from tests.pipeline.small import SMALL
 
 SECRET = "folder-of-anna"
 
-pytestmark = pytest.mark.usefixtures("quick_audit")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def anna(place: Path, model: Path) -> Path:

@@ -19,7 +19,7 @@ from registry import Registry
 from tests.pipeline.notes import Notes
 from tests.pipeline.small import SMALL
 
-pytestmark = pytest.mark.usefixtures("quick_audit")
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def default_run(model: Path, place: Path, **changes: object) -> Compressed:
@@ -28,14 +28,14 @@ def default_run(model: Path, place: Path, **changes: object) -> Compressed:
     return compress(Recipe.of(model=str(model), **settings), Registry(place / "registry"), place / "out")
 
 
-def changed(model: Path, folder: Path, name: str, change) -> Path:
-    """A copy of the model with one weight changed."""
+def changed(model: Path, folder: Path, change, *names: str) -> Path:
+    """A copy of the model with some of its weights changed."""
     folder.mkdir()
     for path in model.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     (file,) = folder.glob("*.safetensors")
     tensors = load_file(file)
-    tensors[name] = change(tensors[name].clone())
+    tensors |= {name: change(tensors[name].clone()) for name in names}
     save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
@@ -46,15 +46,16 @@ def outlier(weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("change", [torch.zeros_like, torch.ones_like, outlier], ids=["zeros", "rank one", "outlier"])
-@pytest.mark.parametrize("matrix", ["self_attn.v_proj", "mlp.down_proj"])
-def test_a_strange_matrix_ends_in_a_valid_checkpoint(change, matrix: str, tiny_model_dir: Path, tmp_path: Path) -> None:
-    name = f"model.layers.0.{matrix}"
-    model = changed(tiny_model_dir, tmp_path / "model", f"{name}.weight", change)
+def test_strange_matrices_end_in_a_valid_checkpoint(change, tiny_model_dir: Path, tmp_path: Path) -> None:
+    names = ("model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj")
+    model = changed(tiny_model_dir, tmp_path / "model", change, *(f"{name}.weight" for name in names))
     done = default_run(model, tmp_path)
-    weight = load_packed(done.folder).get_submodule(name).weight
-    assert torch.isfinite(weight).all()
-    if change is torch.zeros_like:
-        assert not weight.any()
+    packed = load_packed(done.folder)
+    for name in names:
+        weight = packed.get_submodule(name).weight
+        assert torch.isfinite(weight).all()
+        if change is torch.zeros_like:
+            assert not weight.any()
     assert done.evaluation is not None
     assert done.evaluation.kl_divergence.mean < 1
 
@@ -70,7 +71,7 @@ def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path)
 def test_inputs_that_are_always_zero_are_told_of(
     metric: Metric, num_samples: int, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    folder = changed(tiny_model_dir, tmp_path / "m", "model.layers.0.self_attn.v_proj.weight", torch.zeros_like)
+    folder = changed(tiny_model_dir, tmp_path / "m", torch.zeros_like, "model.layers.0.self_attn.v_proj.weight")
     model, notes = open_model(str(folder)), Notes()
     windows = token_windows(None, model.tokenizer(), num_windows=num_samples, seq_len=32, seed=0)
     (tmp_path / "work").mkdir()

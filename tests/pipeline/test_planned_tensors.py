@@ -19,7 +19,7 @@ MODULE = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, quick_audit: None) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, quick: None) -> Path:
     place = tmp_path_factory.mktemp("planned")
     compress(Recipe.of(model=str(tiny_model_dir), **SMALL), Registry(place / "registry"), place / "out", name="tiny")
     registry = Registry(place / "registry")

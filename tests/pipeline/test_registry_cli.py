@@ -19,7 +19,7 @@ from tests.registry.sigstore_server import SigstoreServer
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, quick_audit: None) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, quick: None) -> Path:
     """A home with tiny:1 of 4.5 bits and tiny:2 of 3."""
     home = tmp_path_factory.mktemp("home")
     for budget in ("4.5bpw", "3bpw"):

@@ -19,7 +19,7 @@ from tests.pipeline.small import SMALL
 LABELS = ("lloyd2-g32-s4", "lloyd3-g32-s4", "lloyd4-g32-s4")
 SHAPE = (32, 64)
 
-pytestmark = pytest.mark.usefixtures("quick_audit")
+pytestmark = pytest.mark.usefixtures("quick")
 SIZES = [quantizer_from_label(label).size_bits(SHAPE) for label in LABELS]
 
 
