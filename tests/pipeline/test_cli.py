@@ -148,7 +148,7 @@ def test_mistakes_end_at_once_in_one_paragraph(mistake: str, bad_places: dict[st
 
 
 def test_slower_mistakes(bitsmith, tiny_model_dir: Path, tmp_path: Path) -> None:
-    start = ["compress", tiny_model_dir, "-o", tmp_path / "out", *TEXTS]
+    start = ["compress", tiny_model_dir, "-o", tmp_path / "out", "--num-samples", "4", *TEXTS]
     cases = {
         ("-b", "1bpw"): r"smallest plan takes .* at least \d",
         ("-b", "10kB"): r"Raise the budget to [\d.]+MB",
