@@ -7,9 +7,16 @@ without a server starts one for itself, which takes a while on a small machine.
 import importlib.util
 import os
 
-os.environ.setdefault("DO_NOT_TRACK", "1")
-os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "180")
+# Of every run, also of those that a worker starts: deployments and pools carry them there (flows/deploy.py). A run
+# whose heartbeats stay away is taken for dead (flows/automations.py).
+RUN_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+}
+
+for _name, _value in (RUN_SETTINGS | {"PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180"}).items():
+    os.environ.setdefault(_name, _value)
 
 if importlib.util.find_spec("prefect") is None:
     raise SystemExit("Error: the flows need Prefect, which is not installed. Run: pip install 'bitsmith[flows]'")

@@ -35,15 +35,12 @@ def _compress_in_flow(
     recipes: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any
 ) -> "Compressed | Sweep":
     from flows.compress import compress
-    from flows.compress_budgets import compress_budgets
     from flows.job import read_outcome
     from pipeline.sweep import Sweep
 
     if quiet:
         logging.getLogger("prefect").setLevel(logging.ERROR)
-    contents = [recipe.to_json() for recipe in recipes]
     options["registry"] = str(registry.root)
-    if len(contents) == 1:
-        return read_outcome(compress(contents[0], str(output), **options))
-    outcomes = compress_budgets(contents, str(output), **options)
-    return Sweep(output, tuple(map(read_outcome, outcomes)))
+    budgets = [recipe.budget for recipe in recipes]
+    done = [read_outcome(outcome) for outcome in compress(recipes[0].to_json(), str(output), budgets, **options)]
+    return done[0] if len(done) == 1 else Sweep(output, tuple(done))

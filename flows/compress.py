@@ -1,6 +1,7 @@
-"""The flow `compress`: one model, one budget, every step a task to watch.
+"""The flow `compress`: one model, one budget or several, every step a task to watch.
 
-    python -m flows.compress MODEL --budget 3.0bpw -o OUT      several budgets: flows/compress_budgets.py
+    python -m flows.compress MODEL --budget 3.0bpw -o OUT
+    python -m flows.compress MODEL --budget 2.5bpw,3bpw -o OUT
 
 The same steps, the same registry and the same bytes as `bitsmith compress`: either goes on from the other.
 """
@@ -13,39 +14,55 @@ from prefect.runtime import flow_run
 
 from flows import steps
 from flows.job import Done, Job, Outcome
-from pipeline.home import home
+from flows.notify import WATCHED
+from flows.slots import alone_with
+from flows.version import check_version
+from pipeline.named_failure import named_failure
 
 
 def run_name() -> str:
-    """`SmolLM2-135M-Instruct at 3.0bpw`"""
-    recipe = flow_run.parameters["recipe"]
-    return f"{Path(str(recipe.get('model'))).name} at {recipe.get('budget')}"
+    """`SmolLM2-135M-Instruct at 2.5bpw, 3bpw`"""
+    recipe, budgets = flow_run.parameters["recipe"], flow_run.parameters.get("budgets")
+    return f"{Path(str(recipe.get('model'))).name} at {', '.join(budgets or [str(recipe.get('budget'))])}"
 
 
-@flow(name="compress", flow_run_name=run_name, persist_result=False)
+@flow(name="compress", flow_run_name=run_name, **WATCHED)
 def compress(
     recipe: dict[str, Any],
     out: str,
+    budgets: list[str] | None = None,
     name: str | None = None,
     registry: str | None = None,
     device: str = "cpu",
     resume: bool = True,
-) -> Outcome:
-    """Compress a model into a folder and publish it.
+) -> list[Outcome]:
+    """Compress a model into a folder and publish it in the registry; to several budgets from one measurement.
 
     Args:
         recipe: fields of pipeline.recipe.Recipe, and `preset` if wanted.
-        out: folder to write.
-        name: in the registry; the folder's by default.
+        out: folder to write; with several budgets, a folder for each below it, and a page that compares them.
+        budgets: in the place of the recipe's.
+        name: in the registry, the folder's by default; with several budgets, followed by the budget.
         registry: folder of the registry; the user's own by default.
         resume: go on from an unfinished run of the same recipe; False starts over.
+    Returns:
+        One outcome for each budget.
     Raises:
         PipelineError, RegistryError: the run is then Failed, with that message.
     """
-    job = steps.prepare(recipe, registry or str(home() / "registry"), out, name or Path(out).name, device, resume)
-    statistics = steps.collect_statistics(job)
-    costs = steps.measure_costs(job, statistics)
-    return complete(job, statistics, costs, [statistics, costs])
+    check_version()
+    with alone_with(str(recipe.get("model")), device):
+        jobs = steps.prepare(recipe, budgets, registry, out, name, device, resume)
+        statistics = steps.collect_statistics(jobs[0])
+        costs = steps.measure_costs(jobs[0], statistics)
+        if len(jobs) == 1:
+            return [complete(jobs[0], statistics, costs, [statistics, costs])]
+        outcomes: list[Outcome] = []
+        for job in jobs:
+            with named_failure(job["recipe"]["budget"], len(outcomes), len(jobs)):
+                outcomes.append(complete(job, statistics, costs, [] if outcomes else [statistics, costs]))
+        steps.compare_budgets(out)
+        return outcomes
 
 
 def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Outcome:

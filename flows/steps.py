@@ -27,6 +27,7 @@ from flows.job import (
 )
 from flows.progress import RunProgress
 from flows.summary import artifact_key, summary
+from pipeline.home import home
 from registry import Artifact, Registry
 
 if TYPE_CHECKING:
@@ -46,17 +47,24 @@ OPENING: dict[str, Any] = PLAIN | {
 
 
 @task(**OPENING)
-def prepare(recipe: dict[str, Any], registry: str, out: str, name: str, device: str, resume: bool) -> Job:
-    """Open the model, tokenize the texts, claim the output folder; find out now what cannot work later."""
-    return prepare_job(recipe, registry, out, name, device, resume)
-
-
-@task(**OPENING)
-def prepare_budgets(
-    recipes: list[dict[str, Any]], registry: str, out: str, name: str, device: str, resume: bool
+def prepare(
+    recipe: dict[str, Any],
+    budgets: list[str] | None,
+    registry: str | None,
+    out: str,
+    name: str | None,
+    device: str,
+    resume: bool,
 ) -> list[Job]:
-    """The same for several budgets: all of them, or none."""
-    return prepare_jobs(recipes, registry, out, name, device, resume)
+    """Open the model, tokenize the texts, claim the output folders; find out now what cannot work later.
+
+    A job for each budget: all of them, or none.
+    """
+    recipes = [recipe | {"budget": budget} for budget in budgets] if budgets else [recipe]
+    place, called = registry or str(home() / "registry"), name or Path(out).name
+    if len(recipes) == 1:
+        return [prepare_job(recipes[0], place, out, called, device, resume)]
+    return prepare_jobs(recipes, place, out, called, device, resume)
 
 
 @task(**PLAIN)

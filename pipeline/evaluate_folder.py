@@ -1,7 +1,10 @@
 """Evaluate a compressed folder beside its original, outside any run."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -11,8 +14,10 @@ from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate
 from pipeline.home import home
 from pipeline.model import open_model
+from pipeline.output import check_compressed
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT, Progress
+from registry import Registry
 
 
 def evaluate_folder(
@@ -57,3 +62,29 @@ def evaluate_folder(
         progress=progress,
     )
     return evaluate(network, logits, windows.tokens, progress=progress)
+
+
+@contextmanager
+def checkpoint_folder(registry: Registry, what: str) -> Iterator[Path]:
+    """`what` itself where it is a folder; else the files of the version that it names, in a temporary one.
+
+    Raises:
+        CheckpointError: the folder is no compressed checkpoint.
+        RegistryError: there is no such version, or its files are damaged.
+    """
+    if (folder := Path(what).expanduser()).is_dir():
+        check_compressed(folder)
+        yield folder
+        return
+    checkpoint = registry.get(registry.version(what).digest)
+    with TemporaryDirectory(prefix="bitsmith-") as temporary:
+        folder = Path(temporary) / "checkpoint"
+        registry.materialize(checkpoint, folder)
+        check_compressed(folder)
+        yield folder
+
+
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The model that a checkpoint was made from, and its commit on the Hub."""
+    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    return str(recipe["model"]), recipe.get("model_commit")

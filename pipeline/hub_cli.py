@@ -1,13 +1,11 @@
 """`bitsmith push` and `bitsmith pull`: versions to the Hugging Face Hub and from there."""
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipeline.budget import Budget
 from pipeline.console import open_registry, print_json, progress_of, quiet_hub, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
@@ -22,14 +20,8 @@ from pipeline.options import (
     TokenVariable,
     TrustConfig,
 )
+from pipeline.release import Layout, push_version
 from pipeline.signers import signer_of, verifier_of
-
-
-class Layout(StrEnum):
-    """Where the budgets of one model lie on the Hub."""
-
-    REPO = "repo"
-    BRANCHES = "branches"
 
 
 def push(
@@ -62,36 +54,23 @@ def push(
 
     Run again after a failure, it sends only what is missing. Main and the tags stay as they were until all is there.
     """
-    from pipeline.card import collection_note, write_card
-    from pipeline.overview import branch_overview
-    from pipeline.version_facts import VersionFacts
-    from registry import add_to_collection
-    from registry import push as registry_push
 
     signer = signer_of(
         ("--sign-key", sign_key), ("--sign-keyless", sign_keyless), password_variable, token_variable, trust_config
     )
     quiet_hub(quiet or as_json)
-    store, progress = open_registry(), progress_of(quiet)
-    version = store.version(name)
-    facts = VersionFacts.of(store, version)
-    branch = Budget.parse(facts.recipe["budget"]).label if layout == Layout.BRANCHES else "main"
-    tag = tag or (f"v{version.number}" if layout == Layout.REPO else f"{branch}-v{version.number}")
-    pushed = registry_push(
-        store,
-        str(version),
+    released = push_version(
+        open_registry(),
+        name,
         repo,
         private=private,
-        branch=branch,
+        layout=layout,
         tag=tag,
-        card=write_card(store, version, repo, tag),
-        overview=branch_overview(repo) if layout == Layout.BRANCHES else None,
+        collection=collection,
         signer=signer,
-        progress=progress,
+        progress=progress_of(quiet),
     )
-    page = None
-    if collection is not None:
-        page = add_to_collection(repo, collection, collection_note(facts), private=private, progress=progress)
+    pushed, page = released.pushed, released.collection
     if as_json:
         print_json(asdict(pushed) | {"collection": page})
     elif not quiet:

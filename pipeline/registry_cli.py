@@ -1,7 +1,6 @@
 """`bitsmith registry ...`: look at versions, compare, check, name and clean up; each a thin call on the library."""
 
 import json
-import re
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -26,11 +25,9 @@ from pipeline.options import (
     TrustConfig,
 )
 from pipeline.signers import signer_of, verifier_of
+from pipeline.span import span_seconds
 from pipeline.watch_cli import watch
 from registry import AliasMove, RegistryError, export_version, import_version, sign_version, verify_signature
-
-_SPAN = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 Reason = Annotated[str, typer.Option(help="why, for the log")]
 AliasArgument = Annotated[str, typer.Argument(help="a word such as production; `latest` is always the highest number")]
@@ -239,16 +236,11 @@ def promote(
     quiet: Quiet = False,
 ) -> None:
     """Let NAME@ALIAS name a version if it meets all gates; else exit with 1 and say by how much it fails."""
-    from pipeline.gate import Requirement, check
-    from pipeline.version_facts import VersionFacts
+    from pipeline import release
+    from pipeline.gate import Requirement
 
     requirements = [Requirement.parse(text) for text in require]
-    store = open_registry()
-    version = store.version(name)
-    check(str(version), VersionFacts.of(store, version).figures, requirements)
-    gates = " ".join(map(str, requirements))
-    why = f"{reason} ({gates})" if reason else gates
-    _show_move(store.alias(str(version), alias, action=AliasMove.PROMOTE, reason=why), as_json, quiet)
+    _show_move(release.promote(open_registry(), name, alias, requirements, reason), as_json, quiet)
 
 
 @registry_app.command()
@@ -273,7 +265,7 @@ def gc(
     """Remove results and files that no version, no running process and nobody within the grace needs."""
     from pipeline.display_registry import show_collected
 
-    seconds = _span_seconds(grace)
+    seconds = span_seconds(grace)
     collected = open_registry().collect_garbage(grace_seconds=seconds, dry_run=dry_run)
     if as_json:
         print_json(
@@ -344,13 +336,6 @@ def doctor(
         raise RegistryError(
             f"{len(left)} of {len(found)} damages are left: {', '.join(each.what for each in left[:5])}."
         )
-
-
-def _span_seconds(text: str) -> float:
-    found = _SPAN.fullmatch(text.strip())
-    if found is None:
-        raise RecipeError(f"{text!r} is not a time. Expected a number and s, m, h or d, such as 14d or 0s.")
-    return float(found[1]) * _SECONDS[found[2]]
 
 
 def _show_move(move: AliasMove, as_json: bool, quiet: bool) -> None:

@@ -7,8 +7,7 @@ Model and texts are opened once, statistics and cost table measured once. Whatev
 for all budgets before the first long stage.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 from pipeline.budget import Budget
 from pipeline.compress import Compressed, complete, measure
 from pipeline.disk_space import check_disk, checkpoint_disk_bytes, shared_disk_bytes
-from pipeline.errors import BudgetError, PipelineError, RecipeError
+from pipeline.errors import BudgetError, RecipeError
+from pipeline.named_failure import named_failure
 from pipeline.output import OutputFolder
 from pipeline.pareto import write_pareto
 from pipeline.progress import SILENT, Progress
@@ -24,7 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.stages import StageLog
 from pipeline.sweep_folder import check_same_recipe, check_sweep_folder
-from registry import Registry, RegistryError, checked_name
+from registry import Registry, checked_name
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,6 @@ def compress_budgets(
         results.append(done)
     write_pareto(out, progress=progress)
     return Sweep(out, tuple(results))
-
-
-@contextmanager
-def named_failure(budget: str, num_finished: int, num_budgets: int) -> Iterator[None]:
-    """Say at which budget a known error happened.
-
-    Raises:
-        PipelineError: instead of the error, which is its cause.
-    """
-    try:
-        yield
-    except (PipelineError, RegistryError) as error:
-        raise PipelineError(
-            f"The budget {budget} failed, with {num_finished} of {num_budgets} finished: {error}"
-        ) from error
 
 
 def prepare_parts(

@@ -78,7 +78,7 @@ def watch(
 
     @cache
     def ask(base: str, revision: str) -> "ModelInfo | RegistryError":
-        return _ask(base, revision, registry.root, endpoint, token)
+        return ask_hub(base, revision, registry.root, endpoint, token)
 
     return [_watched(registry, versions[name], ask) for name in wanted or versions]
 
@@ -113,9 +113,10 @@ def _watched(registry: Registry, versions: list[Version], ask: "Ask") -> BaseMod
     )
 
 
-def _ask(
-    base: str, revision: str, folder: Path, endpoint: str | None, token: str | None
+def ask_hub(
+    base: str, revision: str, folder: Path, endpoint: str | None = None, token: str | None = None
 ) -> "ModelInfo | RegistryError":
+    """What the Hub says now of that revision, or why it says nothing; `folder` is the registry's."""
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()

@@ -3,6 +3,7 @@
 Prefect reads its settings when it is first imported, so tests import it, and `flows`, inside functions.
 """
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +14,29 @@ from tests.pipeline.small import SMALL
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_prefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """No test touches ~/.prefect or tells anybody that it ran."""
+def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the server is, once a test asks for it. No test touches ~/.prefect or tells anybody that it ran."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/api"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("PREFECT_API_URL", url)
         patch.setenv("DO_NOT_TRACK", "1")
         patch.setenv("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
-        yield
+        yield url
 
 
 @pytest.fixture(scope="session")
-def server(_own_prefect_home: None) -> Iterator[None]:
-    from prefect.testing.utilities import prefect_test_harness
+def server(api_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server process with all its services, as `python -m flows serve` starts it; gives the URL of its API."""
+    from flows.local_server import start_server
 
-    with prefect_test_harness(server_startup_timeout=180):
-        yield
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    process = start_server(api_url, log)
+    yield api_url
+    process.terminate()
+    process.wait(30)
 
 
 @pytest.fixture(scope="session")

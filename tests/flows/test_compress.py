@@ -26,7 +26,7 @@ def test_flow_and_function_make_the_same_checkpoint(finished: Any, recipe: dict[
     from pipeline.recipe import Recipe
     from registry import Registry
 
-    by_flow = read_outcome(finished.result())
+    by_flow = read_outcome(*finished.result())
     elsewhere = compress(Recipe.of(**recipe), Registry(tmp_path / "registry"), tmp_path / "plain")
     assert elsewhere.version.digest == by_flow.version.digest
     assert not any(stage.reused for stage in elsewhere.stages)
@@ -41,7 +41,7 @@ def test_function_finds_everything_done_by_the_flow(finished: Any, recipe: dict[
     from pipeline.recipe import Recipe
     from registry import Registry
 
-    outcome = finished.result()
+    (outcome,) = finished.result()
     again = compress(Recipe.of(**recipe), Registry(home() / "registry"), Path(outcome["job"]["out"]))
     assert str(again.version) == outcome["version"] == "Tiny:1"
     assert again.was_finished
@@ -51,7 +51,7 @@ def test_function_finds_everything_done_by_the_flow(finished: Any, recipe: dict[
 def test_command_finds_everything_done_and_prints_the_table(
     finished: Any, recipe: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = finished.result()["job"]["out"]
+    out = finished.result()[0]["job"]["out"]
     assert _command(monkeypatch, *_flags(recipe), "-o", out) == 0
     printed = capsys.readouterr().out
     assert "was finished before" in " ".join(printed.split())
@@ -74,7 +74,7 @@ def test_summary_stands_beside_the_run(finished: Any) -> None:
     with get_client(sync_client=True) as client:
         pages = {page.key: page for page in client.read_artifacts() if page.type == "markdown"}
     page = pages["bitsmith-tiny"]
-    assert page.description == finished.result()["version"]
+    assert page.description == finished.result()[0]["version"]
     for expected in ("budget 4.5bpw", "| perplexity |", "| decompose |", "nf4-g64-s8"):
         assert expected in str(page.data)
 
@@ -82,8 +82,8 @@ def test_summary_stands_beside_the_run(finished: Any) -> None:
 def test_only_plain_json_and_no_stored_result_leaves_the_flow(finished: Any) -> None:
     from prefect.results import ResultRecordMetadata
 
-    outcome = finished.result()
-    assert json.loads(json.dumps(outcome)) == outcome
+    outcomes = finished.result()
+    assert json.loads(json.dumps(outcomes)) == outcomes
     assert not isinstance(finished.data, ResultRecordMetadata)
 
 

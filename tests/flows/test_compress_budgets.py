@@ -1,4 +1,4 @@
-"""The flow for several budgets: the command's bytes, and refusals before any work."""
+"""The flow with several budgets: the command's bytes, and refusals before any work."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,16 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_flow_and_function_make_the_same_folders(server: None, recipe: dict[str, Any], tmp_path: Path) -> None:
-    from flows.compress_budgets import compress_budgets as flow
+    from flows.compress import compress
     from flows.job import read_outcome
     from pipeline.recipe import Recipe
     from pipeline.sweep import compress_budgets
     from registry import Registry
 
-    recipes = [recipe | {"budget": budget} for budget in ("3bpw", "4.5bpw")]
+    budgets = ["3bpw", "4.5bpw"]
+    recipes = [recipe | {"budget": budget} for budget in budgets]
     out, registry = tmp_path / "Tiny", tmp_path / "registry"
-    outcomes = flow(recipes, str(out), registry=str(registry))
+    outcomes = compress(recipe, str(out), budgets, registry=str(registry))
     assert json.loads(json.dumps(outcomes)) == outcomes
     by_flow = [read_outcome(outcome) for outcome in outcomes]
     assert [str(done.version) for done in by_flow] == ["Tiny-3bpw:1", "Tiny-4.5bpw:1"]
@@ -36,7 +37,7 @@ def test_every_budget_is_checked_by_the_first_step(recipe: dict[str, Any], tmp_p
     from flows import steps
     from pipeline.errors import BudgetError
 
-    recipes = [recipe | {"budget": budget, "sensitivity": "none"} for budget in ("4.5bpw", "1bpw")]
+    unweighted, budgets = recipe | {"sensitivity": "none"}, ["4.5bpw", "1bpw"]
     with pytest.raises(BudgetError, match=r"1 of the 2 budgets cannot be met.*1bpw"):
-        steps.prepare_budgets.fn(recipes, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
+        steps.prepare.fn(unweighted, budgets, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
     assert not (tmp_path / "out").exists()

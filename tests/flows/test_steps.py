@@ -13,7 +13,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 STEPS = (
     *(
         "prepare",
-        "prepare_budgets",
         "collect_statistics",
         "measure_costs",
         "allocate",
@@ -41,7 +40,7 @@ def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_p
     unweighted = recipe | {"sensitivity": "none", "eval_windows": 0, "recover": True}
     unweighted |= {"recover_samples": 4, "recover_steps": 2}
     registry, out = str(tmp_path / "registry"), str(tmp_path / "out")
-    job = steps.prepare.fn(unweighted, registry, out, "tiny", "cpu", True)
+    (job,) = steps.prepare.fn(unweighted, None, registry, out, "tiny", "cpu", True)
     statistics = steps.collect_statistics.fn(_another_process(job))
     assert statistics["digest"] is None
     costs = steps.measure_costs.fn(*_another_process([job, statistics]))
@@ -65,7 +64,8 @@ def test_only_plain_types_cross_the_border(name: str) -> None:
     from flows import steps
     from flows.job import Done, Job, Outcome
 
-    plain = (str, bool, type(None), dict[str, Any], list[dict[str, Any]], list[Done], list[Job], Done, Job, Outcome)
+    plain = (str, bool, type(None), dict[str, Any], list[Done], list[Job], Done, Job, Outcome)
+    plain += (str | None, list[str] | None)
     for place, hint in get_type_hints(getattr(steps, name).fn).items():
         assert hint in plain, f"{place} of {name} is {hint}"
 
@@ -100,7 +100,7 @@ def test_model_that_changes_under_way_is_refused_by_name(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     unweighted = recipe | {"model": str(folder), "sensitivity": "none", "eval_windows": 0}
-    job = steps.prepare.fn(unweighted, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
+    (job,) = steps.prepare.fn(unweighted, None, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

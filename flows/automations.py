@@ -1,0 +1,96 @@
+"""What the server does by itself for runs that cannot speak any more, since their machine or worker is gone.
+
+A run sends a heartbeat every half a minute. After 90 seconds without one it is Crashed, which frees its slots; and the
+webhook, where there is one, is called: nobody else is left to call it.
+"""
+
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.automations import Automation, EventTrigger, Posture
+from prefect.blocks.webhook import Webhook
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import CallWebhook, ChangeFlowRunState
+from pydantic import SecretStr
+
+from flows.notify import BLOCK
+from flows.states import GATED, SKIPPED
+from flows.version import TAG
+
+ZOMBIES, SPEAKER = "bitsmith: runs without a heartbeat", "bitsmith: webhook for runs without a heartbeat"
+SILENCE = timedelta(seconds=90)
+MESSAGE = "No heartbeat"
+
+_OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+_ALIVE = "prefect.flow-run.heartbeat"
+_STATES = ("Completed", "Failed", "Crashed", "Cancelling", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
+_SAID = f"{MESSAGE} for {{}} seconds: its worker, or the machine, is gone. The next run goes on from what is finished."
+_PAYLOAD = """{"text": {{ (flow.name ~ " " ~ flow_run.name ~ ": Crashed. " ~ flow_run.state.message) | tojson }},
+"flow": {{ flow.name | tojson }}, "run": {{ flow_run.name | tojson }}, "state": {{ flow_run.state.name | tojson }},
+"message": {{ flow_run.state.message | tojson }}, "url": {{ flow_run | ui_url | tojson }}}"""
+
+
+def make_automations(webhook: str | None, silence: timedelta = SILENCE) -> list[str]:
+    """Make them, or bring them up to date; their names.
+
+    Args:
+        webhook: URL, which is kept as a secret of the server; None leaves the one that it has, if any.
+        silence: without heartbeats, 10 s at least.
+    """
+    _keep(Automation(name=ZOMBIES, trigger=_silent(silence), actions=[_crash(silence)]))
+    if (block := _block(webhook)) is None:
+        return [ZOMBIES]
+    _keep(
+        Automation(
+            name=SPEAKER,
+            trigger=EventTrigger(
+                expect={"prefect.flow-run.Crashed"},
+                match={"prefect.resource.id": "prefect.flow-run.*", "prefect.state-message": f"{MESSAGE}*"},  # type: ignore[arg-type]
+                match_related=_OURS,  # type: ignore[arg-type]
+                posture=Posture.Reactive,
+                threshold=1,
+            ),
+            actions=[CallWebhook(block_document_id=block, payload=_PAYLOAD)],
+        )
+    )
+    return [ZOMBIES, SPEAKER]
+
+
+def _silent(silence: timedelta) -> EventTrigger:
+    ends = {f"prefect.flow-run.{name}" for name in (*_STATES, SKIPPED, GATED)}
+    return EventTrigger(
+        after={_ALIVE},
+        expect={_ALIVE, *ends},
+        match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
+        match_related=_OURS,  # type: ignore[arg-type]
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=silence,
+    )
+
+
+def _crash(silence: timedelta) -> ChangeFlowRunState:
+    said = _SAID.format(round(silence.total_seconds()))
+    return ChangeFlowRunState(state=StateType.CRASHED, name="Crashed", message=said, force=False)
+
+
+def _keep(wanted: Automation) -> None:
+    try:
+        found: Any = Automation.read(name=wanted.name)
+        wanted.id = found.id
+    except ValueError:
+        wanted.create()
+    else:
+        wanted.update()
+
+
+def _block(url: str | None) -> UUID | None:
+    if url:
+        found: Any = Webhook(url=SecretStr(url)).save(BLOCK, overwrite=True)
+        return UUID(str(found))
+    try:
+        return Webhook.load(BLOCK)._block_document_id  # type: ignore[union-attr]
+    except ValueError:
+        return None

@@ -1,0 +1,126 @@
+"""Parameters of a deployment, checked when it is made as its runs would check them: a wrong one costs no night."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flows.errors import DeployError
+from pipeline.errors import PipelineError
+from registry import RegistryError
+
+if TYPE_CHECKING:
+    from prefect import Flow
+
+    from pipeline.recipe import Recipe
+
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+
+
+def check_parameters(deployment: str, flow: "Flow[..., Any]", parameters: dict[str, Any]) -> None:
+    """Raise DeployError with what is wrong, and where: unknown or missing names, types, recipe, budgets, gates."""
+    _check_names(deployment, flow, parameters)
+    try:
+        flow.validate_parameters(parameters)
+    except Exception as error:  # pydantic's and Prefect's own
+        raise DeployError(f"Deployment {deployment}: {' '.join(str(error).split())}.") from error
+    try:
+        recipes = _recipes(parameters)
+        for name, check in _CHECKS.items():
+            if parameters.get(name) is not None:
+                check(parameters, recipes)
+    except (PipelineError, RegistryError) as error:
+        raise DeployError(f"Deployment {deployment}: {error}") from error
+
+
+def _check_names(deployment: str, flow: "Flow[..., Any]", parameters: dict[str, Any]) -> None:
+    import inspect
+
+    known = inspect.signature(flow.fn).parameters
+    unknown = [name for name in parameters if name not in known]
+    missing = [name for name, each in known.items() if each.default is each.empty and name not in parameters]
+    if unknown or missing:
+        faults = [f"has no parameter {name}" for name in unknown] + [f"needs {name}" for name in missing]
+        raise DeployError(
+            f"Deployment {deployment}: the flow {flow.name} {', and '.join(faults)}. Its parameters are "
+            f"{', '.join(known)}."
+        )
+
+
+def _recipes(parameters: dict[str, Any]) -> "list[Recipe]":
+    """All recipes that a run would work with: one a budget. Raises RecipeError, BudgetError."""
+    if "recipe" in parameters:
+        given = [parameters["recipe"]]
+    elif "recipes" in parameters:
+        models, presets = parameters["models"], parameters["recipes"].values()
+        given = [recipe | {"model": model} for recipe in presets for model in models]
+    else:
+        return []
+    from pipeline.costs import choices_of
+    from pipeline.recipe import Recipe, check_trainable
+
+    budgets = parameters.get("budgets") or [None]
+    recipes = [Recipe.of(**recipe | ({"budget": budget} if budget else {})) for recipe in given for budget in budgets]
+    for recipe in recipes:
+        check_trainable(recipe)
+        choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
+    return recipes
+
+
+def _check_budgets(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from pipeline.budget import parse_budgets
+
+    parse_budgets(",".join(parameters["budgets"]))
+
+
+def _check_gates(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from pipeline.errors import GateError
+    from pipeline.gate import Requirement
+    from pipeline.version_facts import SIZES
+
+    for gate in parameters["gates"]:
+        figure = Requirement.parse(gate).figure
+        if figure not in SIZES and any(recipe.eval_windows == 0 for recipe in recipes):
+            raise GateError(
+                f"The gate {gate} asks for {figure}, and the recipe's evaluation measures nothing: eval_windows is 0. "
+                f"Set it above 0, or ask for {' or '.join(SIZES)}."
+            )
+
+
+def _check_layout(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    if not _REPO.fullmatch(parameters["repo"]):
+        raise DeployError(f"{parameters['repo']!r} is no repository. Expected user/name.")
+    if len(recipes) > 1 and parameters.get("layout") != "branches":
+        raise DeployError(
+            f"{len(recipes)} budgets are to be published at {parameters['repo']}, where each would take the place of "
+            "the one before. Set layout to branches: a branch for each budget."
+        )
+
+
+def _check_alias(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from registry.alias import checked_alias
+
+    checked_alias(parameters["alias"])
+
+
+def _check_grace(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from pipeline.span import span_seconds
+
+    span_seconds(parameters["grace"])
+
+
+def _check_name(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from registry import checked_name
+
+    if "recipe" in parameters:
+        checked_name(parameters.get("name") or Path(parameters["out"]).name)
+
+
+_CHECKS: dict[str, Callable[[dict[str, Any], "list[Recipe]"], None]] = {
+    "budgets": _check_budgets,
+    "gates": _check_gates,
+    "repo": _check_layout,
+    "alias": _check_alias,
+    "grace": _check_grace,
+    "out": _check_name,
+}

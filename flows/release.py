@@ -1,0 +1,189 @@
+"""What is done about versions, as tasks: is there anything new, do gates let it pass, the Hub, the alias.
+
+Plain JSON in and out. Only what talks to the Hub may be tried again, and only after a network's failure.
+"""
+
+from pathlib import Path
+from typing import Any, TypedDict
+
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_table_artifact
+
+from flows.steps import OPENING, PLAIN
+from flows.summary import artifact_key
+from pipeline.budget import Budget
+from pipeline.gate import Requirement
+from pipeline.home import home
+from pipeline.recipe import Recipe
+from registry import Registry
+
+
+class Looked(TypedDict):
+    """What `look` found.
+
+    Attributes:
+        names: in the registry, one for each budget.
+        out: folder for what is compressed now; another one for another base or recipe.
+        is_new: there is something to compress.
+        is_settled: there is nothing to compress, and the latest versions are published and promoted.
+        reason: both of it in words.
+    """
+
+    names: list[str]
+    out: str
+    is_new: bool
+    is_settled: bool
+    reason: str
+
+
+class Verdict(TypedDict):
+    """`refusal` is None where all gates let the version pass."""
+
+    version: str
+    refusal: str | None
+
+
+@task(**OPENING)
+def look(
+    recipe: dict[str, Any],
+    budgets: list[str] | None,
+    registry: str | None,
+    out: str,
+    name: str | None,
+    gates: list[str],
+    repo: str | None,
+    alias: str | None,
+) -> Looked:
+    """Has the base or the recipe changed since the latest versions? No model is loaded to find out."""
+    from flows.progress import RunProgress
+    from pipeline.news import read_news
+
+    for gate in gates:  # now, and not after the work
+        Requirement.parse(gate)
+    store = open_registry(registry)
+    recipes = [Recipe.from_json(recipe | {"budget": budget}) for budget in budgets or [str(recipe.get("budget"))]]
+    names = version_names(name or Path(out).name, [each.budget for each in recipes])
+    news = read_news(store, recipes, names, RunProgress())
+    unsettled = [] if news.changes else _unsettled(store, names, repo, alias)
+    reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
+    if not news.changes:
+        reason += f"{', '.join(str(store.version(each)) for each in names)} was made"
+        reason += f"; {'; '.join(unsettled)}" if unsettled else ""
+    RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
+    return Looked(
+        names=names,
+        out=str(Path(out).expanduser() / news.key),
+        is_new=bool(news.changes),
+        is_settled=not news.changes and not unsettled,
+        reason=f"{reason}.",
+    )
+
+
+@task(**PLAIN)
+def judge(names: list[str], gates: list[str], registry: str | None) -> list[Verdict]:
+    """Do the latest versions meet the gates? Their figures beside those of the version before, as a table."""
+    from pipeline.errors import GateError
+    from pipeline.release import check_gates
+
+    store = open_registry(registry)
+    requirements = [Requirement.parse(gate) for gate in gates]
+    verdicts = []
+    for name in names:
+        version = str(store.version(name))
+        try:
+            check_gates(store, version, requirements)
+            verdicts.append(Verdict(version=version, refusal=None))
+        except GateError as error:
+            verdicts.append(Verdict(version=version, refusal=str(error)))
+        show_beside_last(store, version)
+    return verdicts
+
+
+@task(**OPENING)
+def push(
+    version: str,
+    repo: str,
+    registry: str | None,
+    tag: str | None = None,
+    private: bool = False,
+    layout: str = "repo",
+    collection: str | None = None,
+) -> str:
+    """The version on the Hub: the URL of its page. Done again, it sends nothing."""
+    from flows.progress import RunProgress
+    from pipeline.release import Layout, push_version
+
+    store = open_registry(registry)
+    released = push_version(
+        store,
+        version,
+        repo,
+        private=private,
+        layout=Layout(layout),
+        tag=tag,
+        collection=collection,
+        progress=RunProgress(),
+    )
+    url = released.pushed.url
+    create_link_artifact(
+        url, key=f"{artifact_key(store.version(version).name)}-hub", description=f"{version} at {repo}"
+    )
+    return url
+
+
+@task(**PLAIN)
+def promote(version: str, alias: str, gates: list[str], registry: str | None) -> None:
+    """NAME@alias names the version now."""
+    from flows.progress import RunProgress
+    from pipeline.release import promote as promote_version
+
+    store = open_registry(registry)
+    name = store.version(version)
+    if store.aliases(name.name).get(alias) != name.number:
+        promote_version(store, version, alias, [Requirement.parse(gate) for gate in gates])
+    RunProgress().say(f"{name.name}@{alias} names version {name.number}.")
+
+
+def version_names(name: str, budgets: list[str]) -> list[str]:
+    """In the registry: `name`, or with several budgets `name`-2.5bpw and so on, as `bitsmith compress` has them."""
+    return [name] if len(budgets) == 1 else [f"{name}-{Budget.parse(budget).label}" for budget in budgets]
+
+
+def open_registry(registry: str | None) -> Registry:
+    """The folder, or the user's own."""
+    return Registry(Path(registry).expanduser() if registry else home() / "registry")
+
+
+def show_beside_last(store: Registry, reference: str) -> None:
+    """A table of the version's figures beside those of the version before it."""
+    from pipeline.version_facts import FIGURES, VersionFacts
+
+    version = store.version(reference)
+    now = VersionFacts.of(store, version).figures
+    before = {}
+    if version.number > 1:
+        before = VersionFacts.of(store, store.version(f"{version.name}:{version.number - 1}")).figures
+    rows = [
+        {"figure": FIGURES[key], "last": _text(before.get(key)), str(version): _text(value)}
+        for key, value in now.items()
+    ]
+    create_table_artifact(rows, key=f"{artifact_key(version.name)}-figures", description=f"{version} and the last one")
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
+
+
+def _unsettled(store: Registry, names: list[str], repo: str | None, alias: str | None) -> list[str]:
+    """What an earlier run left undone, be it that it died, that a gate refused, or that nobody had asked yet."""
+    from registry.publication_record import publications
+
+    left = []
+    for name in names:
+        version = store.version(name)
+        places = [record.metadata.get("repo_id") for record in publications(store, version.digest)]
+        if repo and repo not in places:
+            left.append(f"{version} is not at {repo} yet")
+        if alias and store.aliases(name).get(alias) != version.number:
+            left.append(f"{name}@{alias} does not name {version} yet")
+    return left

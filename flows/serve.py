@@ -1,0 +1,72 @@
+"""serve(): everything on one machine: a server with SQLite if there is none, the deployments, and what runs them.
+
+One process to keep alive, by systemd or any other means; stopped and started again it finds all that was there.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import prefect
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+from flows.automations import make_automations
+from flows.configuration import Deployment
+from flows.deploy import check_server, runner_deployment
+from flows.errors import DeployError
+from flows.local_server import is_answering, start_server
+from flows.notify import VARIABLE
+
+HOST = "127.0.0.1"
+
+
+def serve(deployments: Sequence[Deployment], *, port: int, limit: int) -> None:
+    """Run the deployments by their schedules until stopped.
+
+    Args:
+        port: of the server that is started where PREFECT_API_URL names none.
+        limit: runs at a time.
+    Raises:
+        DeployError: the server that PREFECT_API_URL names does not answer, or one cannot be started.
+    """
+    with server_at_hand(port):
+        make_automations(os.environ.get(VARIABLE))
+        made = [runner_deployment(deployment) for deployment in deployments]
+        for each in made:
+            each.work_queue_name, each.job_variables = None, {}  # there are no workers
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Prefect ends runs in its own way
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        prefect.serve(*made, pause_on_shutdown=False, limit=limit)
+
+
+@contextmanager
+def server_at_hand(port: int) -> Iterator[str]:
+    """The server that PREFECT_API_URL names; or one that listens on this machine's `port`, started if it must be."""
+    if PREFECT_API_URL.value():
+        yield check_server()
+        return
+    url, process = f"http://{HOST}:{port}/api", None
+    if not is_answering(url):  # one of before whose parent was killed goes on
+        process = _start(url, port)
+    os.environ["PREFECT_API_URL"] = url  # for the processes of runs
+    try:
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+    finally:
+        del os.environ["PREFECT_API_URL"]
+        if process is not None:
+            process.terminate()
+            process.wait(60)
+
+
+def _start(url: str, port: int) -> "subprocess.Popen[bytes]":
+    with socket.socket() as probe:
+        if probe.connect_ex((HOST, port)) == 0:
+            raise DeployError(
+                f"Something that is no Prefect server listens on port {port} of this machine. Choose another one with "
+                "--port."
+            )
+    return start_server(url, PREFECT_HOME.value() / "server.log")

@@ -1,0 +1,88 @@
+"""The flow `sweep`: every recipe on every model; one that fails does not stop the others."""
+
+from typing import Any
+
+from prefect import flow, tags, task
+from prefect.artifacts import create_table_artifact
+from prefect.runtime import flow_run
+from prefect.states import State
+
+from flows.compress import compress
+from flows.notify import WATCHED
+from flows.states import failed
+from flows.steps import PLAIN
+from flows.version import check_version
+from pipeline.errors import RecipeError
+from pipeline.origin import model_name
+
+
+def run_name() -> str:
+    """`2 models x 3 recipes at 2.5bpw, 3bpw`"""
+    asked = flow_run.parameters
+    return f"{len(asked['models'])} models x {len(asked['recipes'])} recipes at {', '.join(asked['budgets'])}"
+
+
+@flow(name="sweep", flow_run_name=run_name, **WATCHED)
+def sweep(
+    models: list[str],
+    recipes: dict[str, dict[str, Any]],
+    budgets: list[str],
+    out: str,
+    registry: str | None = None,
+    device: str = "cpu",
+) -> list[str] | State[Any]:
+    """Compress each model with each recipe to all budgets.
+
+    Args:
+        models: folders, Hub ids, GGUF files, or `demo`.
+        recipes: name -> fields of pipeline.recipe.Recipe but the model and the budget, and `preset` if wanted.
+        out: gets a folder MODEL-RECIPE for each pair, which is also what the versions are called.
+    Returns:
+        The versions; where a pair failed, the state Failed that names it, after all others were tried.
+    """
+    check_version()
+    with tags(*flow_run.tags):
+        states = {
+            pair["name"]: compress(
+                pair["recipe"], pair["out"], budgets, pair["name"], registry, device, return_state=True
+            )
+            for pair in pairs(models, recipes, out)
+        }
+    rows = [row for name, state in states.items() for row in rows_of(name, state)]
+    create_table_artifact(rows, key="bitsmith-sweep", description=f"{len(states)} pairs of a model and a recipe")
+    failures = [f"{name}: {state.message}" for name, state in states.items() if not state.is_completed()]
+    return failed(failures, len(states)) if failures else [row["version"] for row in rows]
+
+
+@task(**PLAIN)
+def pairs(models: list[str], recipes: dict[str, dict[str, Any]], out: str) -> list[dict[str, Any]]:
+    """Each model with each recipe: what `compress` is to be given."""
+    found = [
+        {"recipe": recipe | {"model": model}, "out": f"{out}/{name}", "name": name}
+        for model in models
+        for called, recipe in recipes.items()
+        for name in [f"{model_name(model.rstrip('/'), None)}-{called}"]
+    ]
+    names = [str(pair["name"]) for pair in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise RecipeError(
+            f"Several of the models would be called {', '.join(twice)}. Expected models whose last parts differ; sweep "
+            "the others apart."
+        )
+    return found
+
+
+def rows_of(name: str, state: State[Any]) -> list[dict[str, str]]:
+    """A version a line, or the failure."""
+    if not state.is_completed():
+        return [{"pair": name, "state": str(state.name), "version": "", "seconds": "", "what": str(state.message)}]
+    return [
+        {
+            "pair": name,
+            "state": str(state.name),
+            "version": outcome["version"],
+            "seconds": f"{sum(stage['seconds'] for stage in outcome['stages']):.1f}",
+            "what": outcome["job"]["out"],
+        }
+        for outcome in state.result()
+    ]

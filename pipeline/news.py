@@ -1,0 +1,104 @@
+"""read_news(): is there anything to compress again? Told before a model is opened.
+
+There is where a name has no version yet, where the recipe is another one than its latest version was made with, and
+where the base has moved on: of a model on the Hub the commit is asked for, of local files the hash is taken (about a
+second per GB).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from pipeline.origin import hub_id
+from pipeline.progress import SILENT, Progress
+from pipeline.recipe import Recipe
+from pipeline.sources import DEMO, demo_gguf
+from pipeline.watch import ask_hub
+from registry import NotFoundError, Registry, RegistryError, Version
+
+
+@dataclass(frozen=True)
+class News:
+    """What is new for some budgets of a model.
+
+    Attributes:
+        changes: a sentence each; empty if nothing is new.
+        base: what the base is now: the commit on the Hub, or the hash of local files.
+        key: 12 hex digits that name base and recipe; other ones for anything that would give other bytes.
+    """
+
+    changes: tuple[str, ...]
+    base: str
+    key: str
+
+
+def read_news(registry: Registry, recipes: Sequence[Recipe], names: Sequence[str], progress: Progress = SILENT) -> News:
+    """Compare each recipe, and its base as it is now, with the latest version of its name.
+
+    Args:
+        recipes: of one model; they differ in the budget.
+    Raises:
+        HubNotFoundError, HubAuthError: the base is not on the Hub any more, or is not shown to this token.
+        HubUnavailableError: the Hub does not answer now.
+        ModelError: there is no such model on this disk.
+    """
+    field, base = _base(recipes[0], registry, progress)
+    changes = [
+        change
+        for recipe, name in zip(recipes, names, strict=True)
+        for change in _changes(registry, recipe, name, field, base)
+    ]
+    state = [recipes[0].model_copy(update={"budget": ""}).to_json(), base]
+    key = sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
+    return News(tuple(dict.fromkeys(changes)), base, key)
+
+
+def _changes(registry: Registry, recipe: Recipe, name: str, field: str, base: str) -> Iterator[str]:
+    try:
+        version = registry.version(name)
+    except NotFoundError:
+        yield f"{name} has no version yet"
+        return
+    before = _recipe_of(registry, version)
+    for setting, now in recipe.to_json().items():
+        if (was := before.get(setting, _default(setting))) != now:
+            yield f"the recipe of {version} had {setting} {was!r}, and it is {now!r} now"
+    if (was := before.get(field)) != base:
+        yield f"{recipe.model} was {str(was)[:12]} when {version} was made, and is {base[:12]} now"
+
+
+def _default(setting: str) -> Any:
+    """What a version of before the setting existed was made with."""
+    default = Recipe.model_fields[setting].get_default()
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _base(recipe: Recipe, registry: Registry, progress: Progress) -> tuple[str, str]:
+    """The field of recipe.json that pins the base, and what would stand there now."""
+    if _is_local(recipe):
+        from pipeline.model import open_model
+
+        return "model_sha256", open_model(recipe.model, revision=recipe.revision, progress=progress).digest
+    repo = hub_id(recipe.model, "") or recipe.model
+    found = ask_hub(repo, recipe.revision or "main", registry.root)
+    if isinstance(found, RegistryError):
+        raise found
+    return "model_commit", str(found.sha)
+
+
+def _is_local(recipe: Recipe) -> bool:
+    """As pipeline.sources.find_source decides."""
+    if recipe.model == DEMO:
+        return recipe.revision is None and demo_gguf() is not None
+    return Path(recipe.model).expanduser().exists()
+
+
+def _recipe_of(registry: Registry, version: Version) -> dict[str, Any]:
+    artifact = registry.get(version.digest)
+    if "recipe.json" not in artifact.files:
+        return {}
+    stored: dict[str, Any] = json.loads(registry.path(artifact, "recipe.json").read_text(encoding="utf-8"))
+    return stored
