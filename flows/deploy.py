@@ -104,7 +104,7 @@ def check_server() -> str:
     if status != 200:
         raise DeployError(
             f"The Prefect server at {url} answers, but is not ready (HTTP {status}): most likely it cannot reach its "
-            "database. Check PREFECT_API_DATABASE_CONNECTION_URL where it runs, and its log."
+            "database. Check PREFECT_SERVER_DATABASE_CONNECTION_URL where it runs, and its log."
         )
     return str(url)
 

@@ -1,5 +1,6 @@
 """run_here(): a deployment's flow in this process, now, with no server needed."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flows.configuration import Deployment
@@ -13,8 +14,8 @@ DONE, FAILED, GATED_CODE = 0, 1, 3
 
 def run_here(deployment: Deployment) -> "State[Any]":
     """The final state."""
-    state: State[Any] = deployment.flow()(**deployment.parameters, return_state=True)
-    return state
+    call: Callable[..., State[Any]] = deployment.flow()
+    return call(**deployment.parameters, return_state=True)
 
 
 def exit_code(state: "State[Any]") -> int:

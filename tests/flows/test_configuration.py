@@ -1,0 +1,170 @@
+"""prefect.yaml: what a wrong one answers, without a server; and the example, which is right."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+RECIPE = {"model": "alice/base", "budget": "3bpw"}
+
+
+def _watch(**changes: Any) -> dict[str, Any]:
+    """An entry that is right, but for the changes."""
+    parameters = {"recipe": RECIPE, "out": "out", "gates": ["kld<=0.05"], "repo": "alice/small", "alias": "production"}
+    entry = {"name": "nightly", "entrypoint": "flows.watch.watch", "parameters": parameters}
+    entry["schedule"] = {"cron": "0 2 * * *", "timezone": "Europe/Berlin"}
+    return entry | changes
+
+
+def _with(**parameters: Any) -> dict[str, Any]:
+    entry = _watch()
+    return entry | {"parameters": entry["parameters"] | parameters}
+
+
+WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "no cron": ([_watch(schedule={"cron": "every night"})], r"nightly: 'every night' is no cron. Expected five fields"),
+    "no interval": ([_watch(schedule={"interval": 0})], "nightly: 0.0 is no interval"),
+    "no time zone": (
+        [_watch(schedule={"cron": "0 2 * * *", "timezone": "Europe/Berlim"})],
+        "nightly: there is no time zone 'Europe/Berlim'",
+    ),
+    "two schedules in one": (
+        [_watch(schedule={"cron": "0 2 * * *", "interval": 60})],
+        "one of cron, interval and rrule, and this one has cron and interval",
+    ),
+    "unknown key": ([_watch(scheduel={})], "deployment nightly.scheduel: Extra inputs are not permitted"),
+    "no flow": ([_watch(entrypoint="flows.watch.wach")], "nightly: 'flows.watch.wach' is no flow of this package"),
+    "other code": ([_watch(entrypoint="mine.py:mine")], "is no flow of this package"),
+    "two of a name": ([_watch(), _watch()], "several deployments called nightly"),
+    "unknown parameter": ([_with(gate=["kld<=1"])], "the flow watch has no parameter gate"),
+    "missing parameter": ([_watch(parameters={"recipe": RECIPE})], "the flow watch needs out"),
+    "wrong type": ([_with(gates="kld<=1")], "nightly: .*gates"),
+    "unknown recipe key": ([_with(recipe=RECIPE | {"bugdet": "3bpw"})], "nightly: The recipe has 1 wrong.*bugdet"),
+    "unknown preset": ([_with(recipe=RECIPE | {"preset": "bset"})], "nightly: There is no preset 'bset'"),
+    "unknown quantizer": ([_with(recipe=RECIPE | {"candidates": ["nf9"]})], "nightly: 'nf9' cannot be offered"),
+    "no budget": ([_with(budgets=["3bpx"])], "nightly: .*3bpx"),
+    "same budget twice": ([_with(budgets=["3bpw", "3.0bpw"], layout="branches")], "nightly: .*twice"),
+    "no gate": ([_with(gates=["kld=0.05"])], "nightly: 'kld=0.05' is not a requirement"),
+    "unknown metric": ([_with(gates=["bleu>=30"])], "nightly: 'bleu>=30' is not a requirement.*The figures are kld"),
+    "unmeasured metric": (
+        [_with(recipe=RECIPE | {"eval_windows": 0})],
+        "gate kld<=0.05 asks for kld, and the recipe's evaluation measures nothing",
+    ),
+    "no repository": ([_with(repo="alice")], "'alice' is no repository"),
+    "budgets on one branch": ([_with(budgets=["3bpw", "4bpw"])], "Set layout to branches"),
+    "reserved alias": ([_with(alias="latest")], "'latest' always names"),
+    "wrong schedule parameter": (
+        [_watch(schedule={"cron": "0 2 * * *", "parameters": {"gates": ["kld"]}})],
+        "'kld' is not a requirement",
+    ),
+    "no span": (
+        [{"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage", "parameters": {"grace": "soon"}}],
+        "gc: 'soon' is not a time",
+    ),
+    "sweep's recipe": (
+        [
+            {
+                "name": "all",
+                "entrypoint": "flows.sweep.sweep",
+                "parameters": {
+                    "models": ["a/b"],
+                    "recipes": {"good": {}, "bad": {"seeed": 1}},
+                    "budgets": ["3bpw"],
+                    "out": "out",
+                },
+            }
+        ],
+        "all: The recipe has 1 wrong.*seeed",
+    ),
+}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[Any], Path]:
+    def to_file(content: Any) -> Path:
+        path = tmp_path / "prefect.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+        return path
+
+    return to_file
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_entries_are_told_by_name(write: Callable[[Any], Path], case: str) -> None:
+    from flows.configuration import read_configuration
+    from flows.errors import DeployError
+
+    entries, expected = WRONG[case]
+    with pytest.raises(DeployError, match=expected) as raised:
+        read_configuration(write({"deployments": entries}))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("deployments: [", "cannot be read as YAML"),
+        ("deployments: 3", "not as expected"),
+        ("deployment: []", "deployment: Extra inputs"),
+        ("", "has no deployments"),
+        ({"pull": [{"prefect.deployments.steps.git_clone": {}}], "deployments": [_watch()]}, "steps to build, push"),
+    ],
+    ids=["no YAML", "no list", "unknown key", "empty", "pull steps"],
+)
+def test_wrong_files_are_told(write: Callable[[Any], Path], content: Any, expected: str) -> None:
+    from flows.configuration import read_configuration
+    from flows.errors import DeployError
+
+    with pytest.raises(DeployError, match=expected):
+        read_configuration(write(content))
+
+
+def test_a_missing_file_is_told(tmp_path: Path) -> None:
+    from flows.configuration import read_configuration
+    from flows.errors import DeployError
+
+    with pytest.raises(DeployError, match="There is no"):
+        read_configuration(tmp_path / "prefect.yaml")
+
+
+def test_a_right_entry_is_taken_and_late_runs_become_one(write: Callable[[Any], Path]) -> None:
+    from flows.configuration import read_configuration
+    from flows.deploy import runner_deployment
+    from flows.version import version_tag
+
+    (deployment,) = read_configuration(write({"deployments": [_watch(tags=["mine"])]}))
+    made = runner_deployment(deployment)
+    assert made.tags == ["mine", "bitsmith", version_tag()]
+    assert (made.concurrency_limit, made.concurrency_options.collision_strategy) == (1, "CANCEL_NEW")
+    assert (made.schedules[0].schedule.cron, made.schedules[0].schedule.timezone) == ("0 2 * * *", "Europe/Berlin")
+
+
+def test_the_example_is_right() -> None:
+    from flows.configuration import read_configuration
+
+    deployments = read_configuration(ROOT / "prefect.yaml")
+    assert {each.entrypoint.split(".")[1] for each in deployments} >= {"watch", "sweep", "collect_garbage"}
+
+
+def test_the_example_is_read_by_prefect_too() -> None:
+    """As `prefect deploy --all` reads it."""
+    from prefect.cli.deploy._models import PrefectYamlModel
+
+    content = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
+    read = PrefectYamlModel.model_validate(content)
+    assert [each.name for each in read.deployments] == [each["name"] for each in content["deployments"]]
+    assert read.pull == []  # else Prefect would add steps of its own
+
+
+def test_check_answers_in_one_paragraph_and_exits_with_1(write: Callable[[Any], Path]) -> None:
+    file = write({"deployments": [_watch(schedule={"cron": "every night"})]})
+    command = [sys.executable, "-m", "flows", "deploy", "--check", "--file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: Deployment nightly: 'every night' is no cron.")
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,161 @@
+"""What the server keeps for us: slots, automations, pools; and the answers where it is not as it should be."""
+
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from tests.flows.webhook_server import WebhookServer
+
+
+def test_one_run_of_a_model_at_a_time(server: str) -> None:
+    from flows.slots import alone_with
+
+    order = []
+
+    def second() -> None:
+        with alone_with("alice/base", "cpu"):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with alone_with("alice/base", "cpu"):
+        waiting.start()
+        with alone_with("bob/base", "cpu"):  # another model's
+            order.append("other")
+        time.sleep(1)
+        order.append("first ends")
+    waiting.join(120)
+    assert order == ["other", "first ends", "second"]
+
+
+def test_the_slot_of_a_gpu_is_a_limit_of_one_that_must_exist(server: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.slots import holding
+
+    with holding(["bitsmith-gpu-test"]), get_client(sync_client=True) as client:
+        limit = client.read_global_concurrency_limit_by_name("bitsmith-gpu-test")
+        assert (limit.limit, limit.active_slots) == (1, 1)
+    with get_client(sync_client=True) as client:
+        assert client.read_global_concurrency_limit_by_name("bitsmith-gpu-test").active_slots == 0
+
+
+def test_a_gpu_that_is_not_there_is_told() -> None:
+    import torch
+
+    from flows.slots import gpu_id
+    from pipeline.errors import RecipeError
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(RecipeError, match="Device 'cuda:7' cannot be used"):
+        gpu_id("cuda:7")
+
+
+def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
+    """A run that says it is alive once and never again; its process does nothing more, as if it were killed."""
+    from prefect import flow
+    from prefect.client.orchestration import get_client
+    from prefect.events import emit_event
+    from prefect.states import Running
+
+    from flows.automations import MESSAGE, make_automations
+
+    @flow(name="vanishing")
+    def vanishing() -> None:
+        pass
+
+    with WebhookServer() as webhook, get_client(sync_client=True) as client:
+        make_automations(webhook.url, silence=timedelta(seconds=10))
+        assert make_automations(None, silence=timedelta(seconds=10)) == make_automations(None, timedelta(seconds=10))
+        run = client.create_flow_run(vanishing, tags=["bitsmith"], state=Running())
+        foreign = client.create_flow_run(vanishing, state=Running())
+        time.sleep(2)  # the automations' service hears of new ones
+        for each in (run, foreign):
+            tags = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in each.tags]
+            emit_event(
+                "prefect.flow-run.heartbeat",
+                resource={"prefect.resource.id": f"prefect.flow-run.{each.id}", "prefect.resource.name": each.name},
+                related=tags,
+            )
+        give_up_at = time.monotonic() + 90
+        while time.monotonic() < give_up_at and not webhook.received:
+            time.sleep(0.5)
+        ended, other = client.read_flow_run(run.id), client.read_flow_run(foreign.id)
+    assert ended.state.is_crashed()
+    assert ended.state.message.startswith(MESSAGE)
+    (told,) = webhook.received
+    assert (told["flow"], told["run"], told["state"]) == ("vanishing", run.name, "Crashed")
+    assert told["message"] == ended.state.message
+    assert str(run.id) in told["url"]
+    assert other.state.is_running()  # one that is not ours
+
+
+def test_unknown_pool_is_told_with_the_known_ones(server: str) -> None:
+    from flows.configuration import Deployment
+    from flows.deploy import deploy
+    from flows.errors import DeployError
+
+    entry = {"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage", "work_pool": {"name": "tpu"}}
+    with pytest.raises(DeployError, match="no work pool 'tpu'. There are bitsmith-cpu, bitsmith-gpu"):
+        deploy([Deployment.model_validate(entry)])
+
+
+@pytest.fixture
+def without_database() -> Iterator[str]:
+    """As a server answers that has lost its database."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(503)
+            self.send_header("Content-Length", "0")
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+
+        def log_message(self, *_arguments: object) -> None:
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{listening.server_address[1]}/api"
+    listening.shutdown()
+    listening.server_close()
+
+
+def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database: str) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.deploy import check_server
+    from flows.errors import DeployError
+
+    cases: dict[Any, str] = {
+        None: "PREFECT_API_URL names none",
+        "http://127.0.0.1:9/api": "No Prefect server answers at http://127.0.0.1:9/api",
+        without_database: r"not ready \(HTTP 503\): most likely it cannot reach its database",
+    }
+    for url, expected in cases.items():
+        settings = {"updates": {PREFECT_API_URL: url}} if url else {"restore_defaults": [PREFECT_API_URL]}
+        with temporary_settings(**settings), pytest.raises(DeployError, match=expected):
+            check_server()
+
+
+def test_a_worker_of_another_version_refuses(server: str) -> None:
+    from prefect import flow, tags
+
+    from flows.errors import OtherVersionError
+    from flows.version import check_version, version_tag
+
+    @flow(name="checking")
+    def checking() -> str:
+        check_version()
+        return "ran"
+
+    with tags("bitsmith", version_tag()):
+        assert checking() == "ran"
+    assert checking() == "ran"  # no deployment's
+    with tags("bitsmith", version_tag("9.9")), pytest.raises(OtherVersionError, match="Install bitsmith==9.9 where"):
+        checking()
