@@ -9,7 +9,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
 
@@ -96,6 +96,8 @@ def check_server() -> str:
     try:
         with get_client(sync_client=True) as client:
             status = client._client.get("/ready", timeout=20).status_code
+    except PrefectHTTPStatusError as error:
+        status = error.response.status_code
     except Exception as error:  # whatever a network does
         raise DeployError(
             f"No Prefect server answers at {url} ({type(error).__name__}). Check PREFECT_API_URL, and that `prefect "

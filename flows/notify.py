@@ -65,13 +65,11 @@ def webhook_url() -> str | None:
 
 def send(url: str, content: dict[str, Any]) -> bool:
     """Post it, a few times if need be; what goes wrong is logged without the URL, and stops nobody."""
-    request = urllib.request.Request(
-        url, json.dumps(content).encode(), {"Content-Type": "application/json"}, method="POST"
-    )
-    problem = ""
+    body, headers, problem = json.dumps(content).encode(), {"Content-Type": "application/json"}, ""
     for number in range(TRIES):
         time.sleep(SECONDS_BETWEEN_TRIES * bool(number))
         try:
+            request = urllib.request.Request(url, body, headers, method="POST")
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
                 return True
         except (OSError, ValueError) as error:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from prefect import task
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.artifacts import create_link_artifact
 
 from flows.steps import OPENING, PLAIN
-from flows.summary import artifact_key
+from flows.summary import artifact_key, show_beside_last
 from pipeline.budget import Budget
 from pipeline.gate import Requirement
 from pipeline.home import home
@@ -152,26 +152,6 @@ def version_names(name: str, budgets: list[str]) -> list[str]:
 def open_registry(registry: str | None) -> Registry:
     """The folder, or the user's own."""
     return Registry(Path(registry).expanduser() if registry else home() / "registry")
-
-
-def show_beside_last(store: Registry, reference: str) -> None:
-    """A table of the version's figures beside those of the version before it."""
-    from pipeline.version_facts import FIGURES, VersionFacts
-
-    version = store.version(reference)
-    now = VersionFacts.of(store, version).figures
-    before = {}
-    if version.number > 1:
-        before = VersionFacts.of(store, store.version(f"{version.name}:{version.number - 1}")).figures
-    rows = [
-        {"figure": FIGURES[key], "last": _text(before.get(key)), str(version): _text(value)}
-        for key, value in now.items()
-    ]
-    create_table_artifact(rows, key=f"{artifact_key(version.name)}-figures", description=f"{version} and the last one")
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6g}"
 
 
 def _unsettled(store: Registry, names: list[str], repo: str | None, alias: str | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
@@ -26,7 +26,7 @@ from flows.job import (
     read_outcome,
 )
 from flows.progress import RunProgress
-from flows.summary import artifact_key, summary
+from flows.summary import artifact_key, show_beside_last, summary
 from pipeline.home import home
 from registry import Artifact, Registry
 
@@ -158,5 +158,9 @@ def compare_budgets(out: str) -> None:
 def summarize(job: Job, version: str, stages: list[Done]) -> Outcome:
     """The run's figures, for the caller and as a page beside the run."""
     outcome = Outcome(job=job, version=version, stages=[job["opened"], *stages])
-    create_markdown_artifact(summary(read_outcome(outcome)), key=artifact_key(job["name"]), description=version)
+    key = artifact_key(job["name"])
+    create_markdown_artifact(summary(read_outcome(outcome)), key=key, description=version)
+    report = (Path(job["out"]) / "report" / "index.html").resolve()
+    create_link_artifact(report.as_uri(), key=f"{key}-report", description=f"The report of {version}, on this disk")
+    show_beside_last(Registry(Path(job["registry"])), version)
     return outcome

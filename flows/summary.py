@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pipeline.compress import Compressed
+    from registry import Registry
 
 
 def summary(done: "Compressed") -> str:
@@ -42,6 +43,28 @@ def summary(done: "Compressed") -> str:
 def artifact_key(name: str) -> str:
     """A version's name in the characters that Prefect allows: one page a name, with its history."""
     return "bitsmith-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def show_beside_last(registry: "Registry", reference: str) -> None:
+    """A table of a version's figures beside those of the version before it."""
+    from prefect.artifacts import create_table_artifact
+
+    from pipeline.version_facts import FIGURES, VersionFacts
+
+    version = registry.version(reference)
+    now, before = VersionFacts.of(registry, version).figures, {}
+    if version.number > 1:
+        last = registry.version(f"{version.name}:{version.number - 1}")
+        before = VersionFacts.of(registry, last).figures
+    rows = [
+        {"figure": FIGURES[key], "last": _figure(before.get(key)), str(version): _figure(value)}
+        for key, value in now.items()
+    ]
+    create_table_artifact(rows, key=f"{artifact_key(version.name)}-figures", description=f"{version} and the last one")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6g}"
 
 
 def _choices(done: "Compressed") -> list[tuple[str, str]]:

@@ -79,6 +79,18 @@ def test_summary_stands_beside_the_run(finished: Any) -> None:
         assert expected in str(page.data)
 
 
+def test_report_and_figures_stand_beside_the_run(finished: Any) -> None:
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        pages = {page.key: page for page in client.read_artifacts()}
+    out = Path(finished.result()[0]["job"]["out"])
+    assert (out / "report" / "index.html").resolve().as_uri() in str(pages["bitsmith-tiny-report"].data)
+    figures = json.loads(str(pages["bitsmith-tiny-figures"].data))
+    assert {"bits per parameter of the compressed matrices", "perplexity"} <= {row["figure"] for row in figures}
+    assert {row["last"] for row in figures} == {"-"}
+
+
 def test_only_plain_json_and_no_stored_result_leaves_the_flow(finished: Any) -> None:
     from prefect.results import ResultRecordMetadata
 

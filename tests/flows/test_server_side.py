@@ -101,7 +101,7 @@ def test_unknown_pool_is_told_with_the_known_ones(server: str) -> None:
     from flows.errors import DeployError
 
     entry = {"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage", "work_pool": {"name": "tpu"}}
-    with pytest.raises(DeployError, match="no work pool 'tpu'. There are bitsmith-cpu, bitsmith-gpu"):
+    with pytest.raises(DeployError, match=r"no work pool 'tpu'\. There are bitsmith-cpu, bitsmith-gpu"):
         deploy([Deployment.model_validate(entry)])
 
 
@@ -157,5 +157,5 @@ def test_a_worker_of_another_version_refuses(server: str) -> None:
     with tags("bitsmith", version_tag()):
         assert checking() == "ran"
     assert checking() == "ran"  # no deployment's
-    with tags("bitsmith", version_tag("9.9")), pytest.raises(OtherVersionError, match="Install bitsmith==9.9 where"):
+    with tags("bitsmith", version_tag("9.9")), pytest.raises(OtherVersionError, match=r"Install bitsmith==9\.9 where"):
         checking()
