@@ -35,8 +35,18 @@ def server(api_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[s
     log = tmp_path_factory.mktemp("server") / "log.txt"
     process = start_server(api_url, log)
     yield api_url
+    _send_what_is_left()
     process.terminate()
     process.wait(30)
+
+
+def _send_what_is_left() -> None:
+    """Logs and events of the tests: sent to a server that is gone, they would be tried for a minute."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    APILogWorker.instance().drain()
+    EventsWorker.drain_all()
 
 
 @pytest.fixture(scope="session")
