@@ -159,3 +159,24 @@ def test_a_worker_of_another_version_refuses(server: str) -> None:
     assert checking() == "ran"  # no deployment's
     with tags("bitsmith", version_tag("9.9")), pytest.raises(OtherVersionError, match=r"Install bitsmith==9\.9 where"):
         checking()
+
+
+def test_deployed_again_a_deployment_has_what_the_file_says_now(server: str) -> None:
+    from prefect.client.orchestration import get_client
+
+    from flows.configuration import Deployment
+    from flows.deploy import deploy
+
+    entry = {"name": "again", "entrypoint": "flows.collect_garbage.collect_garbage", "paused": True}
+    before = entry | {"schedule": {"cron": "0 2 * * *"}, "parameters": {"grace": "1d"}}
+    after = entry | {"schedule": {"cron": "0 3 * * *", "timezone": "Asia/Tokyo"}, "concurrency_limit": 2}
+    for each in (before, after, after):
+        deploy([Deployment.model_validate(each)])
+    with get_client(sync_client=True) as client:
+        found = client.read_deployment_by_name("collect-garbage/again")
+    (schedule,) = [each.schedule for each in found.schedules]
+    assert (schedule.cron, schedule.timezone) == ("0 3 * * *", "Asia/Tokyo")
+    assert found.parameters == {}
+    assert found.global_concurrency_limit.limit == 2
+    assert found.concurrency_options.collision_strategy == "ENQUEUE"
+    assert found.path is None
