@@ -1,7 +1,7 @@
 """Steps: work whose result is kept under the sha256 of all that decides it, so that it is never done twice.
 
 steps/<key>/         the work of a step under way: whatever `build` keeps there survives a kill
-    out/             what the step will hand over
+    out/             what the step will hand over, but for `.*.tmp`: files that a killed process was writing
     sealed.json      written once `out/` is complete and hashed; from then on `build` is not called again
 steps/<key>.lock     held by the process that builds
 """
@@ -129,6 +129,9 @@ def _seal(workdir: Path, kind: str, parents: tuple[str, ...], settings: Settings
         workdir.mkdir(exist_ok=True)
     facts = build(workdir)
     out = workdir / "out"
+    with disk_errors(out):
+        for unfinished in out.glob("**/.*.tmp"):
+            unfinished.unlink()
     files = {}
     for path in files_below(out):
         with disk_errors(out / path):

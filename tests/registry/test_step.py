@@ -77,6 +77,30 @@ def test_an_exception_keeps_the_parts_that_are_done(registry: Registry):
     assert resumed == step(Registry(registry.root.parent / "fresh"), Builder())
 
 
+def test_a_file_that_a_killed_process_was_writing_is_no_part_of_the_result(registry: Registry, tmp_path: Path):
+    """Else the same work would have another name after a kill."""
+    from pipeline.atomic import replace_file
+
+    def build(work: Path) -> None:
+        (work / "out" / "below").mkdir(parents=True, exist_ok=True)
+        replace_file(work / "out" / "below" / "part", lambda path: path.write_text("whole"))
+
+    def build_with_leftover(work: Path) -> None:
+        build(work)
+        begun = []
+
+        def die(path: Path) -> None:
+            begun.append(path)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            replace_file(work / "out" / "below" / "other", die)
+        begun[0].write_text("ha")  # nobody cleans up after a kill
+
+    undisturbed = Registry(tmp_path / "undisturbed").step("parts", [], {}, build)
+    assert registry.step("parts", [], {}, build_with_leftover) == undisturbed
+
+
 def test_no_resume_starts_from_nothing(registry: Registry):
     with pytest.raises(ZeroDivisionError):
         step(registry, Builder(fail_after=2))
