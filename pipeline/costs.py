@@ -5,9 +5,10 @@ W ~ Q + L1 L2. Decomposing anew for each entry takes hours.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from pipeline.atomic import write_json
 from pipeline.errors import NonFiniteError, RecipeError
 from pipeline.model import Matrix, Model
-from pipeline.parallel import map_in_order
 from pipeline.progress import SILENT, Progress
+from pipeline.spread import Spread, over_cores
 from pipeline.statistics import Statistics
 from quantizers import AbstractQuantizer, ErrorEstimator, LayerStatistics, quantizer_from_label
 
@@ -102,6 +103,7 @@ def measure_costs(
     num_rows: int,
     seed: int,
     work: Path,
+    spread: Spread = over_cores,
     progress: Progress = SILENT,
 ) -> None:
     """Measure the table into `work`/out/costs.json; layers already measured are kept over kills.
@@ -114,24 +116,54 @@ def measure_costs(
         NonFiniteError: a weight is not finite, or a cost came out so.
     """
     (work / "matrices").mkdir(exist_ok=True)
-
-    def measure(matrix: Matrix) -> dict[str, float]:
-        part = work / "matrices" / f"{matrix.name}.json"
-        if not part.exists():
-            learnt = statistics.of(matrix) if statistics else None
-            offered = {label: quantizer_from_label(label) for label in choices[matrix.name]}
-            row = measure_matrix(model.weight(matrix), learnt, offered, num_rows=num_rows, seed=seed)
-            write_json(part, row)
-        return json.loads(part.read_text())
-
-    measured = progress.track(map_in_order(measure, model.matrices), "Cost table", total=len(model.matrices))
-    costs = dict(zip((matrix.name for matrix in model.matrices), measured, strict=True))
+    task = MeasureRow(model, choices, num_rows, seed, statistics, work / "matrices")
+    for _ in progress.track(spread(task, model.matrices), "Cost table", total=len(model.matrices)):
+        pass
+    costs = {matrix.name: json.loads(task.file(matrix).read_text()) for matrix in model.matrices}
     table = cost_table(model.matrices, choices, lambda name, label: costs[name][label])
     if np.isnan(table.cost).any():
         bad = table.matrices[int(np.argwhere(np.isnan(table.cost))[0][0])]
         raise NonFiniteError(f"The cost of {bad} is not a number; its statistics are damaged. Start with --no-resume.")
     (work / "out").mkdir(exist_ok=True)
     table.write(work / "out" / "costs.json")
+
+
+@dataclass(frozen=True)
+class MeasureRow:
+    """A pipeline.spread.MatrixTask: the costs of one matrix under each choice, into folder/<name>.json.
+
+    Attributes:
+        choices: parameter name -> labels on offer.
+        num_rows, seed: see `measure_costs`.
+    """
+
+    model: Model
+    choices: dict[str, list[str]]
+    num_rows: int
+    seed: int
+    statistics: Statistics | None
+    folder: Path
+
+    stage: ClassVar[str] = "costs"
+    has_small_operations: ClassVar[bool] = False
+
+    def file(self, matrix: Matrix) -> Path:
+        """See MatrixTask."""
+        return self.folder / f"{matrix.name}.json"
+
+    def make(self, matrix: Matrix) -> None:
+        """See MatrixTask."""
+        if self.file(matrix).exists():
+            return
+        learnt = self.statistics.of(matrix) if self.statistics else None
+        offered = {label: quantizer_from_label(label) for label in self.choices[matrix.name]}
+        row = measure_matrix(self.model.weight(matrix), learnt, offered, num_rows=self.num_rows, seed=self.seed)
+        write_json(self.file(matrix), row)
+
+    def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
+        """See MatrixTask."""
+        choices = {matrix.name: self.choices[matrix.name] for matrix in matrices}
+        return {"choices": choices, "num_rows": self.num_rows, "seed": self.seed}
 
 
 def cost_table(

@@ -1,7 +1,9 @@
 """Plan -> quantized matrices: each weight W ~ Q + L1 L2 as planned, one at a time, one file each."""
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -11,13 +13,12 @@ from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
-from pipeline.parallel import map_in_order, map_in_processes
 from pipeline.progress import SILENT, Progress
+from pipeline.spread import Spread, over_cores
 from pipeline.statistics import Statistics
 from quantizers import LayerStatistics, QuantizedTensor, quantizer_from_label, weighted_error
 
 ERROR_DIGITS = 4  # later ones vary from run to run, for they add up the noise of float32 statistics
-PARAMS_FOR_PROCESSES = 2**23  # below, starting processes takes longer than the work
 
 
 def decompose(
@@ -26,6 +27,7 @@ def decompose(
     statistics: Statistics | None,
     work: Path,
     *,
+    spread: Spread = over_cores,
     progress: Progress = SILENT,
 ) -> None:
     """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
@@ -41,20 +43,43 @@ def decompose(
     """
     out = work / "out"
     out.mkdir(exist_ok=True)
-    quantize = partial(_quantize, model, plan, statistics, out)
-    spread = map_in_processes if model.num_matrix_params >= PARAMS_FOR_PROCESSES else map_in_order
-    for _ in progress.track(spread(quantize, model.matrices), "Decompose", total=len(model.matrices)):
+    task = QuantizeMatrix(model, {name: plan.matrices[name].label for name in plan.matrices}, statistics, out)
+    for _ in progress.track(spread(task, model.matrices), "Decompose", total=len(model.matrices)):
         pass
 
 
-def _quantize(model: Model, plan: Plan, statistics: Statistics | None, out: Path, matrix: Matrix) -> None:
-    target = out / matrix_file(matrix.module)
-    if target.exists():
-        return
-    weight = model.weight(matrix)
-    learnt = statistics.of(matrix) if statistics else None
-    quantized = quantizer_from_label(plan.matrices[matrix.module].label).quantize(weight, learnt)
-    write_matrix(target, quantized, weight, learnt)
+@dataclass(frozen=True)
+class QuantizeMatrix:
+    """A pipeline.spread.MatrixTask: each matrix by the quantizer of its label, into folder/<module>.safetensors.
+
+    Attributes:
+        labels: module -> label, see quantizers/registered.py.
+    """
+
+    model: Model
+    labels: dict[str, str]
+    statistics: Statistics | None
+    folder: Path
+
+    stage: ClassVar[str] = "decompose"
+    has_small_operations: ClassVar[bool] = True
+
+    def file(self, matrix: Matrix) -> Path:
+        """See MatrixTask."""
+        return self.folder / matrix_file(matrix.module)
+
+    def make(self, matrix: Matrix) -> None:
+        """See MatrixTask. Raises NonFiniteError."""
+        if self.file(matrix).exists():
+            return
+        weight = self.model.weight(matrix)
+        learnt = self.statistics.of(matrix) if self.statistics else None
+        quantized = quantizer_from_label(self.labels[matrix.module]).quantize(weight, learnt)
+        write_matrix(self.file(matrix), quantized, weight, learnt)
+
+    def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
+        """See MatrixTask."""
+        return {"labels": {matrix.module: self.labels[matrix.module] for matrix in matrices}}
 
 
 def write_matrix(target: Path, quantized: QuantizedTensor, weight: Tensor, statistics: LayerStatistics | None) -> None:
