@@ -12,6 +12,8 @@ import os
 RUN_SETTINGS = {
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 by default: hardly anything beside other work
     "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
 }
 

@@ -3,10 +3,10 @@
 Without PREFECT_API_URL, Prefect starts a server for the time of the run.
 """
 
+import inspect
 import logging
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,10 +20,27 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
-@app.command(help="Compress a model to the budget as a Prefect flow; flags and result as of `bitsmith compress`.")
-@wraps(cli.compress)  # typer reads the flags from there
 def compress(**arguments: Any) -> None:
-    cli.compress_and_show(arguments, _compress_in_flow)
+    """Compress a model to the budget as a Prefect flow; flags and result as of `bitsmith compress`."""
+    runner = arguments.pop("runner")
+
+    def in_flow(*recipes_registry_output: Any, **options: Any) -> "Compressed | Sweep":
+        return _compress_in_flow(*recipes_registry_output, runner=runner, **options)
+
+    cli.compress_and_show(arguments, in_flow)
+
+
+RUNNER = Annotated[
+    str,
+    typer.Option(
+        help="Where matrices are measured and decomposed: threads, dask or ray; with a number of workers (dask:4), or "
+        "a cluster's address (dask:tcp://scheduler:8786, ray:ray://head:10001)."
+    ),
+]
+_flags = inspect.signature(cli.compress).parameters.values()  # typer reads them from there
+_runner = inspect.Parameter("runner", inspect.Parameter.KEYWORD_ONLY, default="threads", annotation=RUNNER)
+compress.__signature__ = inspect.Signature([*_flags, _runner])  # type: ignore[attr-defined]
+app.command()(compress)
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ def compress(
     name: str | None = None,
     registry: str | None = None,
     device: str = "cpu",
+    runner: str = "threads",
     resume: bool = True,
 ) -> list[Outcome]:
     """Compress a model into a folder and publish it in the registry; to several budgets from one measurement.
@@ -44,6 +45,7 @@ def compress(
         budgets: in the place of the recipe's.
         name: in the registry, the folder's by default; with several budgets, followed by the budget.
         registry: folder of the registry; the user's own by default.
+        runner: where matrices are measured and decomposed, see flows/runner.py.
         resume: go on from an unfinished run of the same recipe; False starts over.
     Returns:
         One outcome for each budget.
@@ -52,7 +54,7 @@ def compress(
     """
     check_version()
     with alone_with(str(recipe.get("model")), device):
-        jobs = steps.prepare(recipe, budgets, registry, out, name, device, resume)
+        jobs = steps.prepare(recipe, budgets, registry, out, name, device, runner, resume)
         statistics = steps.collect_statistics(jobs[0])
         costs = steps.measure_costs(jobs[0], statistics)
         if len(jobs) == 1:

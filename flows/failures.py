@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, WorkerError
 from registry import RegistryError
 
 KNOWN = (PipelineError, RegistryError)
@@ -35,6 +35,12 @@ def only_network_failures(_task: Any, _task_run: Any, state: Any) -> bool:
     """Prefect's `retry_condition_fn`: a wrong recipe stays wrong however often it is tried."""
     error = state.result(raise_on_failure=False)
     return isinstance(error, BaseException) and is_network_failure(error)
+
+
+def only_lost_workers_and_network(_task: Any, _task_run: Any, state: Any) -> bool:
+    """The same where work runs in processes that may be killed."""
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, WorkerError) or (isinstance(error, BaseException) and is_network_failure(error))
 
 
 def keep_known_errors_short() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from flows.progress import RunProgress
+from flows.runner import Runner
 from pipeline.disk_space import check_disk
 from pipeline.errors import RecipeChangedError
 from pipeline.output import OutputFolder
@@ -44,6 +45,7 @@ class Job(TypedDict):
     out: str
     name: str
     device: str
+    runner: str
     resume: bool
     was_finished: bool
     opened: Done
@@ -57,13 +59,16 @@ class Outcome(TypedDict):
     stages: list[Done]
 
 
-def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, device: str, resume: bool) -> Job:
+def prepare_job(
+    recipe: dict[str, Any], registry: str, out: str, name: str, device: str, runner: str, resume: bool
+) -> Job:
     """Check everything that can be checked before long work, and take possession of the output folder.
 
     Raises:
         PipelineError: see pipeline/errors.py.
     """
     checked_name(name)
+    Runner.parse(runner).task_runner()
     log = StageLog()
     with log.stage("open"):
         run = _prepare(Recipe.from_json(recipe), registry, device, resume)
@@ -71,13 +76,13 @@ def prepare_job(recipe: dict[str, Any], registry: str, out: str, name: str, devi
         check_disk(run, output.path)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
-    job = _job(run, output, registry, name, was_finished, _done(log, None))
+    job = _job(run, output, registry, name, runner, was_finished, _done(log, None))
     _remember(job, run)
     return job
 
 
 def prepare_jobs(
-    recipes: list[dict[str, Any]], registry: str, out: str, name: str, device: str, resume: bool
+    recipes: list[dict[str, Any]], registry: str, out: str, name: str, device: str, runner: str, resume: bool
 ) -> list[Job]:
     """`prepare_job` for recipes that differ in the budget alone, into folders below `out`.
 
@@ -86,6 +91,7 @@ def prepare_jobs(
     """
     from pipeline.sweep import prepare_parts
 
+    Runner.parse(runner).task_runner()
     parts = prepare_parts(
         [Recipe.from_json(recipe) for recipe in recipes],
         Registry(Path(registry)),
@@ -98,7 +104,7 @@ def prepare_jobs(
     opened = _done(parts[0].run.log, None)
     found = Done(name="open", seconds=0.0, peak_memory_bytes=0, reused=True, digest=None)
     jobs = [
-        _job(part.run, part.output, registry, part.name, part.is_finished, found if number else opened)
+        _job(part.run, part.output, registry, part.name, runner, part.is_finished, found if number else opened)
         for number, part in enumerate(parts)
     ]
     _remember(jobs[0], parts[0].run)
@@ -125,10 +131,15 @@ def open_run(job: Job) -> "Run":
     return run
 
 
-def do(job: Job, stage: str, work: Callable[["Run"], Artifact | None]) -> Done:
-    """Do one stage of the job, measured."""
+def do(job: Job, stage: str, work: Callable[["Run"], Artifact | None], reads: Done | None = None) -> Done:
+    """Do one stage of the job, measured.
+
+    Args:
+        reads: the statistics, if the stage treats matrix by matrix; then the job's runner spreads them.
+    """
     log = StageLog()
     run = replace(open_run(job), log=log)
+    run = _spread(job, run, reads)
     with log.stage(stage):
         artifact = work(run)
     return _done(log, artifact)
@@ -176,7 +187,9 @@ def _prepare(recipe: Recipe, registry: str, device: str, resume: bool) -> "Run":
     )
 
 
-def _job(run: "Run", output: OutputFolder, registry: str, name: str, was_finished: bool, opened: Done) -> Job:
+def _job(
+    run: "Run", output: OutputFolder, registry: str, name: str, runner: str, was_finished: bool, opened: Done
+) -> Job:
     return Job(
         recipe=run.recipe.to_json(),
         facts=run.facts,
@@ -184,10 +197,25 @@ def _job(run: "Run", output: OutputFolder, registry: str, name: str, was_finishe
         out=str(output.path),
         name=name,
         device=run.device,
+        runner=runner,
         resume=run.resume,
         was_finished=was_finished,
         opened=opened,
     )
+
+
+def _spread(job: Job, run: "Run", statistics: Done | None) -> "Run":
+    """With the job's runner in the place of this machine's cores."""
+    from flows.spread import PartsSpread, TaskSpread
+
+    runner, recipe = Runner.parse(job["runner"]), run.recipe
+    if statistics is not None:
+        found = artifact_if_any(run, statistics)
+        run = replace(run, spread=TaskSpread(run.model, run.registry, found, runner))
+    if not runner.is_here and recipe.sensitivity != "none":
+        parts = PartsSpread(run.model, run.registry, recipe.sensitivity, recipe.seed, run.device, runner)
+        run = replace(run, spread_parts=parts)
+    return run
 
 
 def _key(job: Job) -> str:

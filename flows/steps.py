@@ -54,6 +54,7 @@ def prepare(
     out: str,
     name: str | None,
     device: str,
+    runner: str,
     resume: bool,
 ) -> list[Job]:
     """Open the model, tokenize the texts, claim the output folders; find out now what cannot work later.
@@ -63,8 +64,8 @@ def prepare(
     recipes = [recipe | {"budget": budget} for budget in budgets] if budgets else [recipe]
     place, called = registry or str(home() / "registry"), name or Path(out).name
     if len(recipes) == 1:
-        return [prepare_job(recipes[0], place, out, called, device, resume)]
-    return prepare_jobs(recipes, place, out, called, device, resume)
+        return [prepare_job(recipes[0], place, out, called, device, runner, resume)]
+    return prepare_jobs(recipes, place, out, called, device, runner, resume)
 
 
 @task(**PLAIN)
@@ -76,7 +77,7 @@ def collect_statistics(job: Job) -> Done:
 @task(**PLAIN)
 def measure_costs(job: Job, statistics: Done) -> Done:
     """The cost table: matrices x choices."""
-    return do(job, "costs", lambda run: run.costs(artifact_if_any(run, statistics)))
+    return do(job, "costs", lambda run: run.costs(artifact_if_any(run, statistics)), reads=statistics)
 
 
 @task(**PLAIN)
@@ -88,7 +89,11 @@ def allocate(job: Job, costs: Done, statistics: Done) -> Done:
 @task(**PLAIN)
 def decompose(job: Job, plan: Done, statistics: Done) -> Done:
     """Every matrix quantized as planned."""
-    return do(job, "decompose", lambda run: run.matrices(artifact(run, plan), artifact_if_any(run, statistics)))
+
+    def work(run: "Run") -> Artifact:
+        return run.matrices(artifact(run, plan), artifact_if_any(run, statistics))
+
+    return do(job, "decompose", work, reads=statistics)
 
 
 @task(**PLAIN)

@@ -45,6 +45,10 @@ class WorkerError(PipelineError, RuntimeError):
     """A worker process died."""
 
 
+class WorkerSetupError(PipelineError, RuntimeError):
+    """A worker on another machine has another version of the package, or cannot reach what it needs."""
+
+
 class CheckpointError(PipelineError, ValueError):
     """A written checkpoint does not hold what the plan promised, or cannot be read."""
 

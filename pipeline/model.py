@@ -103,14 +103,18 @@ class Model:
     ties: dict[str, str] = field(repr=False)
 
     @cached_property
-    def digest(self) -> str:
-        """sha256 of what the model is: of the canonical JSON {file: sha256} of config and weight files.
+    def hashes(self) -> dict[str, str]:
+        """File -> sha256, of config and weight files.
 
         Reads every byte once (a second per GB or so), hence not part of opening.
         """
         names = {"config.json"} | {info.file for info in self.tensors.values()}
-        hashes = {name: _file_sha256(self.path / name) for name in sorted(names)}
-        return hashlib.sha256(json.dumps(hashes, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return {name: _file_sha256(self.path / name) for name in sorted(names)}
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what the model is: of the canonical JSON of `hashes`."""
+        return hashlib.sha256(json.dumps(self.hashes, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     @property
     def num_params(self) -> int:

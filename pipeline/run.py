@@ -40,8 +40,9 @@ from pipeline.recovery_settings import RecoverySettings
 from pipeline.report import ReportFacts, write_report
 from pipeline.results import Results
 from pipeline.rival import rival_of
+from pipeline.spread import Spread, over_cores
 from pipeline.stages import StageLog
-from pipeline.statistics import collect_statistics
+from pipeline.statistics import SpreadParts, collect_statistics
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
 from pipeline.version import TOOLS, VERSION
@@ -64,6 +65,8 @@ class Run:
     offered: dict[str, list[str]]
     log: StageLog
     progress: Progress
+    spread: Spread = over_cores
+    spread_parts: SpreadParts | None = None
 
     @staticmethod
     def prepare(
@@ -162,7 +165,16 @@ class Run:
             return None
 
         def build(work: Path) -> dict[str, Any]:
-            collect_statistics(self.model, windows, metric, work, seed=seed, device=self.device, progress=self.progress)
+            collect_statistics(
+                self.model,
+                windows,
+                metric,
+                work,
+                seed=seed,
+                device=self.device,
+                spread=self.spread_parts,
+                progress=self.progress,
+            )
             return {"source": windows.source, "num_windows": len(windows), "seq_len": windows.tokens.shape[1]}
 
         return self._step("statistics", (), self._statistics_settings(), build)
@@ -178,6 +190,7 @@ class Run:
                 num_rows=self.recipe.cost_rows,
                 seed=self.recipe.seed,
                 work=work,
+                spread=self.spread,
                 progress=self.progress,
             )
 
@@ -225,7 +238,7 @@ class Run:
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
-            decompose(self.model, chosen, learnt, work, progress=self.progress)
+            decompose(self.model, chosen, learnt, work, spread=self.spread, progress=self.progress)
 
         return self._step("matrices", _digests(statistics), settings, build)
 

@@ -75,7 +75,11 @@ class IntegrityError(RegistryError, ValueError):
 
     def __init__(self, what: str, expected: str, got: str, advice: str = "") -> None:
         self.what, self.expected, self.got = what, expected, got
+        self._advice = advice
         super().__init__(f"{what} is damaged: expected {expected} but got {got}. {advice}".rstrip())
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
+        return type(self), (self.what, self.expected, self.got, self._advice)
 
 
 class SignatureError(RegistryError):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import curvature_scale, statistics
+from pipeline import curvature_scale, running_sums, summed_parts
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
@@ -39,7 +39,7 @@ def plain_autograd(model: Model, *, drawn: bool) -> dict[str, list[tuple[torch.T
     for index, tokens in enumerate(windows_of(model).tokens):
         network.zero_grad()
         logits = network(tokens[None]).logits[0, :-1]
-        labels = statistics._drawn(logits.detach(), 7 + index) if drawn else tokens[1:]
+        labels = running_sums._drawn(logits.detach(), 7 + index) if drawn else tokens[1:]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for matrix in model.matrices:
             gradient = network.get_parameter(matrix.name).grad
@@ -118,16 +118,20 @@ def test_kronecker_error_of_a_rank_one_curvature_is_the_divergence_of_autograd(t
 
 def test_labels_are_drawn_in_proportion() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
-    shares = torch.bincount(statistics._drawn(logits, 0), minlength=3) / 20_000
+    shares = torch.bincount(running_sums._drawn(logits, 0), minlength=3) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
-    assert torch.equal(statistics._drawn(logits, 1), statistics._drawn(logits, 1))
-    assert not torch.equal(statistics._drawn(logits, 1), statistics._drawn(logits, 2))
+    assert torch.equal(running_sums._drawn(logits, 1), running_sums._drawn(logits, 1))
+    assert not torch.equal(running_sums._drawn(logits, 1), running_sums._drawn(logits, 2))
 
 
-def test_finished_windows_survive_an_interruption(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("part_windows", [1, 2, 8])
+def test_finished_windows_survive_an_interruption(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch, part_windows: int
+) -> None:
+    monkeypatch.setattr(summed_parts, "PART_WINDOWS", part_windows)
     model = open_model(str(tiny_model_dir))
     whole = collect(model, tmp_path / "whole")
-    calls, real = [], statistics._one_window
+    calls, real = [], running_sums.run_window
 
     def stop_at_third(network, tokens, *others):
         calls.append(tokens)
@@ -136,12 +140,33 @@ def test_finished_windows_survive_an_interruption(tiny_model_dir: Path, tmp_path
         real(network, tokens, *others)
 
     work = tmp_path / "cut"
-    monkeypatch.setattr(statistics, "SAVE_SHARE", 1e9)  # save after every window
-    monkeypatch.setattr(statistics, "_one_window", stop_at_third)
+    monkeypatch.setattr(running_sums, "SAVE_SHARE", 1e9)  # save after every window
+    monkeypatch.setattr(running_sums, "run_window", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
         collect(model, work)
     resumed = collect(model, work)
     assert len(calls) == 4  # two before, the interrupted one, and only that one again
+    for matrix in model.matrices:
+        assert torch.equal(resumed.of(matrix).fisher_diag, whole.of(matrix).fisher_diag)
+
+
+def test_a_part_that_was_saved_but_not_added_is_added(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    """Killed between the two layers of the first part's files."""
+    monkeypatch.setattr(summed_parts, "PART_WINDOWS", 2)
+    model = open_model(str(tiny_model_dir))
+    whole = collect(model, tmp_path / "whole")
+    work, write = tmp_path / "cut", summed_parts.write_layer
+
+    def stop_at_second_layer(path: Path, *others) -> None:
+        if path.name == "layer-001.safetensors":
+            raise KeyboardInterrupt
+        write(path, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(summed_parts, "write_layer", stop_at_second_layer)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, work)
+    resumed = collect(model, work)
     for matrix in model.matrices:
         assert torch.equal(resumed.of(matrix).fisher_diag, whole.of(matrix).fisher_diag)
 

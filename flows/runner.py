@@ -1,0 +1,77 @@
+"""Where the tasks of a fan-out run, by a word: what the setting `runner` of a flow may be.
+
+    threads          child processes on this machine, one a core
+    threads:4        four of them
+    dask             a Dask cluster on this machine, a process a core, for the time of a stage
+    dask:4           of four processes
+    dask:tcp://scheduler:8786      an existing Dask cluster
+    ray              Ray on this machine; ray:4 on four cores
+    ray:ray://head:10001           an existing Ray cluster
+
+Any of them gives the same bytes.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import RecipeError
+
+KINDS = ("threads", "dask", "ray")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A parsed setting. `address` names an existing cluster; without one, `num_workers` are started here."""
+
+    kind: str
+    num_workers: int
+    address: str | None
+
+    @staticmethod
+    def parse(text: str) -> "Runner":
+        """Raises RecipeError."""
+        kind, _, rest = text.partition(":")
+        if kind not in KINDS or text.endswith(":") or (rest and not rest.isdigit() and kind == "threads"):
+            raise RecipeError(
+                f"{text!r} is no task runner. Expected one of {', '.join(KINDS)}, with a number of workers (dask:4) or "
+                "the address of a cluster (dask:tcp://scheduler:8786, ray:ray://head:10001) if wanted."
+            )
+        if rest.isdigit() and int(rest) < 1:
+            raise RecipeError(f"{text!r} asks for {rest} workers. At least 1 is needed.")
+        num_workers = int(rest) if rest.isdigit() else os.cpu_count() or 1
+        return Runner(kind, num_workers, rest if rest and not rest.isdigit() else None)
+
+    @property
+    def is_here(self) -> bool:
+        """Do its tasks run in this very process, so that their work wants children of its own?"""
+        return self.kind == "threads"
+
+    def task_runner(self) -> Any:
+        """Prefect's. Raises RecipeError if its package is not installed."""
+        try:
+            return getattr(self, f"_{self.kind}")()
+        except ImportError as error:
+            raise RecipeError(
+                f"The runner {self.kind} needs {error.name}. Install it with `pip install 'bitsmith[{self.kind}]'`."
+            ) from error
+
+    def _threads(self) -> Any:
+        from prefect.task_runners import ThreadPoolTaskRunner
+
+        return ThreadPoolTaskRunner(max_workers=self.num_workers)
+
+    def _dask(self) -> Any:
+        from prefect_dask import DaskTaskRunner
+
+        if self.address:
+            return DaskTaskRunner(address=self.address)
+        workers = {"n_workers": self.num_workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
+        return DaskTaskRunner(cluster_kwargs=workers)
+
+    def _ray(self) -> Any:
+        from prefect_ray import RayTaskRunner
+
+        if self.address:
+            return RayTaskRunner(address=self.address)
+        return RayTaskRunner(init_kwargs={"num_cpus": self.num_workers, "include_dashboard": False})

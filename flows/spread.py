@@ -1,0 +1,193 @@
+"""A pipeline.spread.Spread over Prefect's task runners: a batch of matrices a task, on whatever machine the runner has.
+
+Only JSON crosses the border; results come back as blobs (pipeline/batch.py).
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectFuture
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.task_runners import TaskRunner
+from safetensors.torch import load_file
+from torch import Tensor
+
+from flows.child import borrowed_child, close_children
+from flows.failures import only_lost_workers_and_network
+from flows.runner import Runner
+from pipeline.batch import Batch, Blob, PartBatch, batches_of, part_batches, take_result
+from pipeline.batch_worker import make_batch, make_part
+from pipeline.curvature_sums import Metric
+from pipeline.errors import WorkerError
+from pipeline.model import Matrix, Model
+from pipeline.spread import MatrixTask
+from pipeline.summed_parts import layer_file
+from registry import Artifact, Registry
+
+SECONDS_BETWEEN_LOOKS = 10.0
+MOST_SECONDS_WITHOUT_WORKERS = 90.0
+
+Future = PrefectFuture[dict[str, Blob]]
+
+
+@dataclass(frozen=True)
+class TaskSpread:
+    """See the module's docstring.
+
+    Attributes:
+        statistics: what the task reads; None for an unweighted error.
+        runner: has the workers, for the time of a call.
+    """
+
+    model: Model
+    registry: Registry
+    statistics: Artifact | None
+    runner: Runner
+
+    def __call__(self, matrix_task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
+        """Yields once for each matrix, finished ones first."""
+        by_name = {matrix.name: matrix for matrix in matrices}
+        todo = [matrix for matrix in matrices if not matrix_task.file(matrix).exists()]
+        yield from (None for _ in range(len(matrices) - len(todo)))
+        batches = batches_of(matrix_task, todo, self.model, self.statistics, self.registry)
+        in_child = self.runner.is_here
+        try:
+            with _told_where_the_server_is(), self.runner.task_runner() as started:
+                futures = [
+                    started.submit(make.with_options(task_run_name=name), {"batch": batch, "in_child": in_child})
+                    for name, batch in _named(batches)
+                ]
+                for future in _as_they_finish(futures, started):
+                    for name, blob in _result_of(future).items():
+                        take_result(self.registry, blob, matrix_task.file(by_name[name]))
+                        yield None
+        finally:
+            close_children()
+
+
+@dataclass(frozen=True)
+class PartsSpread:
+    """A pipeline.statistics.SpreadParts over Dask or Ray: a part of the calibration windows a task, a machine each.
+
+    Attributes: see TaskSpread and pipeline.batch.PartBatch.
+    """
+
+    model: Model
+    registry: Registry
+    metric: Metric
+    seed: int
+    device: str
+    runner: Runner
+
+    def __call__(self, used: Tensor, parts: Sequence[range]) -> Iterator[Callable[[int], dict[str, Tensor]]]:
+        """Yields the parts in their order; later ones are collected meanwhile."""
+        batches = part_batches(
+            used, parts, self.model, self.registry, metric=self.metric, seed=self.seed, device=self.device
+        )
+        with _told_where_the_server_is(), self.runner.task_runner() as started:
+            futures = [
+                started.submit(
+                    collect.with_options(task_run_name=f"statistics, part {number} of {len(batches)}"), {"batch": batch}
+                )
+                for number, batch in enumerate(batches, start=1)
+            ]
+            for future in _in_order(futures, started):
+                yield partial(self._layer, _result_of(future))
+
+    def _layer(self, blobs: dict[str, Blob], layer: int) -> dict[str, Tensor]:
+        return load_file(self.registry.store.path(blobs[layer_file(layer)]["sha256"]))
+
+
+@contextmanager
+def _told_where_the_server_is() -> Iterator[None]:
+    """Without PREFECT_API_URL each worker would start a server of its own, for it knows nothing of this process's."""
+    with get_client(sync_client=True) as client:
+        url = str(client.api_url)
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
+
+
+def _as_they_finish(futures: list[Future], started: TaskRunner) -> Iterator[Future]:
+    """Raises WorkerError if there is nobody to finish them."""
+    finished: SimpleQueue[Future] = SimpleQueue()
+    for future in futures:
+        future.add_done_callback(finished.put)
+    num_left, idle_since = len(futures), time.monotonic()
+    while num_left:
+        try:
+            yield finished.get(timeout=SECONDS_BETWEEN_LOOKS)
+            num_left, idle_since = num_left - 1, time.monotonic()
+        except Empty:
+            if _has_workers(started):
+                idle_since = time.monotonic()
+            elif time.monotonic() - idle_since > MOST_SECONDS_WITHOUT_WORKERS:
+                raise WorkerError(
+                    f"There has been no worker for {MOST_SECONDS_WITHOUT_WORKERS:.0f} seconds: all were lost, or none "
+                    "could start. Look at their logs, give them more memory, and run it again: what is finished is "
+                    "kept."
+                ) from None
+
+
+def _in_order(futures: list[Future], started: TaskRunner) -> Iterator[Future]:
+    waiting, number = set(futures), 0
+    for future in _as_they_finish(futures, started):
+        waiting.discard(future)
+        while number < len(futures) and futures[number] not in waiting:
+            yield futures[number]
+            number += 1
+
+
+def _has_workers(started: TaskRunner) -> bool:
+    """Dask waits for workers for ever; the other runners have theirs, or say that they are lost."""
+    client = getattr(started, "client", None)
+    return client is None or bool(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def _result_of(future: Future) -> dict[str, Blob]:
+    try:
+        return future.result()
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("distributed", "ray"):
+            raise
+        raise WorkerError(
+            f"A worker was lost, and those after it with the same work ({type(error).__name__}), most likely because "
+            "their memory ran out. Give the workers more of it, or start fewer on a machine, and run it again: what is "
+            "finished is kept."
+        ) from error
+
+
+def _named(batches: list[Batch]) -> Iterator[tuple[str, Batch]]:
+    for number, batch in enumerate(batches, start=1):
+        yield f"{batch['stage']}, part {number} of {len(batches)}", batch
+
+
+RETRIED: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 2,
+    "retry_delay_seconds": [5, 30],
+    "retry_condition_fn": only_lost_workers_and_network,
+}
+
+
+@task(**RETRIED)
+def collect(batch: PartBatch) -> dict[str, Blob]:
+    """The sums over a part of the calibration windows."""
+    return make_part(batch)
+
+
+@task(**RETRIED)
+def make(batch: Batch, in_child: bool) -> dict[str, Blob]:
+    """The work of a stage on some matrices."""
+    if not in_child:
+        return make_batch(batch)
+    with borrowed_child() as child:
+        return child.call(make_batch, batch, lambda text: None)

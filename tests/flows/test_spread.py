@@ -1,0 +1,152 @@
+"""Matrices on threads with children, on Dask and on Ray: the same bytes from workers that share only a URL."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import NonFiniteError, RecipeError, WorkerError
+from pipeline.model import open_model
+from registry import Registry
+from registry.remote import RemoteBlobs
+from registry.settings import RegistrySettings
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    """With its blobs at a URL."""
+    root = tmp_path / "registry"
+    settings = RegistrySettings(store=(tmp_path / "store").as_uri())
+    root.mkdir()
+    settings.write(root)
+    RemoteBlobs(str(settings.store)).claim(settings.index_name(root))
+    return Registry(root)
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.batch.PARAMS_A_BATCH", 3 * 64 * 64)
+
+
+def _quantized(*arguments: Any) -> dict[str, bytes]:
+    from tests.flows.spread_flow import quantized  # Prefect wants its settings first
+
+    return quantized(*arguments)
+
+
+def _tasks(model_dir: Path, registry: Registry, runner: str) -> Any:
+    from flows.runner import Runner
+    from flows.spread import TaskSpread
+
+    return TaskSpread(open_model(str(model_dir)), registry, None, Runner.parse(runner))
+
+
+@pytest.mark.parametrize("runner", ["threads:2", "dask:2", "ray:2"])
+def test_every_runner_makes_the_bytes_of_the_cores_here(
+    server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path, runner: str
+) -> None:
+    from pipeline.spread import over_cores
+
+    here = _quantized(tmp_path / "here", tiny_model_dir, over_cores)
+    there = _quantized(tmp_path / "there", tiny_model_dir, _tasks(tiny_model_dir, registry, runner))
+    assert len(here) == 14
+    assert there == here
+
+
+def test_a_killed_dask_worker_costs_nothing_but_time(
+    server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path
+) -> None:
+    from distributed import LocalCluster
+
+    from pipeline.spread import over_cores
+
+    here = _quantized(tmp_path / "here", tiny_model_dir, over_cores)
+    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        killed = []
+
+        def kill_one(number: int) -> None:
+            if number == 0:
+                killed.append(next(iter(cluster.workers.values())).pid)
+                os.kill(killed[0], signal.SIGKILL)
+
+        tasks = _tasks(tiny_model_dir, registry, f"dask:{cluster.scheduler_address}")
+        there = _quantized(tmp_path / "there", tiny_model_dir, tasks, kill_one)
+    assert killed
+    assert there == here
+
+
+def test_a_cluster_without_a_worker_is_an_error_and_no_endless_wait(
+    server: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from distributed import LocalCluster
+
+    from flows import spread
+
+    monkeypatch.setattr(spread, "SECONDS_BETWEEN_LOOKS", 0.2)
+    monkeypatch.setattr(spread, "MOST_SECONDS_WITHOUT_WORKERS", 1.0)
+    with LocalCluster(n_workers=0, dashboard_address=None) as cluster:
+        tasks = _tasks(tiny_model_dir, registry, f"dask:{cluster.scheduler_address}")
+        with pytest.raises(WorkerError, match="There has been no worker for 1 seconds"):
+            _quantized(tmp_path / "made", tiny_model_dir, tasks)
+
+
+def test_finished_matrices_are_not_made_again(
+    server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path
+) -> None:
+    tasks, folder = _tasks(tiny_model_dir, registry, "threads:1"), tmp_path / "made"
+
+    def stop_half_way(number: int) -> None:
+        if number == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _quantized(folder, tiny_model_dir, tasks, stop_half_way)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert 7 <= len(before) < 14
+    assert len(_quantized(folder, tiny_model_dir, tasks)) == 14
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}.items()
+
+
+def test_an_error_in_a_batch_is_the_stage_s_error(
+    server: None, damaged_model_dir: Path, registry: Registry, tmp_path: Path
+) -> None:
+    with pytest.raises(NonFiniteError, match="down_proj"):
+        _quantized(tmp_path / "made", damaged_model_dir, _tasks(damaged_model_dir, registry, "threads:1"))
+
+
+def test_a_child_that_is_killed_is_named_with_its_matrix(
+    server: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tried again, for the memory may be there by then; then the error."""
+    from flows import spread
+
+    monkeypatch.setattr(spread, "make_batch", die_at_second_matrix)
+    monkeypatch.setattr(spread.make, "retry_delay_seconds", [0, 0])
+    with pytest.raises(WorkerError, match=r"Out of memory in decompose, matrix model\.layers\.0\.self_attn\.k_proj"):
+        _quantized(tmp_path / "made", tiny_model_dir, _tasks(tiny_model_dir, registry, "threads:1"))
+
+
+def die_at_second_matrix(batch: Any, say: Any) -> None:
+    for name in batch["names"][:2]:
+        say(f"decompose, matrix {name}")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("text", ["slurm", "threads:", "threads:0", "threads:many", "dask:"])
+def test_a_runner_that_is_none(text: str) -> None:
+    from flows.runner import Runner
+
+    with pytest.raises(RecipeError, match=r"task runner|At least 1"):
+        Runner.parse(text)
+
+
+def test_runners_by_their_words() -> None:
+    from flows.runner import Runner
+
+    assert Runner.parse("threads").is_here
+    assert Runner.parse("threads").num_workers == os.cpu_count()
+    assert Runner.parse("dask:3") == Runner("dask", 3, None)
+    assert Runner.parse("dask:tcp://10.0.0.1:8786").address == "tcp://10.0.0.1:8786"
+    assert Runner.parse("ray:ray://head:10001").address == "ray://head:10001"
