@@ -34,6 +34,8 @@ from registry import Artifact, Registry
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_SECONDS_WITHOUT_WORKERS = 90.0
+# what Dask and Ray raise once they have given up; by name, for either may not be installed
+LOST_WORKERS = {"KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError"}
 
 Future = PrefectFuture[dict[str, Blob]]
 
@@ -155,7 +157,7 @@ def _result_of(future: Future) -> dict[str, Blob]:
     try:
         return future.result()
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("distributed", "ray"):
+        if type(error).__name__ not in LOST_WORKERS:
             raise
         raise WorkerError(
             f"A worker was lost, and those after it with the same work ({type(error).__name__}), most likely because "

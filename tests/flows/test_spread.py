@@ -30,8 +30,16 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.batch.PARAMS_A_BATCH", 3 * 64 * 64)
 
 
+@pytest.fixture(autouse=True)
+def _workers_find_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask and Ray send it by its module's name, and some package may bring a `tests` of its own."""
+    here = str(Path(__file__).parent)
+    monkeypatch.syspath_prepend(here)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([here, str(Path.cwd())]))
+
+
 def _quantized(*arguments: Any) -> dict[str, bytes]:
-    from tests.flows.spread_flow import quantized  # Prefect wants its settings first
+    from spread_flow import quantized  # type: ignore[import-not-found]  # Prefect wants its settings first
 
     return quantized(*arguments)
 
