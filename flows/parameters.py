@@ -116,6 +116,12 @@ def _check_name(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
         checked_name(parameters.get("name") or Path(parameters["out"]).name)
 
 
+def _check_runner(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from flows.runner import Runner
+
+    Runner.parse(parameters["runner"])
+
+
 _CHECKS: dict[str, Callable[[dict[str, Any], "list[Recipe]"], None]] = {
     "budgets": _check_budgets,
     "gates": _check_gates,
@@ -123,4 +129,5 @@ _CHECKS: dict[str, Callable[[dict[str, Any], "list[Recipe]"], None]] = {
     "alias": _check_alias,
     "grace": _check_grace,
     "out": _check_name,
+    "runner": _check_runner,
 }

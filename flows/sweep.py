@@ -30,6 +30,7 @@ def sweep(
     out: str,
     registry: str | None = None,
     device: str = "cpu",
+    runner: str = "threads",
 ) -> list[str] | State[Any]:
     """Compress each model with each recipe to all budgets.
 
@@ -37,6 +38,7 @@ def sweep(
         models: folders, Hub ids, GGUF files, or `demo`.
         recipes: name -> fields of pipeline.recipe.Recipe but the model and the budget, and `preset` if wanted.
         out: gets a folder MODEL-RECIPE for each pair, which is also what the versions are called.
+        registry, device, runner: as of `compress`.
     Returns:
         The versions; where a pair failed, the state Failed that names it, after all others were tried.
     """
@@ -44,7 +46,7 @@ def sweep(
     with tags(*flow_run.tags):
         states = {
             pair["name"]: compress(
-                pair["recipe"], pair["out"], budgets, pair["name"], registry, device, return_state=True
+                pair["recipe"], pair["out"], budgets, pair["name"], registry, device, runner, return_state=True
             )
             for pair in pairs(models, recipes, out)
         }

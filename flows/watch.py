@@ -37,13 +37,14 @@ def watch(
     alias: str | None = None,
     registry: str | None = None,
     device: str = "cpu",
+    runner: str = "threads",
 ) -> list[str] | State[Any]:
     """Compress a model again if its base on the Hub, or the recipe, changed since the latest version.
 
     A run goes on where an earlier one ended: what was compressed and not published yet is published.
 
     Args:
-        recipe, budgets, name, registry, device: as of `compress`.
+        recipe, budgets, name, registry, device, runner: as of `compress`.
         out: a folder for each state of base and recipe is made below it.
         gates: such as `kld<=0.05`; a version that does not meet all is neither published nor promoted.
         repo: user/name on the Hub, if versions are to be published there.
@@ -58,7 +59,7 @@ def watch(
         return skipped(found["reason"])
     if found["is_new"]:
         with tags(*flow_run.tags):
-            compress(recipe, found["out"], budgets, name or Path(out).name, registry, device)
+            compress(recipe, found["out"], budgets, name or Path(out).name, registry, device, runner)
     verdicts = release.judge(found["names"], gates or [], registry)
     for version in [verdict["version"] for verdict in verdicts if verdict["refusal"] is None]:
         if repo:

@@ -49,6 +49,7 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "unknown quantizer": ([_with(recipe=RECIPE | {"candidates": ["nf9"]})], "nightly: 'nf9' cannot be offered"),
     "no budget": ([_with(budgets=["3bpx"])], "nightly: .*3bpx"),
     "same budget twice": ([_with(budgets=["3bpw", "3.0bpw"], layout="branches")], "nightly: .*twice"),
+    "unknown runner": ([_with(runner="slurm")], "nightly: 'slurm' is no task runner"),
     "no gate": ([_with(gates=["kld=0.05"])], "nightly: 'kld=0.05' is not a requirement"),
     "unknown metric": ([_with(gates=["bleu>=30"])], "nightly: 'bleu>=30' is not a requirement.*The figures are kld"),
     "unmeasured metric": (

@@ -128,18 +128,14 @@ def test_a_child_that_is_killed_is_named_with_its_matrix(
     server: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tried again, for the memory may be there by then; then the error."""
+    from spread_flow import die_at_second_matrix
+
     from flows import spread
 
     monkeypatch.setattr(spread, "make_batch", die_at_second_matrix)
     monkeypatch.setattr(spread.make, "retry_delay_seconds", [0, 0])
     with pytest.raises(WorkerError, match=r"Out of memory in decompose, matrix model\.layers\.0\.self_attn\.k_proj"):
         _quantized(tmp_path / "made", tiny_model_dir, _tasks(tiny_model_dir, registry, "threads:1"))
-
-
-def die_at_second_matrix(batch: Any, say: Any) -> None:
-    for name in batch["names"][:2]:
-        say(f"decompose, matrix {name}")
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("text", ["slurm", "threads:", "threads:0", "threads:many", "dask:"])
