@@ -53,7 +53,8 @@ class Runner:
             return getattr(self, f"_{self.kind}")()
         except ImportError as error:
             raise RecipeError(
-                f"The runner {self.kind} needs {error.name}. Install it with `pip install 'bitsmith[flows,{self.kind}]'`."
+                f"The runner {self.kind} needs {error.name}. Install it with "
+                f"`pip install 'bitsmith[flows,{self.kind}]'`."
             ) from error
 
     def _threads(self) -> Any:
