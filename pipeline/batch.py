@@ -158,7 +158,9 @@ def _chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 
 
 def _model(model: Model, registry: Registry) -> BatchModel:
-    is_stored = registry.store.remote is not None and model.revision is None
+    is_elsewhere = registry.store.remote is not None
+    is_stored = is_elsewhere and model.revision is None
+    from_hub = is_elsewhere and model.revision is not None
     entries = {name: FileEntry(sha256, (model.path / name).stat().st_size) for name, sha256 in model.hashes.items()}
     if (model.path / INDEX_FILE).exists():
         entries[INDEX_FILE] = hash_file(model.path / INDEX_FILE)
@@ -168,8 +170,8 @@ def _model(model: Model, registry: Registry) -> BatchModel:
                 registry.store.add(model.path / name)
             registry.record(Artifact.create("model", entries))
     return BatchModel(
-        spec=str(model.path.absolute()) if model.revision is None else model.spec,
-        revision=model.revision,
+        spec=model.spec if from_hub else str(model.path.absolute()),
+        revision=model.revision if from_hub else None,
         files={name: to_blob(entry) for name, entry in entries.items()},
         is_stored=is_stored,
     )

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from pipeline.origin import hub_id
+from pipeline.origin import hub_id, without_local_folders
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
 from pipeline.sources import DEMO, demo_gguf
@@ -63,7 +63,9 @@ def _changes(registry: Registry, recipe: Recipe, name: str, field: str, base: st
         yield f"{name} has no version yet"
         return
     before = _recipe_of(registry, version)
-    for setting, now in recipe.to_json().items():
+    public = without_local_folders(recipe.to_json() | {field: base})  # as recipe.json has it
+    for setting in recipe.to_json():
+        now = public[setting]
         if (was := before.get(setting, _default(setting))) != now:
             yield f"the recipe of {version} had {setting} {was!r}, and it is {now!r} now"
     if (was := before.get(field)) != base:

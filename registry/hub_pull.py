@@ -151,7 +151,9 @@ def _from_here(
     verification.raise_if_damaged()
     signed = signatures(registry, version.digest)
     if verifier:
-        signature = verify_artifact(registry, registry.get(version.digest), verifier, str(version), signed)
+        covering = [each for each in signed if _speaks_of_report(registry, version, each)]
+        asked = covering or signed  # a version signed here too has one that says nothing of the report
+        signature = verify_artifact(registry, registry.get(version.digest), verifier, str(version), asked)
         _check_report(registry, version, signature)
     if name and name != version.name:
         report = registry.get(version.report_digest) if version.report_digest else None
@@ -169,11 +171,15 @@ def _from_here(
     )
 
 
-def _check_report(registry: Registry, version: Version, signature: Artifact) -> None:
-    """Raises SignatureError where the version was published here before, unchecked, with a report nobody signed."""
+def _speaks_of_report(registry: Registry, version: Version, signature: Artifact) -> bool:
     report = registry.get(version.report_digest) if version.report_digest else None
     signed = {path.removeprefix(f"{REPORT_FOLDER}/"): entry for path, entry in signature.files.items()}
-    if report and not report.files.items() <= signed.items():
+    return report is None or report.files.items() <= signed.items()
+
+
+def _check_report(registry: Registry, version: Version, signature: Artifact) -> None:
+    """Raises SignatureError where the version was published here before, unchecked, with a report nobody signed."""
+    if not _speaks_of_report(registry, version, signature):
         raise SignatureError(
             f"{version} is here already, from a pull or an import that checked no signature, with a report that the "
             "signature does not speak of. Its own files are right. Pull it under another name (--name) to have only "

@@ -40,7 +40,8 @@ def test_flags_are_those_of_the_plain_command() -> None:
 
     plain = typer.main.get_command(cli.app).commands["compress"]  # type: ignore[attr-defined]
     ours = typer.main.get_command(command.app)
-    assert [parameter.opts for parameter in ours.params] == [parameter.opts for parameter in plain.params]
+    shared = [parameter.opts for parameter in plain.params]
+    assert [parameter.opts for parameter in ours.params] == [*shared, ["--runner"]]
 
 
 @pytest.mark.parametrize("arguments", [("model",), ("model", "--no-such-flag")])

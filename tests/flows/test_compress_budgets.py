@@ -39,5 +39,7 @@ def test_every_budget_is_checked_by_the_first_step(recipe: dict[str, Any], tmp_p
 
     unweighted, budgets = recipe | {"sensitivity": "none"}, ["4.5bpw", "1bpw"]
     with pytest.raises(BudgetError, match=r"1 of the 2 budgets cannot be met.*1bpw"):
-        steps.prepare.fn(unweighted, budgets, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
+        steps.prepare.fn(
+            unweighted, budgets, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", "threads", True
+        )
     assert not (tmp_path / "out").exists()

@@ -74,7 +74,7 @@ def test_prepare_is_tried_again_only_for_the_network(
 
     @flow
     def only_prepare() -> Any:
-        return prepare({}, None, "registry", "out", "name", "cpu", True)
+        return prepare({}, None, "registry", "out", "name", "cpu", "threads", True)
 
     with pytest.raises(PipelineError, match=str(error)):
         only_prepare()

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from registry import NotFoundError, Registry
-from tests.pipeline.small import audit_in_this_process
+from tests.pipeline.small import be_quick
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +23,14 @@ def swept(
 ) -> Any:
     """Two models, of which one does not exist, and a recipe."""
     from flows.sweep import sweep
-    from pipeline import audit
 
-    before = audit.logits_in_fresh_process
-    audit_in_this_process()
     out = tmp_path_factory.mktemp("swept")
     plain = {key: value for key, value in recipe.items() if key not in ("model", "budget")}
     recipes = {"plain": plain | {"sensitivity": "none", "eval_windows": 0}}
-    state = sweep([str(out / "gone"), str(tiny_model_dir)], recipes, ["4.5bpw"], str(out), registry, return_state=True)
-    audit.logits_in_fresh_process = before
-    return state
+    models = [str(out / "gone"), str(tiny_model_dir)]
+    with pytest.MonkeyPatch.context() as patch:
+        be_quick(patch.setattr)
+        return sweep(models, recipes, ["4.5bpw"], str(out), registry, return_state=True)
 
 
 def _version(registry: str) -> str:

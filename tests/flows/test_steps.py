@@ -40,7 +40,7 @@ def test_each_step_can_run_in_a_process_of_its_own(recipe: dict[str, Any], tmp_p
     unweighted = recipe | {"sensitivity": "none", "eval_windows": 0, "recover": True}
     unweighted |= {"recover_samples": 4, "recover_steps": 2}
     registry, out = str(tmp_path / "registry"), str(tmp_path / "out")
-    (job,) = steps.prepare.fn(unweighted, None, registry, out, "tiny", "cpu", True)
+    (job,) = steps.prepare.fn(unweighted, None, registry, out, "tiny", "cpu", "threads", True)
     statistics = steps.collect_statistics.fn(_another_process(job))
     assert statistics["digest"] is None
     costs = steps.measure_costs.fn(*_another_process([job, statistics]))
@@ -100,7 +100,9 @@ def test_model_that_changes_under_way_is_refused_by_name(
     folder = tmp_path / "model"
     shutil.copytree(tiny_model_dir, folder)
     unweighted = recipe | {"model": str(folder), "sensitivity": "none", "eval_windows": 0}
-    (job,) = steps.prepare.fn(unweighted, None, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", True)
+    (job,) = steps.prepare.fn(
+        unweighted, None, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", "threads", True
+    )
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
