@@ -70,7 +70,7 @@ def test_evaluate_takes_a_version_and_measures_as_the_command(
     from pipeline.evaluate_folder import evaluate_folder
 
     store, version = Registry(Path(registry)), _version(registry)
-    figures = evaluate(version, num_windows=2, seq_len=32, registry=registry)
+    figures = evaluate(version, str(tiny_model_dir), num_windows=2, seq_len=32, registry=registry)
     store.materialize(store.get(store.version(version).digest), tmp_path / "folder")
     options: dict[str, Any] = {"base_revision": None, "dataset": None, "dataset_revision": None}
     options |= {"num_windows": 2, "seq_len": 32, "device": "cpu"}

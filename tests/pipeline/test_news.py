@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.model import open_model
 from pipeline.news import read_news
+from pipeline.origin import without_local_folders
 from pipeline.recipe import Recipe
 from registry import Registry
 
@@ -20,7 +21,8 @@ def registry(tmp_path: Path) -> Registry:
 
 def _publish(registry: Registry, name: str, recipe: Recipe, **changes: Any) -> None:
     """A version that was made by the recipe, as far as recipe.json tells."""
-    facts = recipe.to_json() | {"model_sha256": open_model(recipe.model).digest, "model_commit": None} | changes
+    facts = without_local_folders(recipe.to_json() | {"model_commit": None})
+    facts |= {"model_sha256": open_model(recipe.model).digest} | changes
     folder = registry.root.parent / f"made-{name}-{len(registry.versions())}"
     folder.mkdir()
     stored = {key: value for key, value in facts.items() if value != "left out"}
