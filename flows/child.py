@@ -34,10 +34,6 @@ class Child:
         self._process.start()
         theirs.close()
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid
-
     def call(self, work: Work, argument: Any, say: Say) -> Any:
         """`work(argument, say)` there; `work` is a function of a module, argument and result must pickle.
 

@@ -59,6 +59,8 @@ class TaskSpread:
         by_name = {matrix.name: matrix for matrix in matrices}
         todo = [matrix for matrix in matrices if not matrix_task.file(matrix).exists()]
         yield from (None for _ in range(len(matrices) - len(todo)))
+        if not todo:
+            return
         batches = batches_of(matrix_task, todo, self.model, self.statistics, self.registry)
         in_child = self.runner.is_here
         try:

@@ -42,17 +42,22 @@ class BatchModel(TypedDict):
     is_stored: bool
 
 
-class Batch(TypedDict):
+class Place(TypedDict):
+    """Where a worker finds what it reads, and leaves what it makes; `version` is the package's."""
+
+    version: str
+    registry: str
+    store: str | None
+    model: BatchModel
+
+
+class Batch(Place):
     """See the module's docstring.
 
     `stage` is a key of batch_worker.STAGES, `settings` what its MatrixTask gives for the matrices `names` (of
     parameters); `statistics` are the blobs of the statistics by file name, None for an unweighted error.
     """
 
-    version: str
-    registry: str
-    store: str | None
-    model: BatchModel
     statistics: dict[str, Blob] | None
     stage: str
     names: list[str]
@@ -67,15 +72,11 @@ def batches_of(
     Raises:
         RegistryError: a model in a folder cannot be sent to the registry's remote store.
     """
-    found = _model(model, registry)
+    place = _place(model, registry)
     learnt = {path: to_blob(entry) for path, entry in statistics.files.items()} if statistics else None
-    remote = registry.store.remote
     return [
         Batch(
-            version=VERSION,
-            registry=str(registry.root.absolute()),
-            store=remote.url if remote else None,
-            model=found,
+            **place,
             statistics=learnt,
             stage=task.stage,
             names=[matrix.name for matrix in members],
@@ -85,16 +86,12 @@ def batches_of(
     ]
 
 
-class PartBatch(TypedDict):
+class PartBatch(Place):
     """A part of the calibration windows, for statistics; `first` is the number of its first window.
 
     `tokens` are lists of token ids, a window each. All machines use `num_threads`, on which the bytes depend.
     """
 
-    version: str
-    registry: str
-    store: str | None
-    model: BatchModel
     tokens: list[list[int]]
     first: int
     metric: Metric
@@ -111,14 +108,10 @@ def part_batches(
     Raises:
         RegistryError: as `batches_of`.
     """
-    remote = registry.store.remote
-    found = _model(model, registry)
+    place = _place(model, registry)
     return [
         PartBatch(
-            version=VERSION,
-            registry=str(registry.root.absolute()),
-            store=remote.url if remote else None,
-            model=found,
+            **place,
             tokens=used[part.start : part.stop].tolist(),
             first=part.start,
             metric=metric,
@@ -155,6 +148,16 @@ def _chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
             members = []
     if members:
         yield members
+
+
+def _place(model: Model, registry: Registry) -> Place:
+    remote = registry.store.remote
+    return Place(
+        version=VERSION,
+        registry=str(registry.root.absolute()),
+        store=remote.url if remote else None,
+        model=_model(model, registry),
+    )
 
 
 def _model(model: Model, registry: Registry) -> BatchModel:
