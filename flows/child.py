@@ -1,9 +1,11 @@
 """Work in a child process: what the kernel kills there leaves a parent that says what was being done.
 
 A child does one call after another, with the parent's environment, and ends with it. What it logs is logged here, under
-the Prefect run that waits for it.
+the Prefect run that waits for it. Children are forked from a server process that has imported everything and started no
+thread (a fork of this process, with torch at work, might hang), so that the first costs seconds and the others nothing.
 """
 
+import atexit
 import logging
 import multiprocessing
 import os
@@ -15,13 +17,16 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+from flows.failures import is_network_failure
 from pipeline.errors import WorkerError
 
-Say = Callable[[str], None]
+Say = Callable[[Any], None]
 Work = Callable[[Any, Say], Any]
 
-_context = multiprocessing.get_context("spawn")  # a forked torch may hang
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["flows.stage", "flows.quality", "pipeline.run", "pipeline.batch_worker"])
 _idle: list["Child"] = []
+_living: set["Child"] = set()
 _lock = threading.Lock()
 
 
@@ -30,43 +35,47 @@ class Child:
 
     def __init__(self) -> None:
         self._pipe, theirs = _context.Pipe()
-        self._process = _context.Process(target=_serve, args=(theirs,), daemon=True)
+        # no daemon, for those may have no children
+        self._process = _context.Process(target=_serve, args=(theirs, dict(os.environ)))
         self._process.start()
         theirs.close()
+        _living.add(self)
 
     def call(self, work: Work, argument: Any, say: Say) -> Any:
         """`work(argument, say)` there; `work` is a function of a module, argument and result must pickle.
 
         Args:
-            say: told what the child says; the last of it names what was going on should the child die.
+            say: told what the child says; as a text, the last of it names what was going on should the child die.
         Raises:
             WorkerError: the child died.
-            Exception: what `work` raised there.
+            Exception: what `work` raised there, with a ConnectionError as its cause where a network caused it.
         """
-        doing = "start"
+        doing: Any = "start"
         try:
             self._pipe.send((work, argument))
-            while True:
-                kind, content = self._pipe.recv()
+            kind, content = self._pipe.recv()
+            while kind in ("says", "logs"):
                 if kind == "says":
                     doing = content
                     say(content)
-                elif kind == "logs":
-                    _log(content)
-                elif kind == "raises":
-                    raise content
                 else:
-                    return content
+                    _log(content)
+                kind, content = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise self._death(doing) from None
+        if kind == "returns":
+            return content
+        error, network_failure = content
+        raise error from (ConnectionError(network_failure) if network_failure else None)
 
     def close(self) -> None:
         """End the process, whatever it does."""
         self._pipe.close()
         self._process.kill()
         self._process.join()
+        _living.discard(self)
 
-    def _death(self, doing: str) -> WorkerError:
+    def _death(self, doing: Any) -> WorkerError:
         self._process.join(timeout=10)
         code = self._process.exitcode
         if code == -signal.SIGKILL:
@@ -96,12 +105,19 @@ def borrowed_child() -> Iterator[Child]:
     _give_back(child)
 
 
-def close_children() -> None:
-    """End all idle children; they hold models open."""
+def close_idle(but: int = 0) -> None:
+    """End all idle children but some; they hold memory."""
     with _lock:
-        children = [*_idle]
-        _idle.clear()
+        children = _idle[but:]
+        del _idle[but:]
     for child in children:
+        child.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Or the end would wait for them."""
+    for child in [*_living]:
         child.close()
 
 
@@ -110,8 +126,10 @@ def _give_back(child: Child) -> None:
         _idle.append(child)
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, environment: dict[str, str]) -> None:
     """The child's life."""
+    os.environ.clear()
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sender = _Sender(pipe)
@@ -137,11 +155,14 @@ class _Sender:
             self._pipe.send((kind, content))
 
     def send_error(self, error: Exception) -> None:
+        network_failure = (
+            repr(error.__cause__ or error) if is_network_failure(error) else None
+        )  # pickle drops the cause
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # some want more than their message to be made anew
             error = WorkerError(f"{type(error).__name__}: {error}")
-        self.send("raises", error)
+        self.send("raises", (error, network_failure))
 
 
 class _Forward(logging.Handler):

@@ -5,8 +5,7 @@ registry, named by digests.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -15,6 +14,7 @@ from flows.runner import Runner
 from pipeline.disk_space import check_disk
 from pipeline.errors import RecipeChangedError
 from pipeline.output import OutputFolder
+from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.stages import Stage, StageLog
 from registry import Artifact, Registry, checked_name
@@ -67,16 +67,25 @@ def prepare_job(
     Raises:
         PipelineError: see pipeline/errors.py.
     """
+    from pipeline.run import Run
+
     checked_name(name)
     Runner.parse(runner).task_runner()
     log = StageLog()
     with log.stage("open"):
-        run = _prepare(Recipe.from_json(recipe), registry, device, resume)
+        run = Run.prepare(
+            Recipe.from_json(recipe),
+            Registry(Path(registry)),
+            device=device,
+            resume=resume,
+            log=log,
+            progress=RunProgress(),
+        )
         output = OutputFolder(Path(out).expanduser(), run.facts)
         check_disk(run, output.path)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
-    job = _job(run, output, registry, name, runner, was_finished, _done(log, None))
+    job = _job(run, output, registry, name, runner, was_finished, done_of(log, None))
     _remember(job, run)
     return job
 
@@ -101,7 +110,7 @@ def prepare_jobs(
         resume=resume,
         progress=RunProgress(),
     )
-    opened = _done(parts[0].run.log, None)
+    opened = done_of(parts[0].run.log, None)
     found = Done(name="open", seconds=0.0, peak_memory_bytes=0, reused=True, digest=None)
     jobs = [
         _job(part.run, part.output, registry, part.name, runner, part.is_finished, found if number else opened)
@@ -111,7 +120,7 @@ def prepare_jobs(
     return jobs
 
 
-def open_run(job: Job) -> "Run":
+def open_run(job: Job, progress: Progress) -> "Run":
     """The run of `job`, opened once a process.
 
     Raises:
@@ -119,7 +128,10 @@ def open_run(job: Job) -> "Run":
     """
     run = _opened.get(_key(job))
     if run is None:
-        run = _prepare(Recipe.from_json(job["recipe"]), job["registry"], job["device"], job["resume"])
+        from pipeline.run import Run
+
+        recipe, registry = Recipe.from_json(job["recipe"]), Registry(Path(job["registry"]))
+        run = Run.open(recipe, registry, device=job["device"], resume=job["resume"], log=StageLog(), progress=progress)
         changed = [field for field in sorted(run.facts) if run.facts[field] != job["facts"].get(field)]
         if changed:
             raise RecipeChangedError(
@@ -129,20 +141,6 @@ def open_run(job: Job) -> "Run":
             )
         _remember(job, run)
     return run
-
-
-def do(job: Job, stage: str, work: Callable[["Run"], Artifact | None], reads: Done | None = None) -> Done:
-    """Do one stage of the job, measured.
-
-    Args:
-        reads: the statistics, if the stage treats matrix by matrix; then the job's runner spreads them.
-    """
-    log = StageLog()
-    run = replace(open_run(job), log=log)
-    run = _spread(job, run, reads)
-    with log.stage(stage):
-        artifact = work(run)
-    return _done(log, artifact)
 
 
 def artifact(run: "Run", done: Done) -> Artifact:
@@ -155,6 +153,12 @@ def artifact_if_any(run: "Run", done: Done) -> Artifact | None:
     return artifact(run, done) if done["digest"] else None
 
 
+def done_of(log: StageLog, made: Artifact | None) -> Done:
+    """The latest stage of `log`, and what it made."""
+    stage = asdict(log.stages[-1])
+    return Done(**stage, digest=made.digest if made else None)  # type: ignore[typeddict-item]
+
+
 def output_folder(run: "Run", job: Job) -> OutputFolder:
     """Where the checkpoint goes."""
     return OutputFolder(Path(job["out"]), run.facts)
@@ -164,7 +168,7 @@ def read_outcome(outcome: Outcome) -> "Compressed":
     """The run's result as the command line's own `compress` returns it."""
     from pipeline.compress import Compressed
 
-    run = open_run(outcome["job"])
+    run = open_run(outcome["job"], RunProgress())
     made = {done["name"]: done for done in outcome["stages"]}
     return Compressed(
         folder=Path(outcome["job"]["out"]),
@@ -176,14 +180,6 @@ def read_outcome(outcome: Outcome) -> "Compressed":
         size_bytes=artifact(run, made["checkpoint"]).size_bytes,
         original_bytes=run.model.folder_bytes,
         was_finished=outcome["job"]["was_finished"],
-    )
-
-
-def _prepare(recipe: Recipe, registry: str, device: str, resume: bool) -> "Run":
-    from pipeline.run import Run
-
-    return Run.prepare(
-        recipe, Registry(Path(registry)), device=device, resume=resume, log=StageLog(), progress=RunProgress()
     )
 
 
@@ -204,20 +200,6 @@ def _job(
     )
 
 
-def _spread(job: Job, run: "Run", statistics: Done | None) -> "Run":
-    """With the job's runner in the place of this machine's cores."""
-    from flows.spread import PartsSpread, TaskSpread
-
-    runner, recipe = Runner.parse(job["runner"]), run.recipe
-    if statistics is not None:
-        found = artifact_if_any(run, statistics)
-        run = replace(run, spread=TaskSpread(run.model, run.registry, found, runner))
-    if not runner.is_here and recipe.sensitivity != "none":
-        parts = PartsSpread(run.model, run.registry, recipe.sensitivity, recipe.seed, run.device, runner)
-        run = replace(run, spread_parts=parts)
-    return run
-
-
 def _key(job: Job) -> str:
     return json.dumps([job["facts"], job["registry"], job["device"], job["resume"]], sort_keys=True)
 
@@ -225,11 +207,6 @@ def _key(job: Job) -> str:
 def _remember(job: Job, run: "Run") -> None:
     _opened.clear()
     _opened[_key(job)] = run
-
-
-def _done(log: StageLog, made: Artifact | None) -> Done:
-    stage = asdict(log.stages[-1])
-    return Done(**stage, digest=made.digest if made else None)  # type: ignore[typeddict-item]
 
 
 def _stage(done: Done) -> Stage:

@@ -5,7 +5,7 @@ an estimate of the time left.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -22,25 +22,67 @@ SECONDS_BETWEEN_LINES = 10.0
 LEAST_SECONDS_BETWEEN_LINES = 1.0
 
 
+@dataclass(frozen=True)
+class Said:
+    """A line for the log, and how far the work is that it is about, if any; as a text, what is going on."""
+
+    line: str
+    work: str | None = None
+    percent: float | None = None
+    is_last: bool = False
+    stage: str | None = None
+
+    def __str__(self) -> str:
+        return ", ".join(part for part in (self.stage, self.work or self.line) if part)
+
+
 class RunProgress:
-    """A pipeline.progress.Progress for whatever Prefect run is current when it is called."""
+    """A pipeline.progress.Progress that tells somebody: by default whatever Prefect run is current then."""
+
+    def __init__(self, tell: Callable[[Said], None] | None = None) -> None:
+        self._tell = tell or RunDisplay()
 
     def track(self, items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
         """See pipeline/progress.py."""
-        pace, artifact = Pace(description, total, done), None
+        pace = Pace(description, total, done)
         for item in items:
             yield item
             if pace.step():
-                self.say(pace.line())
-                artifact = _show(artifact, pace)
-        self.say(pace.last_line())
-        if artifact is not None:
-            _show(artifact, pace)
+                self._tell(Said(pace.line(), description, pace.percent))
+        self._tell(Said(pace.last_line(), description, pace.percent, is_last=True))
 
     def say(self, message: str) -> None:
         """See pipeline/progress.py."""
+        self._tell(Said(message))
+
+
+class RunDisplay:
+    """Shows what is said under the current Prefect run: a line in its log, and a bar a work on its page.
+
+    Work that is through before its first line has no bar.
+    """
+
+    def __init__(self) -> None:
+        self._bars: dict[str, UUID] = {}
+
+    def __call__(self, said: Said) -> None:
+        """Show it."""
         in_run = TaskRunContext.get() or FlowRunContext.get()
-        (get_run_logger() if in_run else get_logger("flows")).info(message)
+        (get_run_logger() if in_run else get_logger("flows")).info(said.line)
+        if said.work is None or said.percent is None or not in_run or not PREFECT_API_URL.value():
+            return
+        try:
+            self._show_bar(said.work, said.percent, said.is_last)
+        except Exception as error:  # whatever a network does; it must not stop the work
+            get_logger("flows").debug("No progress bar: %r", error)
+
+    def _show_bar(self, work: str, percent: float, is_last: bool) -> None:
+        if work in self._bars:
+            update_progress_artifact(self._bars[work], percent, description=work)
+        elif not is_last:
+            self._bars[work] = cast("UUID", create_progress_artifact(percent, description=work))
+        if is_last:
+            self._bars.pop(work, None)
 
 
 @dataclass
@@ -88,19 +130,6 @@ class Pace:
     @property
     def _seconds(self) -> float:
         return time.monotonic() - self.started
-
-
-def _show(artifact: UUID | None, pace: Pace) -> UUID | None:
-    """Create or move the bar of the current run; a server that is away must not stop the work."""
-    if pace.percent is None or not PREFECT_API_URL.value() or not (TaskRunContext.get() or FlowRunContext.get()):
-        return None
-    try:
-        if artifact is None:
-            return cast("UUID", create_progress_artifact(pace.percent, description=pace.description))
-        update_progress_artifact(artifact, pace.percent, description=pace.description)
-    except Exception as error:  # whatever a network does
-        get_logger("flows").debug("No progress bar: %r", error)
-    return artifact
 
 
 def _clock(seconds: float) -> str:

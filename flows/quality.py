@@ -1,11 +1,29 @@
-"""Evaluation outside a compression, as a task."""
+"""Evaluation outside a compression, as a task; the work is done in a child process."""
 
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
 from prefect import task
 from prefect.artifacts import create_table_artifact
 
+from flows.child import Say, borrowed_child
+from flows.progress import RunDisplay, RunProgress
 from flows.release import open_registry
 from flows.steps import OPENING
 from flows.summary import artifact_key
+from pipeline.eval_report import EvalReport
+
+
+class Asked(NamedTuple):
+    """What the child is asked for; `options` are those of pipeline.evaluate_folder.evaluate_folder."""
+
+    registry: str | None
+    what: str
+    base: str | None
+    base_revision: str | None
+    options: dict[str, Any]
+    num_threads: int
 
 
 @task(**OPENING)
@@ -21,22 +39,11 @@ def measure(
     device: str,
 ) -> dict[str, float]:
     """The figures by name, and all of them as a table beside the run."""
-    from flows.progress import RunProgress
-    from pipeline.evaluate_folder import base_of, checkpoint_folder, evaluate_folder
-
-    with checkpoint_folder(open_registry(registry), what) as folder:
-        made_from, commit = base_of(folder)
-        report = evaluate_folder(
-            folder,
-            base or made_from,
-            base_revision=base_revision if base else commit,
-            dataset=dataset,
-            dataset_revision=dataset_revision,
-            num_windows=num_windows,
-            seq_len=seq_len,
-            device=device,
-            progress=RunProgress(),
-        )
+    options: dict[str, Any] = {"dataset": dataset, "dataset_revision": dataset_revision}
+    options |= {"num_windows": num_windows, "seq_len": seq_len, "device": device}
+    asked = Asked(registry, what, base, base_revision, options, torch.get_num_threads())
+    with borrowed_child() as child:
+        report: EvalReport = child.call(evaluate_in_child, asked, RunDisplay())
     rows = [{"": label, "original": before, "compressed": after} for label, before, after in report.rows()]
     create_table_artifact(rows, key=f"{artifact_key(what)}-quality", description=f"Quality of {what}")
     return {
@@ -46,3 +53,15 @@ def measure(
         "kld_p99": report.kl_p99,
         "top1": report.top1_agreement.to_percent().mean,
     }
+
+
+def evaluate_in_child(asked: Asked, say: Say) -> EvalReport:
+    """The version or folder beside its original, which is by default what its recipe names."""
+    from pipeline.evaluate_folder import base_of, checkpoint_folder, evaluate_folder
+
+    torch.set_num_threads(asked.num_threads)
+    progress = RunProgress(lambda said: say(replace(said, stage="evaluate")))
+    with checkpoint_folder(open_registry(asked.registry), asked.what) as folder:
+        made_from, commit = base_of(folder)
+        base, revision = (asked.base, asked.base_revision) if asked.base else (made_from, commit)
+        return evaluate_folder(folder, base, base_revision=revision, progress=progress, **asked.options)

@@ -20,7 +20,7 @@ from prefect.task_runners import TaskRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flows.child import borrowed_child, close_children
+from flows.child import borrowed_child, close_idle
 from flows.failures import only_lost_workers_and_network
 from flows.runner import Runner
 from pipeline.batch import Batch, Blob, PartBatch, batches_of, part_batches, take_result
@@ -74,7 +74,7 @@ class TaskSpread:
                         take_result(self.registry, blob, matrix_task.file(by_name[name]))
                         yield None
         finally:
-            close_children()
+            close_idle(but=1)  # the stages that follow use one at a time
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,21 @@ and the texts may meet a network, so only that is tried again.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
+from flows import work
 from flows.failures import keep_known_errors_short, only_network_failures
-from flows.job import (
-    Done,
-    Job,
-    Outcome,
-    artifact,
-    artifact_if_any,
-    do,
-    output_folder,
-    prepare_job,
-    prepare_jobs,
-    read_outcome,
-)
+from flows.job import Done, Job, Outcome, prepare_job, prepare_jobs, read_outcome
 from flows.progress import RunProgress
+from flows.stage import do
 from flows.summary import artifact_key, show_beside_last, summary
 from pipeline.home import home
-from registry import Artifact, Registry
-
-if TYPE_CHECKING:
-    from pipeline.run import Run
+from registry import Registry
 
 keep_known_errors_short()
 
@@ -71,76 +59,49 @@ def prepare(
 @task(**PLAIN)
 def collect_statistics(job: Job) -> Done:
     """The metric of every matrix."""
-    return do(job, "statistics", lambda run: run.statistics())
+    return do(job, "statistics", work.statistics, spread="windows")
 
 
 @task(**PLAIN)
 def measure_costs(job: Job, statistics: Done) -> Done:
     """The cost table: matrices x choices."""
-    return do(job, "costs", lambda run: run.costs(artifact_if_any(run, statistics)), reads=statistics)
+    return do(job, "costs", work.costs, statistics, spread="matrices")
 
 
 @task(**PLAIN)
 def allocate(job: Job, costs: Done, statistics: Done) -> Done:
     """The integer program's plan."""
-    return do(job, "plan", lambda run: run.plan(artifact(run, costs), artifact_if_any(run, statistics)))
+    return do(job, "plan", work.plan, costs, statistics)
 
 
 @task(**PLAIN)
 def decompose(job: Job, plan: Done, statistics: Done) -> Done:
     """Every matrix quantized as planned."""
-
-    def work(run: "Run") -> Artifact:
-        return run.matrices(artifact(run, plan), artifact_if_any(run, statistics))
-
-    return do(job, "decompose", work, reads=statistics)
+    return do(job, "decompose", work.matrices, plan, statistics, spread="matrices")
 
 
 @task(**PLAIN)
 def recover(job: Job, plan: Done, matrices: Done, statistics: Done) -> Done:
     """The matrices after training, in the place of those before."""
-
-    def work(run: "Run") -> Artifact:
-        return run.recovered(artifact(run, plan), artifact(run, matrices), artifact_if_any(run, statistics))
-
-    return do(job, "recover", work)
+    return do(job, "recover", work.recovered, plan, matrices, statistics)
 
 
 @task(**PLAIN)
 def write_checkpoint(job: Job, plan: Done, matrices: Done) -> Done:
     """The finished folder, in its place once a fresh process has audited it."""
-
-    def work(run: "Run") -> Artifact:
-        planned, quantized = artifact(run, plan), artifact(run, matrices)
-        checkpoint = run.checkpoint(planned, quantized)
-        run.deliver(checkpoint, planned, quantized, output_folder(run, job))
-        return checkpoint
-
-    return do(job, "checkpoint", work)
+    return do(job, "checkpoint", work.checkpoint, plan, matrices)
 
 
 @task(**PLAIN)
 def evaluate(job: Job, checkpoint: Done) -> Done:
     """Quality beside the original."""
-    return do(job, "evaluate", lambda run: run.evaluation(artifact(run, checkpoint), Path(job["out"])))
+    return do(job, "evaluate", work.evaluation, checkpoint)
 
 
 @task(**PLAIN)
 def write_report(job: Job, costs: Done, plan: Done, matrices: Done, checkpoint: Done, evaluation: Done) -> Done:
     """The HTML report, in the registry and in the folder."""
-
-    def work(run: "Run") -> Artifact:
-        report = run.report(
-            artifact(run, costs),
-            artifact(run, plan),
-            artifact(run, matrices),
-            artifact(run, checkpoint),
-            artifact_if_any(run, evaluation),
-        )
-        output_folder(run, job).add_report(run.registry, report)
-        return report
-
-    return do(job, "report", work)
+    return do(job, "report", work.report, costs, plan, matrices, checkpoint, evaluation)
 
 
 @task(**PLAIN)

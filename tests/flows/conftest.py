@@ -27,6 +27,18 @@ def api_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_children(api_url: str) -> Iterator[None]:
+    """One that waits for the next test's call, too: starting one takes most of what it does for a tiny model."""
+    from flows import child
+    from tests.flows.quick_child import serve
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(child, "_serve", serve)
+        yield
+        child.close_idle()
+
+
 @pytest.fixture(scope="session")
 def server(api_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server process with all its services, as `python -m flows serve` starts it; gives the URL of its API."""

@@ -46,9 +46,9 @@ def _tell_pid_and_sleep(path: str, say: Callable[[str], None]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _no_child_is_left():
     yield
-    from flows.child import close_children
+    from flows.child import close_idle
 
-    close_children()
+    close_idle()
 
 
 def _call(work, argument):

@@ -26,10 +26,11 @@ def advance(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    from flows.progress import RunProgress
+    """The lines, in the place of showing them."""
+    from flows.progress import RunDisplay
 
     lines: list[str] = []
-    monkeypatch.setattr(RunProgress, "say", lambda self, message: lines.append(message))
+    monkeypatch.setattr(RunDisplay, "__call__", lambda self, said: lines.append(said.line))
     return lines
 
 

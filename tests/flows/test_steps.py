@@ -103,9 +103,9 @@ def test_model_that_changes_under_way_is_refused_by_name(
     (job,) = steps.prepare.fn(
         unweighted, None, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", "threads", True
     )
+    statistics = steps.collect_statistics.fn(job)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    statistics = steps.collect_statistics.fn(job)  # this process has it open
     with pytest.raises(RecipeChangedError, match="model_sha256"):
         steps.measure_costs.fn(*_another_process([job, statistics]))
