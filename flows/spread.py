@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypedDict
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -20,7 +20,7 @@ from prefect.task_runners import TaskRunner
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flows.child import borrowed_child, close_idle
+from flows.child import Say, borrowed_child, close_idle
 from flows.failures import only_lost_workers_and_network
 from flows.runner import Runner
 from pipeline.batch import Batch, Blob, PartBatch, batches_of, part_batches, take_result
@@ -29,6 +29,7 @@ from pipeline.curvature_sums import Metric
 from pipeline.errors import WorkerError
 from pipeline.model import Matrix, Model
 from pipeline.spread import MatrixTask
+from pipeline.stages import StageLog, forget_peak, peak_memory_bytes
 from pipeline.summed_parts import layer_file
 from registry import Artifact, Registry
 
@@ -37,7 +38,14 @@ MOST_SECONDS_WITHOUT_WORKERS = 90.0
 # what Dask and Ray raise once they have given up; by name, for either may not be installed
 LOST_WORKERS = {"KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError"}
 
-Future = PrefectFuture[dict[str, Blob]]
+Future = PrefectFuture["Made"]
+
+
+class Made(TypedDict):
+    """What a worker leaves: blobs by the names of matrices or of layers' files, and the memory that it took them."""
+
+    blobs: dict[str, Blob]
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -47,12 +55,14 @@ class TaskSpread:
     Attributes:
         statistics: what the task reads; None for an unweighted error.
         runner: has the workers, for the time of a call.
+        log: told what memory they took.
     """
 
     model: Model
     registry: Registry
     statistics: Artifact | None
     runner: Runner
+    log: StageLog
 
     def __call__(self, matrix_task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
         """Yields once for each matrix, finished ones first."""
@@ -70,7 +80,7 @@ class TaskSpread:
                     for name, batch in _named(batches)
                 ]
                 for future in _as_they_finish(futures, started):
-                    for name, blob in _result_of(future).items():
+                    for name, blob in _taken(future, self.log).items():
                         take_result(self.registry, blob, matrix_task.file(by_name[name]))
                         yield None
         finally:
@@ -90,6 +100,7 @@ class PartsSpread:
     seed: int
     device: str
     runner: Runner
+    log: StageLog
 
     def __call__(self, used: Tensor, parts: Sequence[range]) -> Iterator[Callable[[int], dict[str, Tensor]]]:
         """Yields the parts in their order; later ones are collected meanwhile."""
@@ -104,7 +115,7 @@ class PartsSpread:
                 for number, batch in enumerate(batches, start=1)
             ]
             for future in _in_order(futures, started):
-                yield partial(self._layer, _result_of(future))
+                yield partial(self._layer, _taken(future, self.log))
 
     def _layer(self, blobs: dict[str, Blob], layer: int) -> dict[str, Tensor]:
         return load_file(self.registry.store.path(blobs[layer_file(layer)]["sha256"]))
@@ -155,9 +166,9 @@ def _has_workers(started: TaskRunner) -> bool:
     return client is None or bool(client.scheduler_info(n_workers=-1)["workers"])
 
 
-def _result_of(future: Future) -> dict[str, Blob]:
+def _taken(future: Future, log: StageLog) -> dict[str, Blob]:
     try:
-        return future.result()
+        made = future.result()
     except Exception as error:
         if type(error).__name__ not in LOST_WORKERS:
             raise
@@ -166,6 +177,8 @@ def _result_of(future: Future) -> dict[str, Blob]:
             "their memory ran out. Give the workers more of it, or start fewer on a machine, and run it again: what is "
             "finished is kept."
         ) from error
+    log.worker_took(made["peak_memory_bytes"])
+    return made["blobs"]
 
 
 def _named(batches: list[Batch]) -> Iterator[tuple[str, Batch]]:
@@ -183,15 +196,22 @@ RETRIED: dict[str, Any] = {
 
 
 @task(**RETRIED)
-def collect(batch: PartBatch) -> dict[str, Blob]:
+def collect(batch: PartBatch) -> Made:
     """The sums over a part of the calibration windows."""
-    return make_part(batch)
+    forget_peak()
+    return Made(blobs=make_part(batch), peak_memory_bytes=peak_memory_bytes())
 
 
 @task(**RETRIED)
-def make(batch: Batch, in_child: bool) -> dict[str, Blob]:
+def make(batch: Batch, in_child: bool) -> Made:
     """The work of a stage on some matrices."""
     if not in_child:
-        return make_batch(batch)
+        return measured_batch(batch, lambda text: None)
     with borrowed_child() as child:
-        return child.call(make_batch, batch, lambda text: None)
+        return child.call(measured_batch, batch, lambda text: None)
+
+
+def measured_batch(batch: Batch, say: Say) -> Made:
+    """`make_batch`, with the memory that this process took for it."""
+    forget_peak()
+    return Made(blobs=make_batch(batch, say), peak_memory_bytes=peak_memory_bytes())

@@ -67,7 +67,7 @@ def _measured(call: Call, progress: Progress, spread: str | None) -> Done:
     run = replace(open_run(call.job, progress), log=log, progress=progress)
     if spread == "matrices":
         statistics = artifact_if_any(run, call.inputs[-1])
-        tasks = TaskSpread(run.model, run.registry, statistics, Runner.parse(call.job["runner"]))
+        tasks = TaskSpread(run.model, run.registry, statistics, Runner.parse(call.job["runner"]), log)
         run = replace(run, spread=tasks)
     elif spread == "windows" and run.recipe.sensitivity != "none":
         parts = PartsSpread(
@@ -77,6 +77,7 @@ def _measured(call: Call, progress: Progress, spread: str | None) -> Done:
             run.recipe.seed,
             run.device,
             Runner.parse(call.job["runner"]),
+            log,
         )
         run = replace(run, spread_parts=parts)
     with log.stage(call.stage):

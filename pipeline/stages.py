@@ -13,7 +13,10 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 @dataclass(frozen=True)
 class Stage:
-    """One finished stage; `reused` if its result was already in the registry."""
+    """One finished stage; `reused` if its result was already in the registry.
+
+    `peak_memory_bytes` is of the process that took most.
+    """
 
     name: str
     seconds: float
@@ -27,22 +30,28 @@ class StageLog:
     def __init__(self) -> None:
         self.stages: list[Stage] = []
         self._reused = False
+        self.workers_peak_bytes = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator["StageLog"]:
         """Measure the block."""
-        _forget_peak()
-        self._reused = False
+        forget_peak()
+        self._reused, self.workers_peak_bytes = False, 0
         started = time.monotonic()
         yield self
-        self.stages.append(Stage(name, time.monotonic() - started, _peak_memory_bytes(), self._reused))
+        peak_bytes = max(peak_memory_bytes(), self.workers_peak_bytes)
+        self.stages.append(Stage(name, time.monotonic() - started, peak_bytes, self._reused))
 
     def reused(self) -> None:
         """Say that the current stage's result was there already."""
         self._reused = True
 
+    def worker_took(self, peak_bytes: int) -> None:
+        """Say how much memory a process took that works for the current stage; the largest one's counts."""
+        self.workers_peak_bytes = max(self.workers_peak_bytes, peak_bytes)
 
-def _forget_peak() -> None:
+
+def forget_peak() -> None:
     """Linux can start the high-water mark of a process anew; elsewhere the mark is of the whole run."""
     try:
         _CLEAR.write_text("5")
@@ -50,7 +59,8 @@ def _forget_peak() -> None:
         return
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
+    """Of this process, since the last `forget_peak`."""
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

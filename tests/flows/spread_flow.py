@@ -29,7 +29,7 @@ def quantized(
 
 
 def die_at_second_matrix(batch: Any, say: Callable[[str], None]) -> None:
-    """In the place of batch_worker.make_batch: what the system does where memory runs out."""
+    """In the place of flows.spread.measured_batch: what the system does where memory runs out."""
     for name in batch["names"][:2]:
         say(f"decompose, matrix {name}")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.errors import NonFiniteError, RecipeError, WorkerError
 from pipeline.model import open_model
+from pipeline.stages import StageLog
 from registry import Registry
 from registry.remote import RemoteBlobs
 from registry.settings import RegistrySettings
@@ -44,11 +45,11 @@ def _quantized(*arguments: Any) -> dict[str, bytes]:
     return quantized(*arguments)
 
 
-def _tasks(model_dir: Path, registry: Registry, runner: str) -> Any:
+def _tasks(model_dir: Path, registry: Registry, runner: str, log: StageLog | None = None) -> Any:
     from flows.runner import Runner
     from flows.spread import TaskSpread
 
-    return TaskSpread(open_model(str(model_dir)), registry, None, Runner.parse(runner))
+    return TaskSpread(open_model(str(model_dir)), registry, None, Runner.parse(runner), log or StageLog())
 
 
 @pytest.mark.parametrize("runner", ["threads:2", "dask:2", "ray:2"])
@@ -58,7 +59,11 @@ def test_every_runner_makes_the_bytes_of_the_cores_here(
     from pipeline.spread import over_cores
 
     here = _quantized(tmp_path / "here", tiny_model_dir, over_cores)
-    there = _quantized(tmp_path / "there", tiny_model_dir, _tasks(tiny_model_dir, registry, runner))
+    log = StageLog()
+    with log.stage("decompose"):
+        there = _quantized(tmp_path / "there", tiny_model_dir, _tasks(tiny_model_dir, registry, runner, log))
+        assert log.workers_peak_bytes > 50_000_000  # torch alone takes more
+    assert log.stages[0].peak_memory_bytes >= log.workers_peak_bytes
     assert len(here) == 14
     assert there == here
 
@@ -132,7 +137,7 @@ def test_a_child_that_is_killed_is_named_with_its_matrix(
 
     from flows import spread
 
-    monkeypatch.setattr(spread, "make_batch", die_at_second_matrix)
+    monkeypatch.setattr(spread, "measured_batch", die_at_second_matrix)
     monkeypatch.setattr(spread.make, "retry_delay_seconds", [0, 0])
     with pytest.raises(WorkerError, match=r"Out of memory in decompose, matrix model\.layers\.0\.self_attn\.k_proj"):
         _quantized(tmp_path / "made", tiny_model_dir, _tasks(tiny_model_dir, registry, "threads:1"))
