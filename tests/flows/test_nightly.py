@@ -104,6 +104,7 @@ def trigger(worker: Path) -> Callable[[str], Any]:
     return start
 
 
+@pytest.mark.slow
 def test_night_after_night(
     deployed: str,
     worker: Path,

@@ -11,19 +11,13 @@ from pipeline.errors import NonFiniteError, RecipeError, WorkerError
 from pipeline.model import open_model
 from pipeline.stages import StageLog
 from registry import Registry
-from registry.remote import RemoteBlobs
-from registry.settings import RegistrySettings
+from tests.registry.at_url import registry_at
 
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     """With its blobs at a URL."""
-    root = tmp_path / "registry"
-    settings = RegistrySettings(store=(tmp_path / "store").as_uri())
-    root.mkdir()
-    settings.write(root)
-    RemoteBlobs(str(settings.store)).claim(settings.index_name(root))
-    return Registry(root)
+    return registry_at((tmp_path / "store").as_uri(), tmp_path / "registry")
 
 
 @pytest.fixture

@@ -21,8 +21,7 @@ from pipeline.model import Model, open_model
 from pipeline.statistics import SpreadParts, Statistics, collect_statistics
 from pipeline.summed_parts import layer_file
 from registry import Artifact, IntegrityError, Registry
-from registry.remote import RemoteBlobs
-from registry.settings import RegistrySettings
+from tests.registry.at_url import registry_at
 
 CHOICES = ["nf3-g64-s8", "lloyd2-g32-s4-r4-f8"]
 
@@ -30,13 +29,9 @@ CHOICES = ["nf3-g64-s8", "lloyd2-g32-s4-r4-f8"]
 @pytest.fixture(params=["folder", "url"])
 def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
     """With its blobs in its folder, and at a URL."""
-    root = tmp_path / "registry"
     if request.param == "url":
-        settings = RegistrySettings(store=(tmp_path / "store").as_uri())
-        root.mkdir()
-        settings.write(root)
-        RemoteBlobs(str(settings.store)).claim(settings.index_name(root))
-    return Registry(root)
+        return registry_at((tmp_path / "store").as_uri(), tmp_path / "registry")
+    return Registry(tmp_path / "registry")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fsspec.registry import _registry as loaded
 from registry import Artifact, IntegrityError, NotFoundError, Registry, RegistryError, Store
 from registry.artifact import FileEntry
 from registry.remote import RemoteBlobs
-from registry.settings import RegistrySettings
+from tests.registry.at_url import registry_at
 from tests.registry.s3_server import S3Server
 
 
@@ -22,13 +22,6 @@ def store_at(url: str, cache: Path) -> Store:
     remote = RemoteBlobs(url)
     remote.claim("the index of the tests")
     return Store(cache, remote)
-
-
-def registry_at(url: str, root: Path, database: str | None = None) -> Registry:
-    settings = RegistrySettings(database, url)
-    settings.write(root)
-    RemoteBlobs(url).claim(settings.index_name(root))
-    return Registry(root)
 
 
 @pytest.fixture

@@ -1,0 +1,50 @@
+"""watch, night after night, in this process and with no Hub; with one, and a worker, in test_nightly.py."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry import Registry
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    return shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("models") / "base")
+
+
+def test_night_after_night(server: str, base: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """One test, as each night goes on from the one before."""
+    from flows.watch import watch
+    from tests.models import build_llama, save_model
+
+    registry = Registry(tmp_path / "registry")
+    watched = recipe | {"model": str(base), "sensitivity": "none"}
+    settings: dict[str, Any] = {"name": "tiny", "alias": "production", "registry": str(registry.root)}
+
+    def night(*gates: str) -> Any:
+        return watch(watched, str(tmp_path / "out"), gates=list(gates), return_state=True, **settings)
+
+    first = night("kld<=1e9", "bits_per_param<=4.5")
+    assert first.name == "Completed", first.message
+    assert first.result() == ["tiny:1"]
+    assert str(registry.version("tiny@production")) == "tiny:1"
+
+    second = night("kld<=1e9", "bits_per_param<=4.5")
+    assert (second.type.value, second.name) == ("COMPLETED", "Skipped")
+    assert "its recipe is the same" in second.message
+
+    save_model(build_llama(seed=1), base)
+    third = night("kld<=0")
+    assert (third.type.value, third.name) == ("FAILED", "Gated")
+    assert "wanted <=0 (not met)" in third.message
+    assert str(registry.version("tiny")) == "tiny:2"
+    assert str(registry.version("tiny@production")) == "tiny:1"
+
+    fourth = night("kld<=1e9")  # the base is as in the third, and the gate lets the version pass
+    assert fourth.name == "Completed", fourth.message
+    assert str(registry.version("tiny@production")) == "tiny:2"
+    assert len(registry.versions()) == 2
