@@ -17,10 +17,12 @@ from flows import RUN_SETTINGS
 from flows.automations import make_automations
 from flows.configuration import CPU_POOL, GPU_POOL, Deployment
 from flows.errors import DeployError
+from flows.job import registry_folder
 from flows.notify import VARIABLE
 from flows.schedules import prefect_schedule
 from flows.version import TAG, version_tag
 from pipeline.version import VERSION
+from registry import Registry, RegistryError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,9 +40,11 @@ def deploy(deployments: "Sequence[Deployment]") -> Deployed:
     """Make the deployments, or bring them up to date; the old ones stay as they are if one cannot be made.
 
     Raises:
-        DeployError: no server, or no database behind it; a work pool that is not there.
+        DeployError: no server, or no database behind it; a work pool that is not there; a registry on this machine
+            whose database does not answer.
     """
     check_server()
+    check_registries(deployments)
     with get_client(sync_client=True) as client:
         check_pools(client, deployments)
         for pool in (CPU_POOL, GPU_POOL):
@@ -120,6 +124,18 @@ def check_pools(client: SyncPrefectClient, deployments: "Sequence[Deployment]") 
                 f"Deployment {deployment.name}: the server has no work pool {deployment.work_pool.name!r}. There are "
                 f"{', '.join(sorted(known))}; `prefect work-pool create` makes another one."
             )
+
+
+def check_registries(deployments: "Sequence[Deployment]") -> None:
+    """Raise DeployError where the registry of a deployment is on this machine and cannot be read."""
+    for deployment in deployments:
+        root = registry_folder(deployment.parameters.get("registry"))
+        if not root.is_dir():  # made by the first run, or another machine's
+            continue
+        try:
+            Registry(root, read_only=True).versions()
+        except RegistryError as error:
+            raise DeployError(f"Deployment {deployment.name}, registry {root}: {error}") from error
 
 
 def make_pool(client: SyncPrefectClient, name: str) -> None:

@@ -13,6 +13,7 @@ from flows.progress import RunProgress
 from flows.runner import Runner
 from pipeline.disk_space import check_disk
 from pipeline.errors import RecipeChangedError
+from pipeline.home import home
 from pipeline.output import OutputFolder
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -57,6 +58,11 @@ class Outcome(TypedDict):
     job: Job
     version: str
     stages: list[Done]
+
+
+def registry_folder(registry: str | None) -> Path:
+    """What a flow's parameter means: that folder, or the user's own."""
+    return Path(registry).expanduser() if registry else home() / "registry"
 
 
 def prepare_job(

@@ -9,11 +9,11 @@ from typing import Any, TypedDict
 from prefect import task
 from prefect.artifacts import create_link_artifact
 
+from flows.job import registry_folder
 from flows.steps import OPENING, PLAIN
 from flows.summary import artifact_key, show_beside_last
 from pipeline.budget import Budget
 from pipeline.gate import Requirement
-from pipeline.home import home
 from pipeline.recipe import Recipe
 from registry import Registry
 
@@ -150,8 +150,8 @@ def version_names(name: str, budgets: list[str]) -> list[str]:
 
 
 def open_registry(registry: str | None) -> Registry:
-    """The folder, or the user's own."""
-    return Registry(Path(registry).expanduser() if registry else home() / "registry")
+    """The registry of a flow's parameter."""
+    return Registry(registry_folder(registry))
 
 
 def _unsettled(store: Registry, names: list[str], repo: str | None, alias: str | None) -> list[str]:

@@ -14,11 +14,10 @@ from prefect.tasks import exponential_backoff
 
 from flows import work
 from flows.failures import keep_known_errors_short, only_network_failures
-from flows.job import Done, Job, Outcome, prepare_job, prepare_jobs, read_outcome
+from flows.job import Done, Job, Outcome, prepare_job, prepare_jobs, read_outcome, registry_folder
 from flows.progress import RunProgress
 from flows.stage import do
 from flows.summary import artifact_key, show_beside_last, summary
-from pipeline.home import home
 from registry import Registry
 
 keep_known_errors_short()
@@ -50,7 +49,7 @@ def prepare(
     A job for each budget: all of them, or none.
     """
     recipes = [recipe | {"budget": budget} for budget in budgets] if budgets else [recipe]
-    place, called = registry or str(home() / "registry"), name or Path(out).name
+    place, called = str(registry_folder(registry)), name or Path(out).name
     if len(recipes) == 1:
         return [prepare_job(recipes[0], place, out, called, device, runner, resume)]
     return prepare_jobs(recipes, place, out, called, device, runner, resume)

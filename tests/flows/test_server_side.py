@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,6 +103,19 @@ def test_unknown_pool_is_told_with_the_known_ones(server: str) -> None:
 
     entry = {"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage", "work_pool": {"name": "tpu"}}
     with pytest.raises(DeployError, match=r"no work pool 'tpu'\. There are bitsmith-cpu, bitsmith-gpu"):
+        deploy([Deployment.model_validate(entry)])
+
+
+def test_a_registry_whose_database_does_not_answer_is_told(server: str, tmp_path: Path) -> None:
+    from flows.configuration import Deployment
+    from flows.deploy import deploy
+    from flows.errors import DeployError
+    from registry.settings import RegistrySettings
+
+    RegistrySettings("postgresql://nobody@127.0.0.1:9/none", None).write(tmp_path)
+    entry: dict[str, Any] = {"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage"}
+    entry["parameters"] = {"registry": str(tmp_path)}
+    with pytest.raises(DeployError, match=r"Deployment gc, registry .*127\.0\.0\.1:9/none cannot be used"):
         deploy([Deployment.model_validate(entry)])
 
 
