@@ -5,13 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-
 from flows.child import Say, borrowed_child
 from flows.job import Done, Job, artifact_if_any, done_of, open_run
 from flows.progress import RunDisplay, RunProgress, Said
 from flows.runner import Runner
-from flows.spread import PartsSpread, TaskSpread
 from pipeline.progress import Progress
 from pipeline.stages import StageLog
 from registry import Artifact
@@ -44,6 +41,8 @@ def do(job: Job, stage: str, work: Work, *inputs: Done, spread: Literal["windows
         WorkerError: the child, or a worker, died.
         PipelineError, RegistryError: as of the stage.
     """
+    import torch
+
     runner, started = Runner.parse(job["runner"]), time.monotonic()
     if spread == "matrices" or (spread == "windows" and not runner.is_here):
         done = _measured(Call(job, stage, work, inputs, torch.get_num_threads()), RunProgress(), spread)
@@ -54,6 +53,8 @@ def do(job: Job, stage: str, work: Work, *inputs: Done, spread: Literal["windows
 
 
 def _in_child(call: Call, say: Say) -> Done:
+    import torch
+
     torch.set_num_threads(call.num_threads)
 
     def tell(said: Said) -> None:
@@ -63,6 +64,8 @@ def _in_child(call: Call, say: Say) -> Done:
 
 
 def _measured(call: Call, progress: Progress, spread: str | None) -> Done:
+    from flows.spread import PartsSpread, TaskSpread
+
     log = StageLog()
     run = replace(open_run(call.job, progress), log=log, progress=progress)
     if spread == "matrices":
