@@ -110,15 +110,20 @@ def read_structure(model: "PreTrainedModel") -> Structure:
     )
 
 
-def _layers_of_blocks(model: nn.Module) -> dict[str, int]:
-    """Module name -> index of the block it is in, for every module inside an outermost stack of blocks."""
+def stacks_of(model: nn.Module) -> list[str]:
+    """Names of the outermost lists of repeated blocks."""
     stacks: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{stack}.") for stack in stacks)
         if isinstance(module, nn.ModuleList) and not inside and _is_stack(model, module):
             stacks.append(name)
+    return stacks
+
+
+def _layers_of_blocks(model: nn.Module) -> dict[str, int]:
+    """Module name -> index of the block it is in, for every module inside an outermost stack of blocks."""
     layers = {}
-    for stack in stacks:
+    for stack in stacks_of(model):
         for index, block in enumerate(model.get_submodule(stack).children()):
             layers.update({f"{stack}.{index}.{name}": index for name, _ in block.named_modules() if name})
     return layers

@@ -1,0 +1,220 @@
+"""A network with the weights of one block in memory, so that its size does not matter.
+
+    network = LayeredNetwork(model, "cpu")          # embeddings, norms and head are there, blocks are not
+    hidden = network.embed(tokens)
+    for index in range(network.num_blocks):
+        with network.block(index):                  # its weights are read now, and let go at the end
+            hidden = network.through(index, tokens, hidden)
+    logits = network.head(tokens, hidden)
+
+What happens between the blocks (masks, positions, what an architecture passes to each) is the network's own code: its
+forward pass runs with blocks that do nothing but say what they were called with, or give back what they are told to.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import ModelError
+from pipeline.model import Model
+from pipeline.model_config import read_config
+from pipeline.quiet import quiet_transformers
+from pipeline.structure import build_skeleton, stacks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NUM_PROBE_TOKENS = 4
+
+
+class NotLayeredError(ModelError):
+    """The network does more between its blocks than to pass the hidden states on."""
+
+
+class LayeredNetwork:
+    """See the module's docstring. In eval mode, float32, no weight takes a gradient.
+
+    Attributes:
+        network: its modules, for hooks; a block's parameters are on the meta device outside of `block`.
+        num_blocks: how many.
+    Raises:
+        NotLayeredError: it cannot be run block by block; says why.
+    """
+
+    def __init__(self, model: Model, device: str) -> None:
+        self._model, self._device = model, torch.device(device)
+        self._names, self._num_outputs = blocks_of(model)
+        self.num_blocks = len(self._names)
+        config = read_config(model.path)  # another object than the model's, which its skeleton has set to eager attention
+        with quiet_transformers(), _parameters_on_meta():
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        self.network = network.eval()
+        self.network.requires_grad_(False)
+        self._blocks = [self.network.get_submodule(name) for name in self._names]
+        self._forwards = [block.forward for block in self._blocks]
+        self._reach: int | None = None
+        self._final: Tensor | None = None
+        for index, block in enumerate(self._blocks):
+            block.forward = self._standing_in(index)
+        self._load_rest()
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block reads, [windows, seq_len, width], of `tokens` [windows, seq_len]."""
+        args, kwargs = self._called_with(0, tokens)
+        return args[0] if args else kwargs["hidden_states"]
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[None]:
+        """The weights of a block, inside."""
+        block, name = self._blocks[index], self._names[index]
+        parameters = dict(block.named_parameters())
+        try:
+            for leaf in parameters:
+                _assign(block, leaf, self._read(f"{name}.{leaf}"))
+            for leaf, _ in block.named_buffers():
+                if f"{name}.{leaf}" in self._model.tensors:
+                    block.get_buffer(leaf).copy_(self._read(f"{name}.{leaf}"))
+            yield
+        finally:
+            for leaf, parameter in parameters.items():
+                _assign(block, leaf, parameter)
+
+    def through(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The output of block `index`, inside of `block`, for its input `hidden`; gradients flow if they are on."""
+        args, kwargs = self._called_with(index, tokens)
+        if args:
+            args = (hidden, *args[1:])
+        else:
+            kwargs = kwargs | {"hidden_states": hidden}
+        output = self._forwards[index](*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
+    def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits [windows, seq_len, vocab] for the last block's output."""
+        self._reach, self._final = None, hidden
+        try:
+            return self.network(input_ids=tokens, use_cache=False).logits
+        finally:
+            self._final = None
+
+    def _called_with(self, index: int, tokens: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self._reach = index
+        try:
+            with torch.no_grad():
+                self.network(input_ids=tokens, use_cache=False)
+        except _ReachedError as reached:
+            return reached.args_and_kwargs
+        finally:
+            self._reach = None
+        raise NotLayeredError(f"Block {self._names[index]} was not called.")
+
+    def _standing_in(self, index: int) -> Any:
+        """What a block does in the pass that goes around the blocks."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if index == self._reach:
+                raise _ReachedError(args, kwargs)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if self._final is not None and index == self.num_blocks - 1:
+                hidden = self._final
+            return hidden if self._num_outputs is None else (hidden, *(None,) * (self._num_outputs - 1))
+
+        return forward
+
+    def _load_rest(self) -> None:
+        """Everything outside of the blocks; a tied tensor once."""
+        prefixes = tuple(f"{name}." for name in self._names)
+        read: dict[str, nn.Parameter] = {}
+        for name, _ in self.network.named_parameters(remove_duplicate=False):
+            if not name.startswith(prefixes):
+                source = name if name in self._model.tensors else self._model.ties.get(name, name)
+                if source not in read:
+                    read[source] = self._read(source)
+                _assign(self.network, name, read[source])
+        for name, buffer in self.network.named_buffers():
+            if not name.startswith(prefixes) and name in self._model.tensors:
+                buffer.copy_(self._read(name))
+        for buffered in self.network.modules():
+            for name, buffer in buffered.named_buffers(recurse=False):
+                buffered._buffers[name] = buffer.to(self._device)
+
+    def _read(self, name: str) -> nn.Parameter:
+        if name not in self._model.tensors:
+            raise NotLayeredError(
+                f"{self._model.spec} stores {name} in parts that are merged on loading, which only a load of the "
+                "whole model does."
+            )
+        stored = self._model.tensor(name)
+        dtype = torch.float32 if stored.is_floating_point() else stored.dtype
+        # a copy, for a tensor in a mapped file lies at any address, on which the last bits of products depend
+        return nn.Parameter(stored.to(self._device, dtype, copy=True), requires_grad=False)
+
+
+def blocks_of(model: Model) -> tuple[list[str], int | None]:
+    """Names of the blocks in the order of their calls, and how many things each returns; None for a bare tensor.
+
+    Raises:
+        NotLayeredError: there is more than one stack, a block is not called once, or its input is not the output of
+            the block before.
+    """
+    skeleton = build_skeleton(model.config)
+    stacks = stacks_of(skeleton)
+    if len(stacks) != 1:
+        raise NotLayeredError(f"{model.spec} has {len(stacks)} stacks of blocks, {', '.join(stacks)}; expected one.")
+    blocks = {f"{stacks[0]}.{name}": block for name, block in skeleton.get_submodule(stacks[0]).named_children()}
+    calls: list[tuple[str, Any, Any]] = []
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls.append((name, args[0] if args else kwargs.get("hidden_states"), output))
+
+        return hook
+
+    for name, block in blocks.items():
+        block.register_forward_hook(remember(name), with_kwargs=True)
+    try:
+        with quiet_transformers(), torch.no_grad():
+            tokens = torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.long, device="meta")
+            skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+    except Exception as error:  # whatever an architecture does that meta tensors cannot
+        raise NotLayeredError(f"{model.spec} cannot be probed without weights: {error}") from error
+    if [name for name, _, _ in calls] != list(blocks):
+        raise NotLayeredError(f"{model.spec} does not call each block of {stacks[0]} once and in order.")
+    for (name, _, output), (_, following, _) in pairwise(calls):
+        if (output[0] if isinstance(output, tuple) else output) is not following:
+            raise NotLayeredError(f"{model.spec} changes what {name} gives before the next block reads it.")
+    kinds = {len(output) if isinstance(output, tuple) else None for _, _, output in calls}
+    if len(kinds) != 1:
+        raise NotLayeredError(f"The blocks of {model.spec} return different things.")
+    return list(blocks), kinds.pop()
+
+
+class _ReachedError(Exception):
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_and_kwargs = args, kwargs
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """A network built inside has real buffers, which its code computes, and parameters without memory."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", register_on_meta):
+        yield
+
+
+def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = parameter

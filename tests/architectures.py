@@ -1,0 +1,86 @@
+"""Tiny random models of the architectures that people bring, each of transformers' own class."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from tests.models import VOCAB_SIZE
+
+_WIDTHS: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_GROUPED = _WIDTHS | {"num_key_value_heads": 2}
+
+# model_type -> the config class's name, the model class's name, what differs from the class's defaults
+CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", "LlamaForCausalLM", _GROUPED),
+    "mistral": ("MistralConfig", "MistralForCausalLM", _GROUPED | {"sliding_window": 8}),
+    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", _GROUPED | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", _GROUPED | {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", "Gemma2ForCausalLM", _GROUPED | {"head_dim": 8, "sliding_window": 8}),
+    "gemma3_text": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        _GROUPED | {"head_dim": 8, "sliding_window": 8, "sliding_window_pattern": 2},
+    ),
+    "phi": ("PhiConfig", "PhiForCausalLM", _WIDTHS),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", _GROUPED),
+    "gpt2": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    ),
+    "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", _WIDTHS),
+    "opt": ("OPTConfig", "OPTForCausalLM", _WIDTHS | {"ffn_dim": 48, "word_embed_proj_dim": 24}),
+    "bloom": (
+        "BloomConfig",
+        "BloomForCausalLM",
+        {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    ),
+    "falcon": (
+        "FalconConfig",
+        "FalconForCausalLM",
+        {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4},
+    ),
+    "stablelm": ("StableLmConfig", "StableLmForCausalLM", _GROUPED),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", _GROUPED),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", _GROUPED),
+    "cohere": ("CohereConfig", "CohereForCausalLM", _GROUPED),
+    "mixtral": (
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        _GROUPED
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+        },
+    ),
+}
+
+
+def build_causal(model_type: str, *, seed: int = 0) -> PreTrainedModel:
+    """A random model of that type with three blocks of width 32, in float32."""
+    config_class, model_class, settings = CAUSAL[model_type]
+    config = getattr(transformers, config_class)(**settings)
+    build: Callable[[Any], PreTrainedModel] = getattr(transformers, model_class)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build(config).eval()
