@@ -20,10 +20,11 @@ from pipeline.curvature_sums import sums_of
 from pipeline.decompose import QuantizeMatrix
 from pipeline.errors import ModelError, WorkerSetupError
 from pipeline.home import home
+from pipeline.layered import open_network
 from pipeline.model import Model, open_model
-from pipeline.running_sums import RunningSums, collecting
-from pipeline.statistics import Statistics, load_frozen
-from pipeline.summed_parts import layer_file, layers_of, select_layer, write_layer
+from pipeline.part_sums import collect_part
+from pipeline.statistics import Statistics
+from pipeline.summed_parts import layer_file, layers_of
 from pipeline.version import VERSION
 from registry.lock import flocked
 from registry.remote import RemoteBlobs
@@ -65,7 +66,7 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
     """Collect the sums over a part of the calibration windows.
 
     Args:
-        say: told before each window which it is.
+        say: told after each layer which it was.
     Returns:
         name of a layer's file (summed_parts.py) -> the file, which is in the store.
     Raises:
@@ -77,19 +78,15 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
     model, _, store = _opened(batch["registry"], batch["store"], _Frozen(batch["model"]), _Frozen(None))
     for name in {info.file for info in model.tensors.values()}:
         _check_file(model.path / name, batch["model"]["files"][name])
-    sums, num_done = sums_of(batch["metric"]), batch["first"] + len(batch["tokens"])
-    say("statistics, loading the model")
-    network = load_frozen(model, batch["device"])
+    say("statistics, opening the model")
+    sums, network = sums_of(batch["metric"]), open_network(model, batch["device"], say)
     made: dict[str, Blob] = {}
     with tempfile.TemporaryDirectory(dir=_scratch(), prefix="part-") as folder:
-        running = RunningSums.restore(Path(folder), model, sums, batch["device"], batch["first"])
-        with collecting(network, model, sums, running):
-            for tokens in torch.tensor(batch["tokens"]):
-                say(f"statistics, window {running.num_done}")
-                running.add(network, tokens.to(batch["device"]), sums, batch["seed"])
+        tokens = torch.tensor(batch["tokens"], device=batch["device"])
+        for index in collect_part(network, model, tokens, batch["first"], sums, Path(folder), seed=batch["seed"]):
+            say(f"statistics, layer {index}")
         for layer in layers_of(model):
             path = Path(folder) / layer_file(layer)
-            write_layer(path, select_layer(running.sums, model, sums, layer), num_done)
             made[path.name] = to_blob(store.add(path))
     return made
 

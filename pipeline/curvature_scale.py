@@ -11,14 +11,22 @@ labels drawn from the model,
 is set against what the factors expect of the same probes, tr(H_O E H_I E^T). The ratio is the matrix's scale.
 """
 
-from collections.abc import Callable, Iterable
+import json
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.atomic import write_json
 from pipeline.degraded import say_if_degraded
+from pipeline.layered import Network
+from pipeline.layered_pass import backward, forward
 from pipeline.model import Matrix, Model
+from pipeline.progress import Progress
 from quantizers import LayerStatistics, TrellisCoded
 from quantizers.hadamard import unrotate
 
@@ -27,48 +35,66 @@ LEAST, MOST = 0.1, 100.0  # a scale beyond is noise: it comes from a few windows
 
 
 def measure_scales(
-    network: nn.Module,
+    network: Network,
     model: Model,
     statistics_of: Callable[[Matrix], LayerStatistics],
-    run_windows: Callable[[], Iterable[int]],
-    *,
+    tokens: Tensor,
+    first: int,
+    folder: Path,
     seed: int,
-    device: str,
-    say: Callable[[str], None],
+    progress: Progress,
 ) -> dict[str, float]:
     """The factor by which each matrix's `input_curvature` is to be multiplied, by parameter name.
 
     Args:
         statistics_of: Kronecker factors, in nats a token.
-        run_windows: passes windows forward and backward through `network`, one after the other, and yields the number
-            of tokens of each when it is through.
-        say: is told of matrices whose curvature cannot be factorized as it is.
+        tokens: [windows, seq_len], which the factors were not made from.
+        first: number of the first of them.
+        folder: made, for what passes between blocks and what is known of them, and removed at the end.
+        seed: of the labels and the probes.
+        progress: is also told of matrices whose curvature cannot be factorized as it is.
     """
-    probes, expected = {}, {}
-    for index, matrix in enumerate(model.matrices):
-        learnt = statistics_of(matrix).to(device)
-        out, into = (side.double() for side in _probes(matrix, learnt, seed + index, say))
-        probes[matrix.name] = out, into
-        assert learnt.input_curvature is not None
-        assert learnt.output_curvature is not None
-        by_rows = (learnt.output_curvature.double() @ out * out).sum(dim=0)
-        expected[matrix.name] = float(by_rows @ (learnt.input_curvature.double() @ into * into).sum(dim=0))
-    responses = {matrix.name: torch.zeros(NUM_PROBES, dtype=torch.float64, device=device) for matrix in model.matrices}
-    squares = {matrix.name: 0.0 for matrix in model.matrices}
-    num_tokens = 0
-    with ExitStack() as stack:
-        for matrix in model.matrices:
-            hook = _probing(*probes[matrix.name], responses[matrix.name])
-            stack.callback(network.get_submodule(matrix.module).register_forward_hook(hook).remove)
-        for window_tokens in run_windows():
-            num_tokens += window_tokens
-            for name, response in responses.items():
-                squares[name] += float(response.square().sum())
-                response.zero_()
-    return {
-        name: min(max(squares[name] / (2 * num_tokens) / expected[name], LEAST), MOST) if expected[name] > 0 else 1.0
-        for name in squares
-    }
+    folder.mkdir(exist_ok=True)
+    numbers = {matrix.name: number for number, matrix in enumerate(model.matrices)}
+
+    def at_block(index: int, run: Callable[[], Iterator[int]]) -> None:
+        matrices = [matrix for matrix in model.matrices if matrix.layer in network.layers(index)]
+        responses = {matrix.name: torch.zeros(NUM_PROBES, dtype=torch.float64) for matrix in matrices}
+        responses = {name: response.to(network.device) for name, response in responses.items()}
+        squares = dict.fromkeys(responses, 0.0)
+        expected = {}
+        with ExitStack() as stack:
+            for matrix in matrices:
+                learnt = statistics_of(matrix).to(str(network.device))
+                sides = _probes(matrix, learnt, seed + numbers[matrix.name], progress.say)
+                out, into = (side.double() for side in sides)
+                assert learnt.input_curvature is not None
+                assert learnt.output_curvature is not None
+                by_rows = (learnt.output_curvature.double() @ out * out).sum(dim=0)
+                expected[matrix.name] = float(by_rows @ (learnt.input_curvature.double() @ into * into).sum(dim=0))
+                hook = _probing(out, into, responses[matrix.name])
+                stack.callback(network.network.get_submodule(matrix.module).register_forward_hook(hook).remove)
+            for _ in run():
+                for name, response in responses.items():
+                    squares[name] += float(response.square().sum())
+                    response.zero_()
+        scales = {
+            name: square / (2 * tokens.numel()) / expected[name] if expected[name] > 0 else 1.0
+            for name, square in squares.items()
+        }
+        write_json(folder / f"scales-{index:03d}.json", scales)
+
+    there_and_back = chain(
+        forward(network, tokens, folder, first=first),
+        backward(network, tokens, folder, at_block, first=first, label_seed=seed),
+    )
+    for _ in progress.track(there_and_back, "Scale of the curvature", total=2 * network.num_blocks):
+        pass
+    found: dict[str, float] = {}
+    for path in sorted(folder.glob("scales-*.json")):
+        found |= json.loads(path.read_text())
+    shutil.rmtree(folder)
+    return {name: min(max(scale, LEAST), MOST) for name, scale in found.items()}
 
 
 def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:

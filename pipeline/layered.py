@@ -11,10 +11,10 @@ What happens between the blocks (masks, positions, what an architecture passes t
 forward pass runs with blocks that do nothing but say what they were called with, or give back what they are told to.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from unittest.mock import patch
 
 import torch
@@ -37,24 +37,86 @@ class NotLayeredError(ModelError):
     """The network does more between its blocks than to pass the hidden states on."""
 
 
+class Network(Protocol):
+    """Something that runs in blocks; a window passes `embed`, `through` each of them, and `head`."""
+
+    @property
+    def network(self) -> nn.Module:
+        """Its modules, for hooks."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and tensors are."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Of block `index`, as users know it."""
+        ...
+
+    def layers(self, index: int) -> range:
+        """Numbers of the model's layers (pipeline.model.Matrix.layer) in block `index`."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What the first block reads, [windows, seq_len, width], of `tokens` [windows, seq_len]."""
+        ...
+
+    def block(self, index: int) -> AbstractContextManager[None]:
+        """The weights of a block, inside."""
+        ...
+
+    def through(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The output of block `index`, inside of `block`, for its input `hidden`; gradients flow if they are on."""
+        ...
+
+    def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits [windows, seq_len, vocab] for the last block's output."""
+        ...
+
+
+def open_network(model: Model, device: str, say: Callable[[str], None]) -> Network:
+    """In eval mode, float32, without gradients of weights; with one block in memory where that can be.
+
+    Args:
+        say: told where it cannot.
+    """
+    try:
+        return LayeredNetwork(model, device)
+    except NotLayeredError as error:
+        say(f"The whole model is held in memory: {error}")
+        return WholeNetwork(model, device)
+
+
 class LayeredNetwork:
-    """See the module's docstring. In eval mode, float32, no weight takes a gradient.
+    """See the module's docstring. Where some weights are merged on loading, all are held in memory all the time.
 
     Attributes:
         network: its modules, for hooks; a block's parameters are on the meta device outside of `block`.
         num_blocks: how many.
+        device: where weights and tensors are.
+        is_whole: all weights are held.
     Raises:
         NotLayeredError: it cannot be run block by block; says why.
     """
 
     def __init__(self, model: Model, device: str) -> None:
-        self._model, self._device = model, torch.device(device)
+        self._model, self.device = model, torch.device(device)
         self._names, self._num_outputs = blocks_of(model)
         self.num_blocks = len(self._names)
-        config = read_config(model.path)  # another object than the model's, which its skeleton has set to eager attention
+        config = read_config(
+            model.path
+        )  # another object than the model's, which its skeleton has set to eager attention
         with quiet_transformers(), _parameters_on_meta():
             network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        self.network = network.eval()
+        names = {name for name, _ in network.named_parameters()}
+        self.is_whole = not names <= model.tensors.keys() | model.ties.keys()
+        self.network = model.load(device) if self.is_whole else network.eval()
         self.network.requires_grad_(False)
         self._blocks = [self.network.get_submodule(name) for name in self._names]
         self._forwards = [block.forward for block in self._blocks]
@@ -62,7 +124,16 @@ class LayeredNetwork:
         self._final: Tensor | None = None
         for index, block in enumerate(self._blocks):
             block.forward = self._standing_in(index)
-        self._load_rest()
+        if not self.is_whole:
+            self._load_rest()
+
+    def name(self, index: int) -> str:
+        """`model.layers.3`"""
+        return self._names[index]
+
+    def layers(self, index: int) -> range:
+        """Numbers of the model's layers (pipeline.model.Matrix.layer) in block `index`."""
+        return range(index, index + 1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first block reads, [windows, seq_len, width], of `tokens` [windows, seq_len]."""
@@ -72,6 +143,9 @@ class LayeredNetwork:
     @contextmanager
     def block(self, index: int) -> Iterator[None]:
         """The weights of a block, inside."""
+        if self.is_whole:
+            yield
+            return
         block, name = self._blocks[index], self._names[index]
         parameters = dict(block.named_parameters())
         try:
@@ -142,18 +216,49 @@ class LayeredNetwork:
                 buffer.copy_(self._read(name))
         for buffered in self.network.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
-                buffered._buffers[name] = buffer.to(self._device)
+                buffered._buffers[name] = buffer.to(self.device)
 
     def _read(self, name: str) -> nn.Parameter:
-        if name not in self._model.tensors:
-            raise NotLayeredError(
-                f"{self._model.spec} stores {name} in parts that are merged on loading, which only a load of the "
-                "whole model does."
-            )
         stored = self._model.tensor(name)
         dtype = torch.float32 if stored.is_floating_point() else stored.dtype
         # a copy, for a tensor in a mapped file lies at any address, on which the last bits of products depend
-        return nn.Parameter(stored.to(self._device, dtype, copy=True), requires_grad=False)
+        return nn.Parameter(stored.to(self.device, dtype, copy=True), requires_grad=False)
+
+
+class WholeNetwork:
+    """A network that cannot be run block by block, as a single block that gives the logits. In memory as a whole."""
+
+    num_blocks = 1
+
+    def __init__(self, model: Model, device: str) -> None:
+        self.device = torch.device(device)
+        self.network = model.load(device)
+        self.network.requires_grad_(False)
+        self._num_layers = 1 + max(matrix.layer for matrix in model.matrices)
+
+    def name(self, index: int) -> str:
+        """See Network."""
+        return "the model"
+
+    def layers(self, index: int) -> range:
+        """See Network."""
+        return range(self._num_layers)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """See Network."""
+        return self.network.get_input_embeddings()(tokens)
+
+    def block(self, index: int) -> AbstractContextManager[None]:
+        """See Network."""
+        return nullcontext()
+
+    def through(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """See Network."""
+        return self.network(inputs_embeds=hidden, use_cache=False).logits
+
+    def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """See Network."""
+        return hidden
 
 
 def blocks_of(model: Model) -> tuple[list[str], int | None]:

@@ -1,30 +1,32 @@
 """Calibration: token windows -> LayerStatistics of every matrix.
 
-A part of the windows at a time: running_sums.py collects it, here or elsewhere, and summed_parts.py adds it to what
-there is. Kept on disk: layer-NNN.safetensors with "<matrix>.<sum>" (or "<group>.<sum>", where matrices with the same
-input share it), and statistics.json. The running sums of the part under way are saved too, so that a kill loses little.
+A part of the windows at a time: part_sums.py collects it, here or elsewhere, block by block, and summed_parts.py adds
+it to what there is. Kept on disk: layer-NNN.safetensors with "<matrix>.<sum>" (or "<group>.<sum>", where matrices with
+the same input share it), and statistics.json; and of the part under way the blocks that are done.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from pipeline.atomic import write_json
 from pipeline.calibration import TokenWindows
 from pipeline.curvature_scale import measure_scales
-from pipeline.curvature_sums import Metric, sums_of
+from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.degraded import say_all_degraded
+from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
+from pipeline.part_sums import collect_part, num_passes
 from pipeline.progress import SILENT, Progress
-from pipeline.running_sums import RunningSums, collecting, owner_of, run_window
-from pipeline.summed_parts import SummedParts, layer_file, layers_of, parts_of, select_layer
+from pipeline.summed_parts import SummedParts, layer_file, layers_of, owner_of, parts_of
 from quantizers import LayerStatistics
 
 CHECKED_SHARE = 1 / 8  # of the windows, the last ones, only check the scale of what the others say
@@ -73,7 +75,7 @@ def collect_statistics(
 
     Args:
         metric: what to collect, see curvature_sums.py.
-        work: folder for the running sums and the result, kept by the caller over kills.
+        work: folder for the part under way and the result, kept by the caller over kills.
         seed: of the labels that are drawn from the model, where the metric wants such.
         device: where the model runs; the sums are kept there too.
         spread: collects the parts elsewhere; None does it here, one after the other.
@@ -91,8 +93,8 @@ def collect_statistics(
         if spread is not None:
             _collect_elsewhere(total, used, sums.title, spread, progress)
         else:
-            network = load_frozen(model, device)
-            _collect_here(total, network, model, used, metric, work, seed=seed, device=device, progress=progress)
+            network = open_network(model, device, progress.say)
+            _collect_here(total, network, model, used.to(device), sums, work, seed, progress)
     facts: dict[str, Any] = {
         "metric": metric,
         "num_sequences": len(used),
@@ -105,51 +107,41 @@ def collect_statistics(
     if not num_checked:
         say_all_degraded(model.matrices, found.of, progress.say)
         return
-    network = network or load_frozen(model, device)
-
-    def run_windows() -> Iterator[int]:
-        titled = progress.track(checked, "Scale of the curvature", total=num_checked)
-        for index, tokens in enumerate(titled, start=len(used)):
-            run_window(network, tokens.to(device), sums, index, seed)
-            yield tokens.numel()
-
-    scales = measure_scales(network, model, found.of, run_windows, seed=seed, device=device, say=progress.say)
+    network = network or open_network(model, device, progress.say)
+    scales = measure_scales(network, model, found.of, checked.to(device), len(used), work / "scale", seed, progress)
     facts["scales"] = {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()}
     write_json(work / "out" / "statistics.json", facts)
 
 
 def _collect_here(
     total: SummedParts,
-    network: PreTrainedModel,
+    network: Network,
     model: Model,
     used: Tensor,
-    metric: Metric,
+    sums: Sums,
     work: Path,
-    *,
     seed: int,
-    device: str,
     progress: Progress,
 ) -> None:
-    sums = sums_of(metric)
-    running = RunningSums.restore(work, model, sums, device, total.num_done)
-    with collecting(network, model, sums, running):
-        ends = [part.stop for part in parts_of(len(used)) if part.stop > total.num_done]
-        if running.num_done == ends[0]:  # killed before it was added
-            _add_part(total, running, model, metric)
-            ends.pop(0)
-        titled = progress.track(used[running.num_done :], sums.title, total=len(used), done=running.num_done)
-        for tokens in titled:
-            running.add(network, tokens.to(device), sums, seed)
-            if running.num_done in ends:
-                running.save()
-                _add_part(total, running, model, metric)
-            else:
-                running.save_if_due()
+    num_each = num_passes(network, sums)
+    parts = [(number, part) for number, part in enumerate(parts_of(len(used))) if part.stop > total.num_done]
+
+    def passes() -> Iterator[int]:
+        for number, part in parts:
+            folder = work / f"part-{number:05d}"
+            folder.mkdir(exist_ok=True)
+            tokens = used[part.start : part.stop]
+            yield from collect_part(network, model, tokens, part.start, sums, folder, seed=seed)
+            total.add(partial(_read_layer, folder), part.stop)
+            shutil.rmtree(folder)
+
+    num_all = num_each * len(parts_of(len(used)))
+    for _ in progress.track(passes(), sums.title, total=num_all, done=num_all - num_each * len(parts)):
+        pass
 
 
-def _add_part(total: SummedParts, running: RunningSums, model: Model, metric: Metric) -> None:
-    total.add(lambda layer: select_layer(running.sums, model, sums_of(metric), layer), running.num_done)
-    running.clear()
+def _read_layer(folder: Path, layer: int) -> dict[str, Tensor]:
+    return load_file(folder / layer_file(layer))
 
 
 def _collect_elsewhere(total: SummedParts, used: Tensor, title: str, spread: SpreadParts, progress: Progress) -> None:
@@ -159,10 +151,3 @@ def _collect_elsewhere(total: SummedParts, used: Tensor, title: str, spread: Spr
         parts, progress.track(spread(used, parts), title, total=num_parts, done=num_parts - len(parts)), strict=True
     ):
         total.add(sums_of_layer, part.stop)
-
-
-def load_frozen(model: Model, device: str) -> PreTrainedModel:
-    """In float32, without gradients of its weights."""
-    network = model.load(device=device, dtype=torch.float32)
-    network.requires_grad_(False)
-    return network

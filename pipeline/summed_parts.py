@@ -16,8 +16,7 @@ from torch import Tensor
 
 from pipeline.atomic import replace_file
 from pipeline.curvature_sums import Sums
-from pipeline.model import Model
-from pipeline.running_sums import owner_of
+from pipeline.model import Matrix, Model
 
 PART_WINDOWS = 8
 
@@ -68,12 +67,6 @@ def write_layer(path: Path, sums: dict[str, Tensor], num_windows: int) -> None:
     replace_file(path, lambda target: save_file(sums, target, metadata=metadata))
 
 
-def select_layer(sums: dict[str, Tensor], model: Model, kind: Sums, layer: int) -> dict[str, Tensor]:
-    """Of the sums of all layers those of one, on the CPU."""
-    owners = dict.fromkeys(owner_of(matrix, kind) for matrix in model.matrices if matrix.layer == layer)
-    return {name: sums[name].cpu() for name in sums if name.rpartition(".")[0] in owners}
-
-
 def layers_of(model: Model) -> list[int]:
     """Numbers of all layers that have matrices."""
     return sorted({matrix.layer for matrix in model.matrices})
@@ -82,3 +75,8 @@ def layers_of(model: Model) -> list[int]:
 def layer_file(layer: int) -> str:
     """Name of the file with a layer's sums."""
     return f"layer-{layer:03d}.safetensors"
+
+
+def owner_of(matrix: Matrix, sums: Sums) -> str:
+    """Whose the sums are: the matrix's, or its group's where they come from the input alone."""
+    return matrix.group if sums.of_input_alone else matrix.name

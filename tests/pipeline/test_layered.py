@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import layered
 from pipeline.layered import LayeredNetwork, NotLayeredError
-from pipeline.model import open_model
+from pipeline.model import Model, open_model
 from tests.architectures import CAUSAL, build_causal
 from tests.models import VOCAB_SIZE, save_model
 
@@ -18,7 +19,7 @@ def _tokens() -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("model_type", [name for name in CAUSAL if name not in MERGED])
+@pytest.mark.parametrize("model_type", CAUSAL)
 def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
     model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
     tokens = _tokens()
@@ -26,6 +27,7 @@ def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) ->
         expected = model.load()(input_ids=tokens).logits
         network = LayeredNetwork(model, "cpu")
         assert network.num_blocks == 3
+        assert network.is_whole == (model_type in MERGED)
         hidden = network.embed(tokens)
         for index in range(network.num_blocks):
             with network.block(index):
@@ -34,12 +36,23 @@ def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) ->
     assert torch.equal(logits, expected)
 
 
-@pytest.mark.parametrize("model_type", MERGED)
-def test_experts_that_are_merged_on_loading_are_refused_with_the_reason(model_type: str, tmp_path: Path) -> None:
-    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
-    network = LayeredNetwork(model, "cpu")
-    with pytest.raises(NotLayeredError, match="merged on loading"), network.block(0):
-        pass
+def test_a_network_that_is_more_than_its_blocks_is_one_block(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an architecture is held that changes the hidden states between blocks."""
+
+    def refuse(model: Model) -> None:
+        raise NotLayeredError("it changes what a block gives")
+
+    monkeypatch.setattr(layered, "blocks_of", refuse)
+    model, said = open_model(str(tiny_model_dir)), []
+    network = layered.open_network(model, "cpu", said.append)
+    assert said == ["The whole model is held in memory: it changes what a block gives"]
+    tokens = _tokens()
+    with torch.no_grad(), network.block(0):
+        logits = network.head(tokens, network.through(0, tokens, network.embed(tokens)))
+        assert torch.equal(logits, model.load()(input_ids=tokens).logits)
+    assert {matrix.layer for matrix in model.matrices} <= set(network.layers(0))
 
 
 def test_outside_of_a_block_its_weights_are_not_there(tiny_model_dir: Path) -> None:

@@ -5,10 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import curvature_scale, running_sums, summed_parts
+from pipeline import curvature_scale, summed_parts
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
+from pipeline.layered import LayeredNetwork
+from pipeline.layered_pass import drawn_labels
 from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
 from quantizers import weighted_error
@@ -39,7 +41,7 @@ def plain_autograd(model: Model, *, drawn: bool) -> dict[str, list[tuple[torch.T
     for index, tokens in enumerate(windows_of(model).tokens):
         network.zero_grad()
         logits = network(tokens[None]).logits[0, :-1]
-        labels = running_sums._drawn(logits.detach(), 7 + index) if drawn else tokens[1:]
+        labels = drawn_labels(logits.detach(), 7 + index) if drawn else tokens[1:]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for matrix in model.matrices:
             gradient = network.get_parameter(matrix.name).grad
@@ -118,36 +120,38 @@ def test_kronecker_error_of_a_rank_one_curvature_is_the_divergence_of_autograd(t
 
 def test_labels_are_drawn_in_proportion() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(20_000, 3)
-    shares = torch.bincount(running_sums._drawn(logits, 0), minlength=3) / 20_000
+    shares = torch.bincount(drawn_labels(logits, 0), minlength=3) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
-    assert torch.equal(running_sums._drawn(logits, 1), running_sums._drawn(logits, 1))
-    assert not torch.equal(running_sums._drawn(logits, 1), running_sums._drawn(logits, 2))
+    assert torch.equal(drawn_labels(logits, 1), drawn_labels(logits, 1))
+    assert not torch.equal(drawn_labels(logits, 1), drawn_labels(logits, 2))
 
 
 @pytest.mark.parametrize("part_windows", [1, 2, 8])
-def test_finished_windows_survive_an_interruption(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch, part_windows: int
+@pytest.mark.parametrize("stop_at", [2, 3, 5, 7])
+def test_finished_blocks_survive_an_interruption(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch, part_windows: int, stop_at: int
 ) -> None:
+    """Of the two blocks, on the way there and back, the one that is stopped is done again and no other."""
     monkeypatch.setattr(summed_parts, "PART_WINDOWS", part_windows)
     model = open_model(str(tiny_model_dir))
-    whole = collect(model, tmp_path / "whole")
-    calls, real = [], running_sums.run_window
+    real, entered = LayeredNetwork.block, []
 
-    def stop_at_third(network, tokens, *others):
-        calls.append(tokens)
-        if len(calls) == 3:
+    def stop_once(self: LayeredNetwork, index: int) -> Any:
+        entered.append(index)
+        if len(entered) == stop_at:
             raise KeyboardInterrupt
-        real(network, tokens, *others)
+        return real(self, index)
 
+    monkeypatch.setattr(LayeredNetwork, "block", stop_once)
     work = tmp_path / "cut"
-    monkeypatch.setattr(running_sums, "SAVE_SHARE", 1e9)  # save after every window
-    monkeypatch.setattr(running_sums, "run_window", stop_at_third)
     with pytest.raises(KeyboardInterrupt):
-        collect(model, work)
-    resumed = collect(model, work)
-    assert len(calls) == 4  # two before, the interrupted one, and only that one again
+        collect(model, work, "sequence")
+    resumed = collect(model, work, "sequence")
+    num_entered = len(entered)
+    whole = collect(model, tmp_path / "whole", "sequence")
+    assert num_entered == len(entered) - num_entered + 1
     for matrix in model.matrices:
-        assert torch.equal(resumed.of(matrix).fisher_diag, whole.of(matrix).fisher_diag)
+        assert torch.equal(resumed.of(matrix).input_curvature, whole.of(matrix).input_curvature)
 
 
 def test_a_part_that_was_saved_but_not_added_is_added(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
@@ -172,14 +176,14 @@ def test_a_part_that_was_saved_but_not_added_is_added(tiny_model_dir: Path, tmp_
 
 
 def test_a_non_finite_activation_names_the_layer(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
-    model = open_model(str(tiny_model_dir))
-    load = Model.load
+    read = Model.tensor
 
-    def damaged(self, **kwargs):
-        network = load(self, **kwargs)
-        network.get_parameter("model.layers.1.post_attention_layernorm.weight").data[0] = torch.inf
-        return network
+    def damaged(self: Model, name: str) -> torch.Tensor:
+        tensor = read(self, name).clone()
+        if name == "model.layers.1.post_attention_layernorm.weight":
+            tensor[0] = torch.inf
+        return tensor
 
-    monkeypatch.setattr(Model, "load", damaged)
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.\w+ .*window 0"):
-        collect(model, tmp_path)
+    monkeypatch.setattr(Model, "tensor", damaged)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1 .*window 0"):
+        collect(open_model(str(tiny_model_dir)), tmp_path)

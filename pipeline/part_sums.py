@@ -1,0 +1,118 @@
+"""The sums of curvature_sums.py over a part of the windows, with the weights and the sums of one block in memory.
+
+A hook on each layer's output sees the layer's input x [tokens, in] and, on the way back, the output's gradient g
+[tokens, out]. No weight takes a gradient itself.
+
+    folder/layer-003.safetensors    the sums of the matrices of block 3 (summed_parts.py)
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.curvature_sums import Sums
+from pipeline.errors import NonFiniteError
+from pipeline.layered import Network
+from pipeline.layered_pass import backward, forward
+from pipeline.model import Matrix, Model
+from pipeline.summed_parts import layer_file, owner_of, write_layer
+
+
+def collect_part(
+    network: Network, model: Model, tokens: Tensor, first: int, kind: Sums, folder: Path, *, seed: int
+) -> Iterator[int]:
+    """Leave the sums over `tokens` [windows, seq_len] in `folder`; goes on from what an earlier call left there.
+
+    Args:
+        first: number of the first window.
+        seed: of the labels, where the metric draws them.
+    Yields:
+        The number of each block when it is done: all of them once, or twice where the metric needs gradients.
+    Raises:
+        NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and the window.
+    """
+    at_block = partial(_collect, network, model, kind, folder, first, len(tokens))
+    if kind.of_input_alone:
+        yield from forward(network, tokens, folder, at_block, first=first)
+        return
+    yield from forward(network, tokens, folder, first=first)
+    label_seed = seed if kind.labels_are_drawn else None
+    yield from backward(network, tokens, folder, at_block, first=first, label_seed=label_seed)
+
+
+def num_passes(network: Network, kind: Sums) -> int:
+    """How many blocks `collect_part` yields."""
+    return network.num_blocks * (1 if kind.of_input_alone else 2)
+
+
+def _collect(
+    network: Network,
+    model: Model,
+    kind: Sums,
+    folder: Path,
+    first: int,
+    num_windows: int,
+    index: int,
+    run: Callable[[], Iterator[int]],
+) -> None:
+    matrices = [matrix for matrix in model.matrices if matrix.layer in network.layers(index)]
+    held = {
+        f"{owner_of(matrix, kind)}.{name}": torch.zeros(shape, device=network.device)
+        for matrix in matrices
+        for name, shape in kind.shapes(matrix.shape).items()
+    }
+    now = [first]  # the window under way
+    with _hooks(network.network, matrices, kind, held, now):
+        for number in run():
+            now[0] = first + number + 1
+    for layer in {matrix.layer for matrix in matrices}:
+        owners = {owner_of(matrix, kind) for matrix in matrices if matrix.layer == layer}
+        sums = {name: tensor.cpu() for name, tensor in held.items() if name.rpartition(".")[0] in owners}
+        write_layer(folder / layer_file(layer), sums, first + num_windows)
+
+
+@contextmanager
+def _hooks(
+    network: nn.Module, matrices: Iterable[Matrix], kind: Sums, held: dict[str, Tensor], now: list[int]
+) -> Iterator[None]:
+    seen: set[str] = set()
+    with ExitStack() as stack:
+        for matrix in matrices:
+            owner = owner_of(matrix, kind)
+            if owner in seen:
+                continue
+            seen.add(owner)
+            of_matrix = {name: held[f"{owner}.{name}"] for name in kind.shapes(matrix.shape)}
+            hook = _layer_hook(matrix, kind, of_matrix, now)
+            stack.callback(network.get_submodule(matrix.module).register_forward_hook(hook).remove)
+        yield
+
+
+def _layer_hook(matrix: Matrix, kind: Sums, held: dict[str, Tensor], now: list[int]):
+    def check(tensor: Tensor, what: str) -> None:
+        if not math.isfinite(tensor.sum().item()):  # one pass; a NaN or an infinity survives a sum
+            raise NonFiniteError(
+                f"The {what} of {matrix.module} has a NaN or an infinity in calibration window {now[0]}. "
+                "Check the model with its own text, or try other calibration text."
+            )
+
+    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x = inputs[0].detach().float().reshape(-1, matrix.shape[1])
+        check(x, "input")
+        if kind.of_input_alone:
+            kind.add(held, x, x.new_empty(0))
+            return
+
+        def on_backward(gradient: Tensor) -> None:
+            g = gradient.float().reshape(-1, matrix.shape[0])
+            check(g, "gradient")
+            kind.add(held, x, g)
+
+        output.register_hook(on_backward)
+
+    return on_forward
