@@ -109,9 +109,7 @@ class LayeredNetwork:
         self._model, self.device = model, torch.device(device)
         self._names, self._num_outputs = blocks_of(model)
         self.num_blocks = len(self._names)
-        config = read_config(
-            model.path
-        )  # another object than the model's, which its skeleton has set to eager attention
+        config = read_config(model.path)  # not model.config, where the skeleton has set eager attention
         with quiet_transformers(), _parameters_on_meta():
             network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         names = {name for name, _ in network.named_parameters()}
