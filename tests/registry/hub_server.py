@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
@@ -76,8 +77,7 @@ class HubServer:
         self.collections: dict[str, dict] = {}
         self.lock = threading.RLock()
         handler = type("BoundHandler", (_Handler,), {"hub": self})
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._http.daemon_threads = True
+        self._http = _Server(("127.0.0.1", 0), handler)
         self.endpoint = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> "HubServer":
@@ -100,6 +100,15 @@ class HubServer:
     def sent(self, word: str) -> list[str]:
         """The requests whose line contains `word`."""
         return [line for line in self.requests if word in line]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is killed breaks its connection; anything else is a fault of this server, and told."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -129,7 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def _serve(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        num_bytes = int(self.headers.get("Content-Length") or 0)
+        self.body = self.rfile.read(num_bytes)
+        if len(self.body) < num_bytes:
+            raise ConnectionAbortedError(f"the client sent {len(self.body)} of {num_bytes} bytes")
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
