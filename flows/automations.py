@@ -1,7 +1,10 @@
 """What the server does by itself for runs that cannot speak any more, since their machine or worker is gone.
 
-A run sends a heartbeat every half a minute. After 90 seconds without one it is Crashed, which frees its slots; and the
-webhook, where there is one, is called: nobody else is left to call it.
+A run sends a heartbeat every half a minute. After 90 seconds without one it is Crashed, which frees its slots; so is
+one that a worker took 100 seconds ago and that has not begun: that worker was killed before the run's process could
+speak. The webhook, where there is one, is called: nobody else is left to call it.
+
+Only processes have to begin so soon. A container may wait for a node, and its own worker watches over that.
 """
 
 from datetime import timedelta
@@ -19,28 +22,38 @@ from flows.states import GATED, SKIPPED
 from flows.version import TAG
 
 ZOMBIES, SPEAKER = "bitsmith: runs without a heartbeat", "bitsmith: webhook for runs without a heartbeat"
-SILENCE = timedelta(seconds=90)
+STILLBORN = "bitsmith: runs that did not begin"
+SILENCE, TO_BEGIN = timedelta(seconds=90), timedelta(seconds=100)
 MESSAGE = "No heartbeat"
 
 _OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+_IN_PROCESS = {"prefect.resource.role": "work-pool", "prefect.work-pool.type": "process"}
 _ALIVE = "prefect.flow-run.heartbeat"
+_TAKEN = {"prefect.flow-run.Pending", "prefect.flow-run.Submitting"}
 _STATES = ("Completed", "Failed", "Crashed", "Cancelling", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
+_BEFORE = ("Scheduled", "Late", "AwaitingConcurrencySlot", "Running")
+_ENDS = {f"prefect.flow-run.{name}" for name in (*_STATES, SKIPPED, GATED)}
 _SAID = f"{MESSAGE} for {{}} seconds: its worker, or the machine, is gone. The next run goes on from what is finished."
 _PAYLOAD = """{"text": {{ (flow.name ~ " " ~ flow_run.name ~ ": Crashed. " ~ flow_run.state.message) | tojson }},
 "flow": {{ flow.name | tojson }}, "run": {{ flow_run.name | tojson }}, "state": {{ flow_run.state.name | tojson }},
 "message": {{ flow_run.state.message | tojson }}, "url": {{ flow_run | ui_url | tojson }}}"""
 
 
-def make_automations(webhook: str | None, silence: timedelta = SILENCE) -> list[str]:
+def make_automations(webhook: str | None, silence: timedelta = SILENCE, to_begin: timedelta = TO_BEGIN) -> list[str]:
     """Make them, or bring them up to date; their names.
 
     Args:
         webhook: URL, which is kept as a secret of the server; None leaves the one that it has, if any.
         silence: without heartbeats, 10 s at least.
+        to_begin: from when a worker takes a run, 10 s at least.
     """
-    _keep(Automation(name=ZOMBIES, trigger=_silent(silence), actions=[_crash(silence)]))
+    spoken = _silent({_ALIVE}, {_ALIVE, *_ENDS}, [_OURS], silence)
+    begun = {f"prefect.flow-run.{name}" for name in _BEFORE} | {_ALIVE, *_ENDS}
+    unspoken = _silent(_TAKEN, _TAKEN | begun, [_OURS, _IN_PROCESS], to_begin)
+    _keep(Automation(name=ZOMBIES, trigger=spoken, actions=[_crash(silence)]))
+    _keep(Automation(name=STILLBORN, trigger=unspoken, actions=[_crash(to_begin)]))
     if (block := _block(webhook)) is None:
-        return [ZOMBIES]
+        return [ZOMBIES, STILLBORN]
     _keep(
         Automation(
             name=SPEAKER,
@@ -54,16 +67,15 @@ def make_automations(webhook: str | None, silence: timedelta = SILENCE) -> list[
             actions=[CallWebhook(block_document_id=block, payload=_PAYLOAD)],
         )
     )
-    return [ZOMBIES, SPEAKER]
+    return [ZOMBIES, STILLBORN, SPEAKER]
 
 
-def _silent(silence: timedelta) -> EventTrigger:
-    ends = {f"prefect.flow-run.{name}" for name in (*_STATES, SKIPPED, GATED)}
+def _silent(after: set[str], expect: set[str], related: list[dict[str, str]], silence: timedelta) -> EventTrigger:
     return EventTrigger(
-        after={_ALIVE},
-        expect={_ALIVE, *ends},
+        after=after,
+        expect=expect,
         match={"prefect.resource.id": "prefect.flow-run.*"},  # type: ignore[arg-type]
-        match_related=_OURS,  # type: ignore[arg-type]
+        match_related=related,  # type: ignore[arg-type]
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,

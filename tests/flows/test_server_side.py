@@ -96,6 +96,35 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
     assert other.state.is_running()  # one that is not ours
 
 
+def test_a_run_that_a_worker_took_and_that_did_not_begin_is_crashed(server: str) -> None:
+    """As if the worker was killed before the run's process could speak."""
+    from prefect.client.orchestration import get_client
+    from prefect.states import Pending, Running
+
+    from flows.automations import MESSAGE, make_automations
+    from flows.configuration import Deployment
+    from flows.deploy import deploy
+
+    entry = {"name": "stillborn", "entrypoint": "flows.collect_garbage.collect_garbage"}
+    entry["concurrency_limit"] = {"limit": 2}
+    deploy([Deployment.model_validate(entry)])
+    make_automations(None, to_begin=timedelta(seconds=10))
+    time.sleep(2)  # the automations' service hears of new ones
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("collect-garbage/stillborn")
+        taken, begun = (client.create_flow_run_from_deployment(deployment.id) for _ in range(2))
+        for state, runs in ((Pending(), (taken, begun)), (Running(), (begun,))):
+            for run in runs:
+                client.set_flow_run_state(run.id, state)
+        give_up_at = time.monotonic() + 90
+        while time.monotonic() < give_up_at and not client.read_flow_run(taken.id).state.is_final():
+            time.sleep(0.5)
+        ended, other = client.read_flow_run(taken.id), client.read_flow_run(begun.id)
+    assert ended.state.is_crashed()
+    assert ended.state.message.startswith(MESSAGE)
+    assert other.state.is_running()
+
+
 def test_unknown_pool_is_told_with_the_known_ones(server: str) -> None:
     from flows.configuration import Deployment
     from flows.deploy import deploy
