@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-quality drill-registry peers clean
+.PHONY: demo test test-slow lint format bench bench-quality drill-registry drill-flows peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -48,6 +48,9 @@ drill-registry: $(READY) ## damages, full disks, read-only folders, kill -9 and 
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_disk
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hub_drill
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_drill
+
+drill-flows: $(READY) ## kill -9 of worker, Dask worker, child and server under the flows, 20 times each; hours on two cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.flows_drill
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs
 

@@ -32,8 +32,9 @@ def deploy(
     """Make the file's deployments on the server that PREFECT_API_URL names, for its workers to run.
 
     The work pools bitsmith-cpu and bitsmith-gpu are made, and the automations by which a run without a heartbeat is
-    Crashed after 90 seconds, and one whose process has not begun after 100. Where the environment has BITSMITH_WEBHOOK, its URL is kept as a secret of the server and
-    called for runs that failed, crashed, were cancelled, or were refused by a gate.
+    Crashed after 90 seconds, and one whose process has not begun after 100. Where the environment has
+    BITSMITH_WEBHOOK, its URL is kept as a secret of the server and called for runs that failed, crashed,
+    were cancelled, or were refused by a gate.
     """
     from flows.configuration import read_configuration
 
