@@ -3,7 +3,8 @@
     python -m benchmarks.flows_show [--folder /tmp/nightly] [--database postgresql] [--pictures docs/images]
 
 A Prefect server on PostgreSQL and a worker, each a process; the tests' Hub, with the demo model as the base. The
-deployments of prefect.yaml are made, `nightly` with that base and a night that lasts a minute:
+deployments of prefect.yaml are made, `nightly` with that base, few choices (the preset `fast` has 130), little text,
+and a night that lasts a minute:
 
 1. the first night: three budgets by Dask, published as branches of a repository, promoted as the gate lets them pass;
 2. nothing changed: skipped;
@@ -14,6 +15,7 @@ Exits with 1 where anything else comes out. `--pictures` takes the pages of Pref
 """
 
 import argparse
+import re
 import shutil
 import sys
 import time
@@ -36,8 +38,14 @@ BASE, REPO = "alice/SmolLM2-135M-Instruct", "alice/smollm2-135m-bitsmith"
 BUDGETS = ["2.5bpw", "3bpw", "4bpw"]
 NAMES = [f"smollm2-{budget}" for budget in BUDGETS]
 WEIGHT = "model.layers.15.mlp.down_proj.weight"
+SECONDS_OF_A_PAGE = 10.0
 MOST_SECONDS_TO_START, MOST_SECONDS_OF_A_RUN = 180.0, 3600.0
-OF_MATRICES = ("costs", "decompose")
+CHEAP = {
+    "preset": "fast",
+    "candidates": ["lloyd2-g32-s4", "lloyd3-g32-s4", "lloyd4-g32-s4", "lloyd5-g64-s4", "nf8-g64-s8"],
+    "ranks": [2],
+}
+BATCH = re.compile(r"(costs|decompose), part \d+ of \d+")  # what flows/spread.py calls them
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Night:
     @property
     def num_batches(self) -> int:
         """Batches of matrices that a worker was given."""
-        return sum(_kind(task.name) in OF_MATRICES for task in self.tasks)
+        return sum(BATCH.fullmatch(task.name) is not None for task in self.tasks)
 
 
 def main() -> None:
@@ -197,9 +205,9 @@ def _deploy(folder: Path, asked: argparse.Namespace) -> None:
 
     content = yaml.safe_load((ROOT / "prefect.yaml").read_text(encoding="utf-8"))
     nightly = content["deployments"][0]
-    cheap = {"num_samples": asked.samples, "eval_windows": asked.windows}
+    cheap = CHEAP | {"num_samples": asked.samples, "eval_windows": asked.windows}
     nightly["parameters"] |= {
-        "recipe": {"model": BASE, "preset": "fast"} | cheap,
+        "recipe": {"model": BASE} | cheap,
         "budgets": BUDGETS,
         "out": str(folder / "smollm2"),
         "gates": [asked.gate],
@@ -260,12 +268,30 @@ def _tasks_inside(client: Any, run: "FlowRun") -> "list[TaskRun]":
 
 
 def _kind(name: str) -> str:
-    """`costs, part 3 of 27` and `decompose-1f2` -> what they are."""
-    return name.partition(",")[0].rpartition("-")[0] or name.partition(",")[0]
+    """What `costs, part 3 of 27`, `decompose at 3bpw` and `prepare-1f2` have in common with others."""
+    return re.sub(r"part \d+ of \d+", "a part", re.sub(r" at .*|-[0-9a-f]{3}$", "", name))
 
 
 def _take_pictures(pages: str, nights: list[Night], folder: Path) -> None:
-    raise NotImplementedError
+    """Of Prefect's pages, in their first interface, which is what a server shows that nobody has set up."""
+    from prefect.client.orchestration import get_client
+
+    from benchmarks.browser import browser
+
+    with get_client(sync_client=True) as client:
+        deployment = client.read_deployment_by_name("watch/nightly")
+        inside = nights[0].tasks[0].flow_run_id
+        client.resume_deployment(deployment.id)
+    folder.mkdir(parents=True, exist_ok=True)
+    with browser(1300, 860) as page:
+        page.open(f"{pages}/runs", SECONDS_OF_A_PAGE)
+        page.save(folder / "prefect_runs.png")
+        page.open(f"{pages}/runs/flow-run/{inside}?tab=Task Runs", SECONDS_OF_A_PAGE)
+        page.save(folder / "prefect_run.png")
+        page.open(f"{pages}/artifacts/key/bitsmith-smollm2-3bpw-figures", SECONDS_OF_A_PAGE)
+        page.save(folder / "prefect_figures.png")
+        page.open(f"{pages}/deployments", SECONDS_OF_A_PAGE)
+        page.save(folder / "prefect_deployments.png")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python -m benchmarks.flows_speed [--layers 10] [--runners threads:1 threads:2 dask:1 dask:2] [--repeats 2]
 
-The first layers of the demo model with the choices of the preset `default`. `cores` is the plain command line's way:
-all cores of this machine, without Prefect. A stage's seconds are its wall time as a user waits for it, processes that
+The first layers of the demo model with the choices of a preset. `cores` is the plain command line's way: all cores of
+this machine, without Prefect. A stage's seconds are its wall time as a user waits for it, processes that
 must start included; of several repeats, which go through all ways in turn, the least counts, as other work on the
 machine only adds.
 
@@ -11,10 +11,9 @@ Orchestration is what keeps a worker from working, as a share of workers x wall 
 (start and end of the task runs as the server has them: processes that start, gaps, waiting at the end for the others),
 and inside them what an empty batch takes, measured by many of them on one worker.
 
-The 70B model is list scheduling of its matrices, a batch each, in their order: seconds a weight, an empty batch and the
-pause between two submissions as measured here. Its larger matrices take longer a weight, and batches are
-taken for even slower to come by than they are: the share of orchestration is an upper bound. Nothing is said about
-the network that brings the weights.
+The 70B model is list scheduling of its matrices, a batch each: seconds a weight, an empty batch and the pause between
+two submissions as measured here. Its larger matrices take longer a weight, so that the share of orchestration is an
+upper bound. Nothing is said about the network that brings the weights.
 """
 
 import argparse
@@ -88,7 +87,7 @@ def main() -> None:
         home = os.environ.get("BITSMITH_HOME")
         settle_in(folder, free_port(), **({"BITSMITH_HOME": home} if home else {}))
         with prefect_server(folder, "sqlite"):
-            bench = Bench.prepare(folder, asked.layers, asked.samples, asked.budget)
+            bench = Bench.prepare(folder, asked)
             found = bench.measure([CORES, *asked.runners], asked.repeats)
             handing = {kind: bench.hand_out(f"{kind}:1") for kind in dict.fromkeys(map(_kind, asked.runners))}
     _print_stages(bench, found, handing, asked)
@@ -100,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=10, help="of the demo model's 30")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
+    parser.add_argument("--preset", default="default", help="whose choices are on offer")
     parser.add_argument("--budget", default="3bpw")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--runners", nargs="+", default=["threads:1", "threads:2", "dask:1", "dask:2"])
@@ -116,7 +116,7 @@ class Bench:
     folder: Path
 
     @staticmethod
-    def prepare(folder: Path, num_layers: int, num_samples: int, budget: str) -> "Bench":
+    def prepare(folder: Path, asked: argparse.Namespace) -> "Bench":
         """Cut the demo model, collect statistics, make a plan."""
         from pipeline.display import Bars
         from pipeline.model import open_model
@@ -125,8 +125,8 @@ class Bench:
         from pipeline.stages import StageLog
         from registry import Registry
 
-        cut = _first_layers(open_model("demo").path, num_layers, folder / "model")
-        recipe = Recipe.of(model=str(cut), budget=budget, num_samples=num_samples, eval_windows=0)
+        cut = _first_layers(open_model("demo").path, asked.layers, folder / "model")
+        recipe = Recipe.of(asked.preset, model=str(cut), budget=asked.budget, num_samples=asked.samples, eval_windows=0)
         registry = Registry(folder / "registry")
         run = Run.prepare(recipe, registry, device="cpu", resume=True, log=StageLog(), progress=Bars())
         learnt = run.statistics()
@@ -152,6 +152,7 @@ class Bench:
 
     def hand_out(self, runner: str) -> Handing:
         """Empty batches, one after the other on the runner's one worker."""
+        from benchmarks.in_flow import in_flow
         from flows.child import close_children
         from flows.runner import Runner
         from flows.spread import make
@@ -177,22 +178,22 @@ class Bench:
                 for future in futures:
                     future.result()
 
-        self._in_flow(work)
+        in_flow(work)
         close_children()
         return Handing(*((times[-1] - times[0]) / (len(times) - 1) for times in (finished, submitted)))
 
     def _stage(self, stage: str, way: str, work: Path) -> Measured:
+        from benchmarks.in_flow import in_flow
         from flows.runner import Runner
         from flows.spread import TaskSpread
         from pipeline.spread import over_cores
 
         work.mkdir()
         if way == CORES:
-            return Measured(_seconds(lambda: self._do(stage, work, over_cores)))
+            return Measured(_times(lambda: self._do(stage, work, over_cores))[1])
         runner = Runner.parse(way)
         spread = TaskSpread(self.run.model, self.run.registry, self.statistics, runner)
-        began = time.time()
-        seconds, flow_run = self._in_flow(lambda: _seconds(lambda: self._do(stage, work, spread)))
+        (began, seconds), flow_run = in_flow(lambda: _times(lambda: self._do(stage, work, spread)))
         tasks = _task_runs(flow_run)
         return Measured(
             seconds,
@@ -218,17 +219,6 @@ class Bench:
 
         labels = {name: matrix.label for name, matrix in self.plan.matrices.items()}
         return QuantizeMatrix(self.run.model, labels, None, folder)
-
-    def _in_flow(self, work: Callable[[], Any]) -> tuple[Any, Any]:
-        """What `work` returned in a flow, and the flow run's id."""
-        from prefect import flow
-        from prefect.runtime import flow_run
-
-        @flow(name="speed", persist_result=False)
-        def speed() -> tuple[Any, Any]:
-            return work(), flow_run.id
-
-        return speed()
 
 
 def simulate(sizes: list[int], num_workers: int, rate: float, handing: Handing) -> tuple[float, float, float]:
@@ -271,10 +261,11 @@ def _kind(runner: str) -> str:
     return runner.partition(":")[0]
 
 
-def _seconds(work: Callable[[], None]) -> float:
-    started = time.monotonic()
+def _times(work: Callable[[], None]) -> tuple[float, float]:
+    """When it began, by the clock on the wall, and its seconds."""
+    began, started = time.time(), time.monotonic()
     work()
-    return time.monotonic() - started
+    return began, time.monotonic() - started
 
 
 def _task_runs(flow_run_id: Any) -> list[Any]:
@@ -299,8 +290,8 @@ def _print_stages(
     print(f"\n### The flows' runners, {date.today()}\n")
     print(
         f"Demo model, first {asked.layers} layers: {len(matrices)} matrices, {bench.num_params / 1e6:.1f} million "
-        f"weights, preset default at {asked.budget}, {asked.samples} x {bench.run.recipe.seq_len} calibration tokens. "
-        f"{platform.machine()}, {os.cpu_count()} cores; least of {asked.repeats}.\n"
+        f"weights, preset {asked.preset} at {asked.budget}, {asked.samples} x {bench.run.recipe.seq_len} calibration "
+        f"tokens. {platform.machine()}, {os.cpu_count()} cores; least of {asked.repeats}.\n"
     )
     print("| way | costs, s | decompose, s | both, of `cores` | both, of one worker |")
     print("| --- | --: | --: | --: | --: |")

@@ -7,7 +7,7 @@ The same steps, the same registry and the same bytes as `bitsmith compress`: eit
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -18,6 +18,12 @@ from flows.notify import WATCHED
 from flows.slots import alone_with
 from flows.version import check_version
 from pipeline.named_failure import named_failure
+
+if TYPE_CHECKING:
+    from prefect import Task
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def run_name() -> str:
@@ -69,17 +75,23 @@ def compress(
 
 def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Outcome:
     """From the cost table to the published version; `before` are the stages that the summary starts with."""
-    plan = steps.allocate(job, costs, statistics)
-    matrices = steps.decompose(job, plan, statistics)
+    budget = job["recipe"]["budget"]
+    plan = _named(steps.allocate, budget)(job, costs, statistics)
+    matrices = _named(steps.decompose, budget)(job, plan, statistics)
     before = [*before, plan, matrices]
     if job["recipe"]["recover"]:
-        matrices = steps.recover(job, plan, matrices, statistics)
+        matrices = _named(steps.recover, budget)(job, plan, matrices, statistics)
         before.append(matrices)
-    checkpoint = steps.write_checkpoint(job, plan, matrices)
-    evaluation = steps.evaluate(job, checkpoint)
-    report = steps.write_report(job, costs, plan, matrices, checkpoint, evaluation)
-    version = steps.publish(job, checkpoint, report)
-    return steps.summarize(job, version, [*before, checkpoint, evaluation, report])
+    checkpoint = _named(steps.write_checkpoint, budget)(job, plan, matrices)
+    evaluation = _named(steps.evaluate, budget)(job, checkpoint)
+    report = _named(steps.write_report, budget)(job, costs, plan, matrices, checkpoint, evaluation)
+    version = _named(steps.publish, budget)(job, checkpoint, report)
+    return _named(steps.summarize, budget)(job, version, [*before, checkpoint, evaluation, report])
+
+
+def _named(step: "Task[P, T]", budget: str) -> "Task[P, T]":
+    """`write checkpoint at 3bpw`: with several budgets each step runs as often."""
+    return step.with_options(task_run_name=f"{step.name.replace('_', ' ')} at {budget}")
 
 
 if __name__ == "__main__":
