@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-quality drill-registry drill-flows peers clean
+.PHONY: demo test test-slow lint format bench bench-quality bench-flows show-flows drill-registry drill-flows peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -41,6 +41,13 @@ bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.quality --peers --dither
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.ablation
+
+bench-flows: $(READY) ## the flows' runners beside the plain command line; wants a machine that does nothing else
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.flows_speed
+
+# Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.
+show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gate; four nights, some minutes each
+	$(BIN)/python -m benchmarks.flows_show --folder demo/nightly
 
 # On SQLite and PostgreSQL (apt-get install postgresql); small disks in memory need root, and are left out without.
 drill-registry: $(READY) ## damages, full disks, read-only folders, kill -9 and many processes at once

@@ -83,7 +83,7 @@ class Night:
 def main() -> None:
     """See the module's docstring."""
     asked = _parser().parse_args()
-    folder: Path = asked.folder
+    folder: Path = asked.folder.absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with HubServer() as hub:
@@ -98,15 +98,15 @@ def main() -> None:
         base = _demo_folder()
         hub.repos[BASE] = Repo(private=False)
         hub.repos[BASE].commit(_files(base) | {"README.md": _readme("A model.")}, "first")
-        with prefect_server(folder, asked.database) as url, worker(folder, "bitsmith-cpu") as log:
+        with prefect_server(folder, asked.database) as url:
             _deploy(folder, asked)
-            show = _Show(hub, Registry(folder / "bitsmith" / "registry"), log)
-            nights = show.nights(base)
-            pages = url.removesuffix("/api")
-            if asked.pictures:
-                _take_pictures(pages, nights, asked.pictures)
-            if asked.hold:
-                input(f"Look at {pages}; Enter ends it. ")
+            with worker(folder, "bitsmith-cpu") as log:
+                nights = _Show(hub, Registry(folder / "bitsmith" / "registry"), log).nights(base)
+                pages = url.removesuffix("/api")
+                if asked.pictures:
+                    _take_pictures(pages, nights, asked.pictures)
+                if asked.hold:
+                    input(f"Look at {pages}; Enter ends it. ")
     first, second, third, fourth = (f"{night.seconds:.1f} s" for night in nights)
     print(
         f"{len(BUDGETS)} budgets of the demo model by {asked.runner} on {asked.database}: {first}; "
