@@ -2,10 +2,10 @@
 
     python -m benchmarks.flows_speed [--layers 10] [--runners threads:1 threads:2 dask:1 dask:2] [--repeats 2]
 
-The first layers of the demo model with the choices of a preset. `cores` is the plain command line's way: all cores of
-this machine, without Prefect. A stage's seconds are its wall time as a user waits for it, processes that
-must start included; of several repeats, which go through all ways in turn, the least counts, as other work on the
-machine only adds.
+The first layers of the demo model with a preset's choices; low-rank parts, which take several times as long, only where
+`--ranks` asks for them. `cores` is the plain command line's way: all cores of this machine, without Prefect. A stage's
+seconds are its wall time as a user waits for it, processes that must start included; of several repeats, which go
+through all ways in turn, the least counts, as other work on the machine only adds.
 
 Orchestration is what keeps a worker from working, as a share of workers x wall time: what lies outside all of its tasks
 (start and end of the task runs as the server has them: processes that start, gaps, waiting at the end for the others),
@@ -100,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=10, help="of the demo model's 30")
     parser.add_argument("--samples", type=int, default=8, help="calibration windows")
     parser.add_argument("--preset", default="default", help="whose choices are on offer")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[0], help="of low-rank parts on offer")
     parser.add_argument("--budget", default="3bpw")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--runners", nargs="+", default=["threads:1", "threads:2", "dask:1", "dask:2"])
@@ -290,8 +291,9 @@ def _print_stages(
     print(f"\n### The flows' runners, {date.today()}\n")
     print(
         f"Demo model, first {asked.layers} layers: {len(matrices)} matrices, {bench.num_params / 1e6:.1f} million "
-        f"weights, preset {asked.preset} at {asked.budget}, {asked.samples} x {bench.run.recipe.seq_len} calibration "
-        f"tokens. {platform.machine()}, {os.cpu_count()} cores; least of {asked.repeats}.\n"
+        f"weights, preset {asked.preset} with ranks {asked.ranks} at {asked.budget}, {asked.samples} x "
+        f"{bench.run.recipe.seq_len} calibration tokens. {platform.machine()}, {os.cpu_count()} cores; least of "
+        f"{asked.repeats}.\n"
     )
     print("| way | costs, s | decompose, s | both, of `cores` | both, of one worker |")
     print("| --- | --: | --: | --: | --: |")

@@ -67,8 +67,9 @@ class Runner:
 
         if self.address:
             return DaskTaskRunner(address=self.address)
-        workers = {"n_workers": self.num_workers, "threads_per_worker": 1, "processes": True, "dashboard_address": None}
-        return DaskTaskRunner(cluster_kwargs=workers)
+        workers = {"n_workers": self.num_workers, "threads_per_worker": 1, "processes": True}
+        port = {"dashboard_address": "127.0.0.1:0"}  # None is 8787, with a warning where another run has it
+        return DaskTaskRunner(cluster_kwargs=workers | port)
 
     def _ray(self) -> Any:
         from prefect_ray import RayTaskRunner
