@@ -32,11 +32,12 @@ class Page:
         self._call("Page.navigate", url=url)
         time.sleep(seconds)
 
-    def run(self, script: str) -> Any:
-        """The value of some JavaScript."""
-        return self._call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)["result"].get(
-            "value"
-        )
+    def click(self, text: str, seconds: float) -> None:
+        """On what says exactly that, and wait."""
+        elements = "[...document.querySelectorAll('*')].filter(each => each.children.length == 0)"
+        script = f"{elements}.find(each => each.textContent.trim() == {json.dumps(text)}).click()"
+        self._call("Runtime.evaluate", expression=script)
+        time.sleep(seconds)
 
     def save(self, path: Path) -> None:
         """What the window shows, as a PNG of few colours."""

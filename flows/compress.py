@@ -60,16 +60,16 @@ def compress(
     """
     check_version()
     with alone_with(str(recipe.get("model")), device):
-        jobs = steps.prepare(recipe, budgets, registry, out, name, device, runner, resume)
-        statistics = steps.collect_statistics(jobs[0])
-        costs = steps.measure_costs(jobs[0], statistics)
+        jobs = _named(steps.prepare)(recipe, budgets, registry, out, name, device, runner, resume)
+        statistics = _named(steps.collect_statistics)(jobs[0])
+        costs = _named(steps.measure_costs)(jobs[0], statistics)
         if len(jobs) == 1:
             return [complete(jobs[0], statistics, costs, [statistics, costs])]
         outcomes: list[Outcome] = []
         for job in jobs:
             with named_failure(job["recipe"]["budget"], len(outcomes), len(jobs)):
                 outcomes.append(complete(job, statistics, costs, [] if outcomes else [statistics, costs]))
-        steps.compare_budgets(out)
+        _named(steps.compare_budgets)(out)
         return outcomes
 
 
@@ -89,9 +89,10 @@ def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Out
     return _named(steps.summarize, budget)(job, version, [*before, checkpoint, evaluation, report])
 
 
-def _named(step: "Task[P, T]", budget: str) -> "Task[P, T]":
-    """`write checkpoint at 3bpw`: with several budgets each step runs as often."""
-    return step.with_options(task_run_name=f"{step.name.replace('_', ' ')} at {budget}")
+def _named(step: "Task[P, T]", budget: str | None = None) -> "Task[P, T]":
+    """As people read it: `measure costs`, and `write checkpoint at 3bpw` for what each budget needs once."""
+    name = step.name.replace("_", " ")
+    return step.with_options(task_run_name=f"{name} at {budget}" if budget else name)
 
 
 if __name__ == "__main__":
