@@ -27,6 +27,10 @@ class Page:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection, self._number = connection, 0
 
+    def resize(self, width: int, height: int) -> None:
+        """The window, in pixels."""
+        self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+
     def open(self, url: str, seconds: float) -> None:
         """Go there, and wait until it has asked for all it shows and has come to rest."""
         self._call("Page.navigate", url=url)
@@ -66,9 +70,7 @@ def browser(width: int, height: int) -> Iterator[Page]:
             with connect(_address(Path(profile)), max_size=None, proxy=None) as connection:
                 page = Page(connection)
                 page._call("Page.enable")
-                page._call(
-                    "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
-                )
+                page.resize(width, height)
                 yield page
         finally:
             process.terminate()

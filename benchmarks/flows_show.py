@@ -38,7 +38,7 @@ BASE, REPO = "alice/SmolLM2-135M-Instruct", "alice/smollm2-135m-bitsmith"
 BUDGETS = ["2.5bpw", "3bpw", "4bpw"]
 NAMES = [f"smollm2-{budget}" for budget in BUDGETS]
 WEIGHT = "model.layers.15.mlp.down_proj.weight"
-SECONDS_OF_A_PAGE = 10.0
+PICTURED, SECONDS_OF_A_PAGE = "bitsmith-smollm2-3bpw", 10.0
 MOST_SECONDS_TO_START, MOST_SECONDS_OF_A_RUN = 180.0, 3600.0
 CHEAP = {
     "preset": "fast",
@@ -72,7 +72,8 @@ class Night:
             spent[_kind(task.name)].append(task.total_run_time.total_seconds())
         lines = [f"  {name:22} {len(times):4} tasks {sum(times):8.1f} s" for name, times in spent.items()]
         head = f"{self.what}: {self.run.state_name} in {self.seconds:.1f} s, {self.waited_seconds:.1f} s after"
-        return "\n".join([head, f"  {self.run.state.message or ''}".rstrip(), *lines])
+        said = [f"  {self.run.state.message}"] if self.run.state.message else []
+        return "\n".join([head, *said, *lines])
 
     @property
     def num_batches(self) -> int:
@@ -274,25 +275,27 @@ def _kind(name: str) -> str:
 
 def _take_pictures(pages: str, nights: list[Night], folder: Path) -> None:
     """Of Prefect's pages, in their first interface, which is what a server shows that nobody has set up."""
+    from prefect.artifacts import Artifact
     from prefect.client.orchestration import get_client
 
     from benchmarks.browser import browser
 
     with get_client(sync_client=True) as client:
-        deployment = client.read_deployment_by_name("watch/nightly")
-        inside = nights[0].tasks[0].flow_run_id
-        client.resume_deployment(deployment.id)
+        client.resume_deployment(client.read_deployment_by_name("watch/nightly").id)
+    inside, made = nights[0].tasks[0].flow_run_id, Artifact.get(PICTURED)
     folder.mkdir(parents=True, exist_ok=True)
     with browser(1300, 860) as page:
+        page.open(f"{pages}/deployments", SECONDS_OF_A_PAGE)
+        page.save(folder / "prefect_deployments.png")
         page.open(f"{pages}/runs", SECONDS_OF_A_PAGE)
+        page.click("Hide subflows", SECONDS_OF_A_PAGE)
+        page.resize(1300, 1100)
         page.save(folder / "prefect_runs.png")
         page.open(f"{pages}/runs/flow-run/{inside}", SECONDS_OF_A_PAGE)
         page.click("Task Runs", SECONDS_OF_A_PAGE)
         page.save(folder / "prefect_run.png")
-        page.open(f"{pages}/artifacts/key/bitsmith-smollm2-3bpw-figures", SECONDS_OF_A_PAGE)
-        page.save(folder / "prefect_figures.png")
-        page.open(f"{pages}/deployments", SECONDS_OF_A_PAGE)
-        page.save(folder / "prefect_deployments.png")
+        page.open(f"{pages}/artifacts/artifact/{made.id}", SECONDS_OF_A_PAGE)
+        page.save(folder / "prefect_version.png")
 
 
 if __name__ == "__main__":

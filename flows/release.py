@@ -67,7 +67,7 @@ def look(
     unsettled = [] if news.changes else _unsettled(store, names, repo, alias)
     reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
     if not news.changes:
-        reason += f"{', '.join(str(store.version(each)) for each in names)} was made"
+        reason += f"{', '.join(str(store.version(each)) for each in names)} {'was' if len(names) == 1 else 'were'} made"
         reason += f"; {'; '.join(unsettled)}" if unsettled else ""
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(

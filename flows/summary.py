@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from pipeline.compress import Compressed
     from registry import Registry
 
+MANY = 1e5  # from here on whole numbers, written out: bytes
+
 
 def summary(done: "Compressed") -> str:
     """Markdown."""
@@ -27,7 +29,7 @@ def summary(done: "Compressed") -> str:
         (
             stage.name,
             f"{stage.seconds:.1f}",
-            human_bytes(stage.peak_memory_bytes),
+            human_bytes(stage.peak_memory_bytes) if stage.peak_memory_bytes else "",
             "already done" * stage.reused,
         )
         for stage in done.stages
@@ -52,19 +54,21 @@ def show_beside_last(registry: "Registry", reference: str) -> None:
     from pipeline.version_facts import FIGURES, VersionFacts
 
     version = registry.version(reference)
-    now, before = VersionFacts.of(registry, version).figures, {}
-    if version.number > 1:
-        last = registry.version(f"{version.name}:{version.number - 1}")
-        before = VersionFacts.of(registry, last).figures
+    both = [registry.version(f"{version.name}:{number}") for number in (version.number - 1, version.number) if number]
+    figures = {str(each): VersionFacts.of(registry, each).figures for each in both}
     rows = [
-        {"figure": FIGURES[key], "last": _figure(before.get(key)), str(version): _figure(value)}
-        for key, value in now.items()
+        {"figure": FIGURES[key]} | {name: _figure(found.get(key)) for name, found in figures.items()}
+        for key in figures[str(version)]
     ]
-    create_table_artifact(rows, key=f"{artifact_key(version.name)}-figures", description=f"{version} and the last one")
+    what = " and ".join(reversed(figures))
+    create_table_artifact(rows, key=f"{artifact_key(version.name)}-figures", description=what)
 
 
 def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.6g}"
+    """Not a hyphen where there is none: alone in a cell, Prefect's pages take it for a list."""
+    if value is None:
+        return "none"
+    return f"{value:,.0f}" if value >= MANY else f"{value:.6g}"
 
 
 def _choices(done: "Compressed") -> list[tuple[str, str]]:
