@@ -284,12 +284,12 @@ def _take_pictures(pages: str, nights: list[Night], folder: Path) -> None:
         client.resume_deployment(client.read_deployment_by_name("watch/nightly").id)
     inside, made = nights[0].tasks[0].flow_run_id, Artifact.get(PICTURED)
     folder.mkdir(parents=True, exist_ok=True)
-    with browser(1300, 860) as page:
+    with browser(1400, 460) as page:
         page.open(f"{pages}/deployments", SECONDS_OF_A_PAGE)
         page.save(folder / "prefect_deployments.png")
+        page.resize(1300, 1100)
         page.open(f"{pages}/runs", SECONDS_OF_A_PAGE)
         page.click("Hide subflows", SECONDS_OF_A_PAGE)
-        page.resize(1300, 1100)
         page.save(folder / "prefect_runs.png")
         page.open(f"{pages}/runs/flow-run/{inside}", SECONDS_OF_A_PAGE)
         page.click("Task Runs", SECONDS_OF_A_PAGE)
