@@ -87,7 +87,7 @@ def run(name: Annotated[str, typer.Argument(help="of a deployment in the file")]
 
 
 def _say(text: str) -> None:
-    RESULTS.print(text, soft_wrap=True, highlight=False, markup=False)
+    RESULTS.print(text, soft_wrap=True, highlight=False)
 
 
 def _when(deployment: "Deployment") -> str:

@@ -354,7 +354,7 @@ def _stop_on_signal(number: int, frame: object) -> None:
 
 
 def _end(message: str, code: int) -> None:
-    ERRORS.print(message, soft_wrap=True, highlight=False, markup=False, style="red" if code == 1 else None)
+    ERRORS.print(message, soft_wrap=True, highlight=False, style="red" if code == 1 else None)
     sys.exit(code)
 
 

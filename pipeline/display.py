@@ -9,7 +9,6 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich import box
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from pipeline.budget import human_bytes
 from pipeline.disk_space import disk_bytes
+from pipeline.plain_console import PlainConsole, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from pipeline.run import Run
 
 T = TypeVar("T")
-ERRORS = Console(stderr=True)
-RESULTS = Console()
+ERRORS = PlainConsole(stderr=True)
+RESULTS = PlainConsole()
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_WORTH_A_LINE = 1.0
 
@@ -69,7 +69,7 @@ class Bars:
 
     def _bar(self, items: Iterable[T], description: str, total: int | None, done: int) -> Iterator[T]:
         columns = (
-            TextColumn("{task.description:<28}"),
+            TextColumn("{task.description:<28}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -77,7 +77,7 @@ class Bars:
             TimeRemainingColumn(elapsed_when_finished=False),
         )
         with Progress(*columns, console=ERRORS) as bars:
-            task = bars.add_task(description, total=total, completed=done)
+            task = bars.add_task(shown(description), total=total, completed=done)
             for item in items:
                 yield item
                 bars.advance(task)

@@ -187,9 +187,9 @@ def show_watched(changes: list["BaseModelChange"]) -> None:
         if change.is_changed:
             day = f", {change.modified_at[:10]}" if change.modified_at else ""
             line += f": {(change.commit_then or '-')[:12]} to {(change.commit_now or '-')[:12]}{day}"
-        RESULTS.print(line, soft_wrap=True, highlight=False, markup=False)
+        RESULTS.print(line, soft_wrap=True, highlight=False)
         if change.state == "gone":
-            RESULTS.print(f"{change.name}: {change.problem}", soft_wrap=True, highlight=False, markup=False)
+            RESULTS.print(f"{change.name}: {change.problem}", soft_wrap=True, highlight=False)
 
 
 def _days(span: timedelta) -> str:

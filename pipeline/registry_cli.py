@@ -329,7 +329,7 @@ def doctor(
         print_json([asdict(finding) for finding in found])
     elif not quiet:
         for finding in found:
-            RESULTS.print(str(finding), soft_wrap=True, highlight=False, markup=False)
+            RESULTS.print(str(finding), soft_wrap=True, highlight=False)
         if not found:
             RESULTS.print("The registry is sound.")
     if left := [finding for finding in found if not finding.is_repaired]:
