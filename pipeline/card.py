@@ -1,7 +1,7 @@
 """The model card: README.md for the Hub, made from what the registry has of a version and from nothing else.
 
-plan.json and recipe.json of the checkpoint, the versions of the tools in its lineage; where there is a report (a
-version that was pulled has none) also licence, quality, sizes, what stays as it is, and the picture of the allocation.
+plan.json and recipe.json of the checkpoint, the versions of the tools in its lineage; where there is a report also
+licence, quality, sizes, what stays as it is, and the picture of the allocation.
 
 Nobody here asks the Hub whether the header is right: its client does so in every commit with a README.md
 (/api/validate-yaml), before the first file is sent, and a refusal ends the push.
@@ -16,6 +16,7 @@ from pipeline.card_header import card_header
 from pipeline.command import compress_command, evaluate_command
 from pipeline.markdown import markdown_template
 from pipeline.origin import base_model_of, last_part, model_name, public_name, without_local_folders
+from pipeline.version_documents import reading
 from pipeline.version_facts import VersionFacts
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ def write_card(registry: "Registry", version: "Version", repo_id: str, tag: str)
     """The card of a version that is published as that tag of `repo_id`, with the files of its report below report/.
 
     Raises:
+        CheckpointError: its plan, recipe or report is missing or not as bitsmith writes it.
         RegistryError: the version's files are not all there.
     """
-    return render_card(VersionFacts.of(registry, version), repo_id, tag)
+    facts = VersionFacts.of(registry, version)
+    with reading(f"The plan, the recipe or the report of {version}"):
+        return render_card(facts, repo_id, tag)
 
 
 def render_card(facts: VersionFacts, repo_id: str, tag: str) -> str:

@@ -8,7 +8,7 @@ from rich.tree import Tree
 
 from pipeline.budget import human_bytes
 from pipeline.display import RESULTS, new_table
-from pipeline.version_facts import FIGURES
+from pipeline.version_facts import FIGURES, settings_of
 from registry import NotFoundError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def show_version(store: "Registry", version: "Version") -> None:
     facts.add_row("made", version.created_at)
     if named := [alias for alias, number in store.aliases(version.name).items() if number == version.number]:
         facts.add_row("aliases", ", ".join(named))
-    for key, value in sorted(artifact.metadata.get("settings", {}).items()):
+    for key, value in sorted(settings_of(artifact).items()):
         facts.add_row(key, _in_words(value))
     RESULTS.print(facts)
     files = new_table("file", "size", "sha256", title="Files")
@@ -85,7 +85,7 @@ def show_lineage(version: "Version", lineage: "Lineage") -> None:
     add(tree, root)
     RESULTS.print(tree, soft_wrap=True)
     table = new_table(title="Base and making")
-    settings = root.metadata.get("settings", {})
+    settings = settings_of(root)
     for label, key in (
         ("base model", "model"),
         ("its commit", "model_commit"),

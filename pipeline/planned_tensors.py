@@ -1,29 +1,47 @@
 """Does a stored version hold what its plan says? From the headers of its files, without reading a weight."""
 
-import json
+from typing import Any
 
 from pipeline.errors import CheckpointError
 from pipeline.safetensors_file import DTYPES
 from pipeline.shards import TensorInfo, read_header
+from pipeline.version_documents import read_document, read_plan, reading
 from quantizers.transformers_plugin import BitsmithConfig
-from registry import Registry, Version
+from registry import Artifact, Registry, Version
 
 
-def check_planned(registry: Registry, version: Version) -> int:
+def check_planned(registry: Registry, version: Version) -> int | None:
     """Compare every compressed matrix with plan.json: choice, tensors, shapes, dtypes and bits.
 
     Returns:
-        the number of matrices.
+        the number of matrices; None where there is no plan, and a version of its kind need not have one.
     Raises:
-        CheckpointError: names the first matrix that differs.
+        CheckpointError: names the first matrix that differs; or it is a checkpoint without a plan, or the plan or the
+            configuration is not as bitsmith writes it.
         RegistryError: a file is missing.
     """
     checkpoint = registry.get(version.digest)
-    plan, config = (json.loads(registry.path(checkpoint, name).read_text()) for name in ("plan.json", "config.json"))
+    for name in ("plan.json", "config.json"):
+        if name not in checkpoint.files:
+            if checkpoint.kind != "checkpoint":
+                return None
+            raise CheckpointError(
+                f"{version}: every hash holds, but there is no {name} to compare its tensors with, and a checkpoint "
+                "has one. Another program made it. Choose a version that `bitsmith compress` made."
+            )
+    plan = read_plan(registry.path(checkpoint, "plan.json"), f"plan.json of {version}")
+    config = read_document(registry.path(checkpoint, "config.json"), f"config.json of {version}")
     try:
         formats = BitsmithConfig(**config["quantization_config"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{version}: config.json does not describe packed matrices ({error}).") from error
+    with reading(f"plan.json or config.json of {version}"):
+        return _check_tensors(registry, version, checkpoint, plan, formats)
+
+
+def _check_tensors(
+    registry: Registry, version: Version, checkpoint: Artifact, plan: dict[str, Any], formats: BitsmithConfig
+) -> int:
     stored: dict[str, TensorInfo] = {}
     for name in checkpoint.files:
         if name.endswith(".safetensors"):

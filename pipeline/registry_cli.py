@@ -165,13 +165,16 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Re-hash every file of a version, and compare its tensors with its plan; exits with 1 if anything differs."""
+    """Re-hash every file of a version, and compare its tensors with its plan; exits with 1 if anything differs.
+
+    A version that is no checkpoint may have no plan, which is said. A checkpoint without one is not sound.
+    """
     verifier = verifier_of(public_key, identity, issuer, trust_config)
     if verifier is not None:
         verifier.check()  # a large version takes minutes to read
     store = open_registry()
     found = store.verify(name, progress=progress_of(quiet))
-    num_matrices = 0
+    num_matrices: int | None = 0
     if found.ok:  # before a word of "ok" is printed
         from pipeline.planned_tensors import check_planned
 
@@ -185,9 +188,9 @@ def verify(
     if not quiet and not as_json:
         by = verifier and (f"by {verifier}" if verifier.is_keyless else f"with the key of {verifier}")
         signed = f", signed {by}" if by else ""
+        planned = "no plan to compare with" if num_matrices is None else f"{num_matrices} matrices as planned"
         RESULTS.print(
-            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound; {num_matrices} "
-            f"matrices as planned{signed}",
+            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound; {planned}{signed}",
             soft_wrap=True,
             highlight=False,
         )

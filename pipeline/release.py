@@ -9,7 +9,7 @@ from pipeline.card import collection_note, write_card
 from pipeline.gate import Requirement, check
 from pipeline.overview import branch_overview
 from pipeline.progress import SILENT, Progress
-from pipeline.version_facts import VersionFacts
+from pipeline.version_facts import VersionFacts, figures_of
 from registry import AliasMove, PushResult, Registry, Signer, add_to_collection
 from registry import push as registry_push
 
@@ -47,6 +47,7 @@ def push_version(
         tag: v<number> by default, with branches <budget>-v<number>.
         collection: title of the owner's collection to list the repository in.
     Raises:
+        CheckpointError: its plan, recipe or report is missing or not as bitsmith writes it.
         RegistryError: see registry.push.
     """
     version = registry.version(reference)
@@ -72,9 +73,13 @@ def push_version(
 
 
 def check_gates(registry: Registry, reference: str, requirements: Iterable[Requirement]) -> None:
-    """Raise GateError with every figure that was asked for, unless the version meets all requirements."""
+    """Raise GateError with every figure that was asked for, unless the version meets all requirements.
+
+    Raises:
+        CheckpointError: its plan, recipe or report is not as bitsmith writes it.
+    """
     version = registry.version(reference)
-    check(str(version), VersionFacts.of(registry, version).figures, requirements)
+    check(str(version), figures_of(registry, version), requirements)
 
 
 def promote(

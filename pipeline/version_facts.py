@@ -1,15 +1,15 @@
 """What the registry has of a version: recipe, plan, report, what it was made from, and the figures that people compare.
 
-A pulled version has no report here, and so no quality.
+A version without a report, such as one whose signature did not cover it when it was pulled, has no quality.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import CheckpointError
 from pipeline.eval_report import EvalReport
+from pipeline.version_documents import read_document, read_plan, read_recipe, reading
 
 if TYPE_CHECKING:
     from registry import Artifact, Registry, Version
@@ -23,6 +23,7 @@ FIGURES = {
     "bits_per_param": "bits per parameter of the compressed matrices",
     "size_bytes": "bytes of all files",
 }
+PLAN, RECIPE, REPORT = "plan.json", "recipe.json", "report.json"
 SIZES = ("bits_per_param", "size_bytes")  # known of every version; the others are measured by its evaluation
 
 
@@ -32,7 +33,7 @@ class VersionFacts:
 
     Attributes:
         version: None where the files were read elsewhere than in a registry.
-        plan, recipe: plan.json and recipe.json of the checkpoint.
+        plan, recipe: plan.json and recipe.json of the checkpoint; empty where only figures are asked for.
         report: report.json, or None where there is none here.
         report_files: names of the report's files.
         lineage: the checkpoint and what it was made from, as far as it is described here, nearest first.
@@ -48,17 +49,24 @@ class VersionFacts:
 
     @staticmethod
     def of(registry: "Registry", version: "Version") -> "VersionFacts":
-        """Read them. Raises RegistryError where the version's files are not all there."""
+        """Read them.
+
+        Raises:
+            CheckpointError: it has no plan or no recipe, or one of them or the report is not as bitsmith writes it.
+            RegistryError: the version's files are not all there.
+        """
         checkpoint = registry.get(version.digest)
-        report = registry.get(version.report_digest) if version.report_digest else None
-        plan, recipe = (_read(registry.path(checkpoint, name)) for name in ("plan.json", "recipe.json"))
+        if missing := [name for name in (PLAN, RECIPE) if name not in checkpoint.files]:
+            raise CheckpointError(
+                f"{version} has no {missing[0]}, so that nobody knows how it was made. Another program made it, or it "
+                "is no checkpoint. Choose a version that `bitsmith compress` made."
+            )
         return VersionFacts(
             version,
             checkpoint,
-            plan,
-            recipe,
-            report=_read(registry.path(report, "report.json")) if report else None,
-            report_files=frozenset(report.files) if report else frozenset(),
+            plan=read_plan(registry.path(checkpoint, PLAN), f"{PLAN} of {version}"),
+            recipe=read_recipe(registry.path(checkpoint, RECIPE), f"{RECIPE} of {version}"),
+            **_report_of(registry, version),
             lineage=registry.lineage(version.digest).artifacts,
         )
 
@@ -77,25 +85,56 @@ class VersionFacts:
         """Tool -> the versions that worked on it, the last first: a step that was found keeps what made it."""
         found: dict[str, dict[str, None]] = {}
         for artifact in self.lineage:
-            for tool, number in artifact.metadata.get("tools", {}).items():
+            for tool, number in settings_of(artifact, "tools").items():
                 found.setdefault(tool, {})[number] = None
         return {tool: list(numbers) for tool, numbers in found.items()}
 
     @cached_property
     def figures(self) -> dict[str, float]:
         """By the names of `FIGURES`; those of quality only where it was measured."""
-        found = {"bits_per_param": float(self.plan["bits_per_param"]), "size_bytes": float(self.checkpoint.size_bytes)}
-        if self.evaluation:
-            quality = EvalReport.from_json(self.evaluation["report"])
-            found |= {
-                "kld": quality.kl_divergence.mean,
-                "kld_p99": quality.kl_p99,
-                "perplexity": quality.perplexity.mean,
-                "perplexity_ratio": quality.perplexity.mean / quality.base_perplexity.mean,
-                "top1": quality.top1_agreement.to_percent().mean,
-            }
+        sizes = {"size_bytes": float(self.checkpoint.size_bytes)}
+        if self.plan:
+            sizes["bits_per_param"] = float(self.plan["bits_per_param"])
+        found = sizes | (_quality(self.evaluation) if self.evaluation else {})
         return {name: found[name] for name in FIGURES if name in found}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def figures_of(registry: "Registry", version: "Version") -> dict[str, float]:
+    """`VersionFacts.figures` of any version; where there is no plan, without the bits that it would tell.
+
+    Raises:
+        CheckpointError: the plan or the report is not as bitsmith writes it.
+        RegistryError: the version's files are not all there.
+    """
+    checkpoint = registry.get(version.digest)
+    plan = read_plan(registry.path(checkpoint, PLAN), f"{PLAN} of {version}") if PLAN in checkpoint.files else {}
+    return VersionFacts(version, checkpoint, plan, recipe={}, **_report_of(registry, version), lineage=()).figures
+
+
+def settings_of(artifact: "Artifact", key: str = "settings") -> dict[str, Any]:
+    """A part of its metadata; empty where another program wrote something else there."""
+    found = artifact.metadata.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _quality(evaluation: dict[str, Any]) -> dict[str, float]:
+    quality = EvalReport.from_json(evaluation["report"])
+    return {
+        "kld": quality.kl_divergence.mean,
+        "kld_p99": quality.kl_p99,
+        "perplexity": quality.perplexity.mean,
+        "perplexity_ratio": quality.perplexity.mean / quality.base_perplexity.mean,
+        "top1": quality.top1_agreement.to_percent().mean,
+    }
+
+
+def _report_of(registry: "Registry", version: "Version") -> dict[str, Any]:
+    if version.report_digest is None:
+        return {"report": None, "report_files": frozenset()}
+    report = registry.get(version.report_digest)
+    what = f"{REPORT} of {version}"
+    content = read_document(registry.path(report, REPORT), what)
+    with reading(what):
+        if content["evaluation"]:
+            _quality(content["evaluation"])
+    return {"report": content, "report_files": frozenset(report.files)}

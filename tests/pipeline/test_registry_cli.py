@@ -395,3 +395,58 @@ def test_a_key_and_an_identity_exclude_each_other(call, bitsmith, tmp_path: Path
         refused = bitsmith(*arguments)
         assert refused.code == 1, arguments
         assert word in " ".join(refused.err.split()), arguments
+
+
+@pytest.fixture
+def stranger(call, tmp_path: Path):
+    """stranger("plan.json", "{") publishes tiny:1 with that file changed, or without it, as `strange`."""
+
+    def make(name: str, content: str | None, kind: str = "checkpoint") -> None:
+        registry = Registry(tmp_path / "home" / "registry")
+        folder = tmp_path / "strange"
+        registry.materialize(registry.get(registry.version("tiny:1").digest), folder)
+        (folder / name).unlink() if content is None else (folder / name).write_text(content)
+        registry.publish("strange", registry.add_artifact(kind, folder, [], {"settings": "none", "tools": [1]}))
+
+    return make
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"bits_per_param": 3, "budget": "3bpw", "matrices": {"a": 1}}'])
+@pytest.mark.parametrize("name", ["plan.json", "recipe.json"])
+def test_a_malformed_document_is_named_in_one_paragraph(name: str, content: str, call, stranger, bitsmith) -> None:
+    stranger(name, content)
+    commands = [("registry", "diff", "strange", "tiny"), ("push", "strange", "alice/strange")]
+    if name == "plan.json":
+        commands += [("registry", "verify", "strange")]
+        commands += [("registry", "promote", "strange", "production", "--require", "bits_per_param<=9")]
+    for command in commands:
+        answer = bitsmith(*command)
+        assert answer.code == 1
+        assert f"{name} of strange:1 is not as bitsmith writes it" in answer.err
+        assert answer.err.count("\n") == 1
+    assert call("show", "strange").code == 0
+    assert call("lineage", "strange").code == 0
+
+
+@pytest.mark.parametrize("name", ["plan.json", "recipe.json"])
+def test_a_version_without_plan_or_recipe_passes_the_gates_that_need_none(name: str, call, stranger, bitsmith) -> None:
+    stranger(name, None)
+    for command in (("registry", "diff", "strange", "tiny"), ("push", "strange", "alice/strange")):
+        answer = bitsmith(*command)
+        assert answer.code == 1
+        assert f"strange:1 has no {name}" in answer.err
+    if name == "plan.json":
+        refused = call("promote", "strange", "production", "--require", "bits_per_param<=9")
+        assert refused.code == 1
+        assert "was not measured" in refused.err
+        unsound = call("verify", "strange")
+        assert unsound.code == 1
+        assert "every hash holds, but there is no plan.json" in unsound.err
+    assert call("promote", "strange", "production", "--require", "size_bytes<=1e9").code == 0
+
+
+def test_a_version_that_is_no_checkpoint_needs_no_plan(call, stranger) -> None:
+    stranger("plan.json", None, kind="dataset")
+    verified = call("verify", "strange")
+    assert verified.code == 0
+    assert "all sound; no plan to compare with" in verified.out
