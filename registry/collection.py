@@ -26,6 +26,8 @@ from pathlib import Path
 
 from registry.artifact import Artifact
 from registry.collected import Collected
+from registry.derived import disagreements
+from registry.errors import RegistryError
 from registry.index import Index
 from registry.ledger import Ledger
 from registry.lock import held_if_free
@@ -44,12 +46,14 @@ def collect(
         grace_seconds: what was used within this time stays.
     Raises:
         InvalidDescriptionError: a record is damaged, so that nobody knows what it names; `doctor` mends it.
-        RegistryError: the disk or the database refuses.
+        RegistryError: the disk or the database refuses; or the index says two things of what was made from what, which
+            `doctor` mends.
     """
     oldest = _file_system_seconds(root) - grace_seconds
     with index.database.collecting():
         index.take_in_records()
         found = index.artifacts()
+        _check_derived(index, ledger, [artifact for artifact, _ in found])
         with index.database.reading() as connection:
             used_since = index.database.now(connection).timestamp() - grace_seconds
         recent = (artifact for artifact, used_at in found if _seconds(used_at) >= used_since)
@@ -73,6 +77,16 @@ def collect(
         if not dry_run:
             _remove_locks(root / "steps")
     return Collected(doomed, num_blobs, tuple(folders), size_bytes)
+
+
+def _check_derived(index: Index, ledger: Ledger, described: list[Artifact]) -> None:
+    """What is needed follows from these tables: nothing may go by wrong ones."""
+    if wrong := disagreements(index, ledger, described, repair=False):
+        more = f" ({len(wrong) - 1} more such damages)" if wrong[1:] else ""
+        raise RegistryError(
+            f"{wrong[0].what} {wrong[0].problem}{more}, so that nobody knows for sure what is needed. Nothing was "
+            "removed. Run `bitsmith registry doctor --repair`, then collect again."
+        )
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,15 @@ class Database:
             yield connection
 
     @contextmanager
+    def snapshot(self) -> Iterator[Connection]:
+        """A transaction that reads several tables as they were at one moment."""
+        engine = self._engine
+        if not self.is_sqlite:  # whose transactions all are
+            engine = engine.execution_options(isolation_level="REPEATABLE READ")
+        with self._errors(), engine.connect() as connection:
+            yield connection
+
+    @contextmanager
     def writing(self) -> Iterator[Connection]:
         """A transaction, committed at the end and undone by an exception."""
         writer = self._engine.execution_options(bitsmith_begin="BEGIN IMMEDIATE")

@@ -1,6 +1,7 @@
 """Examine a whole registry: find every damage, name it, and repair what can be repaired.
 
-A missing, malformed or half made index is made anew from the records, and an older one brought up to them. Records that
+A missing, malformed or half made index is made anew from the records, and an older one brought up to them; tables that
+follow from others are compared with them (derived.py). Records that
 are missing or damaged are written again from the index. Damaged blobs are set aside; the step, or the pull, that made
 them makes them again. With a remote store the sound one of two copies, there and in the cache, mends the other; and
 records that are missing here are no damage, but what other hosts made: they are written here too.
@@ -16,6 +17,7 @@ from pathlib import Path
 from registry.artifact import Artifact
 from registry.blobs_examined import damaged_blobs
 from registry.database import sqlite_path
+from registry.derived import disagreements
 from registry.errors import IndexLostError, InvalidDescriptionError, RegistryError
 from registry.finding import REPAIR, Finding
 from registry.index import Index
@@ -81,6 +83,7 @@ class _Examination:
         versions = [fact for fact in ledger.facts() if isinstance(fact, Version)]
         yield from self._lost(index, versions)
         artifacts, _ = index.readable()
+        yield from disagreements(index, ledger, artifacts, repair=self.repair)
         yield from damaged_blobs(self.store, artifacts, versions, repair=self.repair, progress=self.progress)
 
     def _malformed(self) -> Finding | None:

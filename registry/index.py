@@ -136,11 +136,19 @@ class Index:
         """
         added = [artifact for digest in self.unknown() if (artifact := self.records.artifact(digest))]
         for artifact in added:
+            key = step_key_of(artifact)
             with self.database.writing() as connection:
                 self.insert_artifact(connection, artifact)
-                if self.records.was_made(artifact.digest):
-                    self._insert_step(connection, step_key_of(artifact), artifact.digest)
+                if key is not None and self.records.was_made(artifact.digest):
+                    self._insert_step(connection, key, artifact.digest)
         return added
+
+    def note_results(self, made: Iterable[Artifact], keys: Collection[str]) -> None:
+        """Record again what steps here made, of the steps with these keys."""
+        for artifact in made:
+            if (key := step_key_of(artifact)) in keys and key is not None and self.records.was_made(artifact.digest):
+                with self.database.writing() as connection:
+                    self._insert_step(connection, key, artifact.digest)
 
     def unknown(self) -> list[str]:
         """Digests that only the records have."""
@@ -203,9 +211,10 @@ def step_key(kind: str, parents: Iterable[str], settings: Mapping[str, Any]) -> 
     return sha256_of({"kind": kind, "parents": tuple(parents), "settings": settings})
 
 
-def step_key_of(artifact: Artifact) -> str:
-    """Of the step that made the artifact."""
-    return step_key(artifact.kind, artifact.parents, artifact.metadata["settings"])
+def step_key_of(artifact: Artifact) -> str | None:
+    """Of the step that made the artifact; None where its description tells of none."""
+    settings = artifact.metadata.get("settings")
+    return step_key(artifact.kind, artifact.parents, settings) if isinstance(settings, dict) else None
 
 
 def _forget(connection: Connection, digests: list[str]) -> None:

@@ -102,6 +102,12 @@ class Ledger:
         """Add to the database every version and move that only the records have."""
         self._catch_up(self._records.names())
 
+    def write_alias_again(self, name: str, alias: str) -> None:
+        """Let `alias` name what the log of its moves says."""
+        with self._holding(name) as connection:
+            moves = [AliasMove(*row) for row in connection.execute(_log(name, alias))]
+            self._set_alias(connection, name, alias, moves[-1].to_version if moves else None)
+
     def facts(self) -> list[Version | AliasMove]:
         """All that the database knows, records or not."""
         with self._database.reading() as connection:
@@ -159,11 +165,12 @@ class Ledger:
 
     def _insert_move(self, connection: Connection, move: AliasMove) -> None:
         connection.execute(self._database.insert(alias_moves).values(asdict(move)))
-        mine = (aliases.c.name == move.name) & (aliases.c.alias == move.alias)
-        connection.execute(delete(aliases).where(mine))
-        if move.to_version is not None:
-            row = self._database.insert(aliases)
-            connection.execute(row.values(name=move.name, alias=move.alias, version=move.to_version))
+        self._set_alias(connection, move.name, move.alias, move.to_version)
+
+    def _set_alias(self, connection: Connection, name: str, alias: str, number: int | None) -> None:
+        connection.execute(delete(aliases).where((aliases.c.name == name) & (aliases.c.alias == alias)))
+        if number is not None:
+            connection.execute(self._database.insert(aliases).values(name=name, alias=alias, version=number))
 
     def _insert_version(self, connection: Connection, version: Version) -> None:
         values = asdict(version)

@@ -290,3 +290,30 @@ def test_collection_takes_the_records_too(full: Registry, make_folder) -> None:
     assert collected.artifacts == (garbage,)
     assert full._index.records.artifact(garbage.digest) is None
     assert examine(full) == []
+
+
+WRONG_ROWS = {
+    "an alias moved": "UPDATE aliases SET version = 1",
+    "an alias removed": "DELETE FROM aliases",
+    "an alias that nobody made": "INSERT INTO aliases VALUES ('model', 'staging', 1)",
+    "a parent changed": "UPDATE artifact_parents SET parent = digest",
+    "parents removed": "DELETE FROM artifact_parents",
+    "a result swapped": "UPDATE step_results SET digest = (SELECT max(digest) FROM versions)",
+}
+
+
+@pytest.mark.parametrize("damage", WRONG_ROWS)
+def test_tables_that_follow_from_others_are_compared_and_written_again(damage: str, full: Registry) -> None:
+    made, before = full.has_step("statistics", [], {"seed": 0}), facts(full)
+    with full._index.database.writing() as connection:
+        connection.execute(text(WRONG_ROWS[damage]))
+    for dry_run in (True, False):
+        with pytest.raises(RegistryError, match=r"Nothing was removed\. Run `bitsmith registry doctor --repair`"):
+            full.collect_garbage(grace_seconds=0, dry_run=dry_run)
+    assert examine(full)
+    assert not any(finding.is_repaired for finding in examine(full))
+    assert all(finding.is_repaired for finding in examine(full, repair=True))
+    assert examine(full) == []
+    assert facts(full) == before
+    assert Registry(full.root).has_step("statistics", [], {"seed": 0}) == made
+    assert full.collect_garbage(grace_seconds=0).artifacts == ()
