@@ -74,12 +74,19 @@ def push(
     if as_json:
         print_json(asdict(pushed) | {"collection": page})
     elif not quiet:
-        signed = ", signed" if pushed.is_signed else ""
+        signed = ", signed" if pushed.is_all_signed else ""
         RESULTS.print(
             f"{pushed.url} (tag {pushed.tag}, commit {pushed.commit[:12]}{signed}): {pushed.num_uploaded} files sent, "
             f"{pushed.num_unchanged} were there" + (f"; in {page}" if page else ""),
             soft_wrap=True,
         )
+        if pushed.is_signed and not pushed.is_all_signed:
+            RESULTS.print(
+                "Signed: the checkpoint's files; not the card, the report and the lineage. Push with --sign-key (or "
+                "--sign-keyless) and another --tag for that.",
+                soft_wrap=True,
+                highlight=False,
+            )
 
 
 def pull(
@@ -143,3 +150,9 @@ def pull(
             soft_wrap=True,
             highlight=False,
         )
+        if pulled.is_report_left_out:
+            RESULTS.print(
+                "Report and lineage are not taken over: the signature does not cover them.",
+                soft_wrap=True,
+                highlight=False,
+            )

@@ -36,6 +36,7 @@ class PullResult:
         num_fetched, num_here: files that were downloaded, and that the registry had.
         is_signed: there is a signature, checked or not.
         is_verified: it is of the key or the identity that was asked for.
+        is_report_left_out: report and lineage were published too, and not taken over, since nobody had signed them.
     """
 
     version: Version
@@ -47,6 +48,7 @@ class PullResult:
     num_here: int
     is_signed: bool
     is_verified: bool
+    is_report_left_out: bool
 
 
 def pull(
@@ -168,6 +170,7 @@ def _from_here(
         verification.num_files,
         bool(signed),
         bool(verifier),
+        bool(verifier) and version.report_digest is None and recorded.report is not None,
     )
 
 
@@ -212,7 +215,9 @@ class _Pulling:
             )
         repository.check_listing(manifest, remote)
         bundle = repository.small_file(SIGNATURE, commit, remote[SIGNATURE]) if SIGNATURE in remote else None
+        is_report_left_out = False
         if self.verifier and bundle is not None and MANIFEST not in signed_paths(bundle):
+            is_report_left_out = manifest.report is not None or bool(manifest.lineage)
             manifest = replace(manifest, report=None, lineage=())  # nobody has signed these
         with self.registry.adding():
             num_fetched = self._fetch(repository, commit, manifest)
@@ -241,6 +246,7 @@ class _Pulling:
             num_here,
             bundle is not None,
             bool(self.verifier),
+            is_report_left_out,
         )
 
     def _fetch(self, repository: HubRepository, commit: str, manifest: Manifest) -> int:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from registry.artifact import sha256_of
-from registry.errors import InvalidNameError
+from registry.errors import InvalidNameError, SignatureError
 from registry.hub_overview import Overview, check_main_is_free, write_overview
 from registry.hub_repository import STAGING, HubRepository, open_repository
 from registry.patience import Patience
@@ -22,7 +22,7 @@ from registry.publication import MANIFEST, SIGNATURE, Content, Publication
 from registry.publication_record import record_publication
 from registry.registry import Registry
 from registry.signer import Signer
-from registry.signing import sign_version, signature_over, signatures
+from registry.signing import sign_version, signature_over, signatures, signed_paths
 from registry.version import is_name
 
 
@@ -37,6 +37,8 @@ class PushResult:
         num_uploaded: files that the commit added or changed; 0 if everything was there.
         num_unchanged: files that were there already.
         is_signed: by `signer`, or by `bitsmith registry sign` before.
+        is_all_signed: the signature speaks of every published file; that of `registry sign` does of the version's own
+            files, and not of card, manifest (with the lineage) and report.
     """
 
     repo_id: str
@@ -47,6 +49,7 @@ class PushResult:
     num_uploaded: int
     num_unchanged: int
     is_signed: bool
+    is_all_signed: bool
 
 
 def push(
@@ -148,7 +151,8 @@ class _Target:
             expected = (set(remote) - set(stale)) | set(contents)
             commit = self._commit(repository, head, changed, stale, expected)
         repository.tag(self.tag, commit)
-        return self._result(repository, commit, len(changed), SIGNATURE in contents), contents[MANIFEST].read()
+        bundle = contents[SIGNATURE].read() if SIGNATURE in contents else None
+        return self._result(repository, commit, len(changed), bundle), contents[MANIFEST].read()
 
     def _found(self, repository: HubRepository, tagged: str) -> tuple[PushResult, bytes]:
         """What the tag names already: the same version, and with the same signature if it is to be signed."""
@@ -158,7 +162,8 @@ class _Target:
         signature = remote.get(SIGNATURE)
         if manifest is None or (self.must_be_signed and not contents[SIGNATURE].equals(signature)):
             raise repository.tag_conflict(self.tag, tagged)
-        return self._result(repository, tagged, 0, signature is not None), manifest
+        bundle = repository.small_file(SIGNATURE, tagged, signature) if signature else None
+        return self._result(repository, tagged, 0, bundle), manifest
 
     def _commit(
         self, repository: HubRepository, head: str, changed: Mapping[str, Content], stale: list[str], expected: set[str]
@@ -172,7 +177,7 @@ class _Target:
         repository.check(commit, contents, expected, "The commit is there, but the repository")
         return commit
 
-    def _result(self, repository: HubRepository, commit: str, num_uploaded: int, is_signed: bool) -> PushResult:
+    def _result(self, repository: HubRepository, commit: str, num_uploaded: int, bundle: bytes | None) -> PushResult:
         return PushResult(
             repository.repo_id,
             commit,
@@ -181,8 +186,16 @@ class _Target:
             repository.url(self.tag),
             num_uploaded,
             len(self.publication.contents) - num_uploaded,
-            is_signed,
+            bundle is not None,
+            bundle is not None and _speaks_of(bundle, set(self.publication.contents) - {SIGNATURE}),
         )
+
+
+def _speaks_of(bundle: bytes, paths: set[str]) -> bool:
+    try:
+        return paths <= signed_paths(bundle)
+    except SignatureError:  # somebody else's file of that name
+        return False
 
 
 def _signed(registry: Registry, reference: str, publication: Publication, signer: Signer | None) -> Publication:

@@ -5,7 +5,7 @@ A signature is an artifact of kind "signature" whose parent is the signed one:
     model.sig      a Sigstore bundle: an in-toto statement with the sha256 of every file, and its signature
     ...            what was signed with the version's files: in a publication the card, the manifest and the report
 
-It holds for the content, under whatever name and number. `model-signing verify` reads it too, beside the files.
+It holds for the content, under whatever name and number. `model_signing verify` reads it too, beside the files.
 """
 
 import base64

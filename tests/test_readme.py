@@ -36,7 +36,7 @@ def commands() -> list[str]:
 
 def test_there_are_commands() -> None:
     assert len(commands()) > 8
-    assert {command.split()[0] for command in commands()} <= {"make", "bitsmith", "python", "pip"}
+    assert {command.split()[0] for command in commands()} <= {"make", "bitsmith", "python", "pip", "hf"}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def _run(command: str, python: WarmPython, model: Path) -> subprocess.CompletedP
         assert words[1] == "-m"
         module, *words = words[2:]
     else:
-        module, words = "pipeline", words[1:]
+        module, words = {"bitsmith": "pipeline", "hf": "huggingface_hub.cli.hf"}[words[0]], words[1:]
     verb = "compress" if module == "flows.compress" else words[0]
     return python.run(module, [*words, *shlex.split(EXTRA.get(verb, ""))])
 

@@ -360,7 +360,14 @@ def test_sign_and_verify_without_a_key(call, bitsmith, tmp_path: Path, monkeypat
         template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        pushed = bitsmith("push", "tiny", "alice/alone")
+        assert "not the card, the report and the lineage. Push with --sign-key" in pushed.out, pushed.err
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setenv("BITSMITH_HOME", str(tmp_path / "elsewhere"))
+            pulled = bitsmith("pull", "alice/alone", *alice)
+            assert "Report and lineage are not taken over: the signature does not cover them." in pulled.out
         pushed = bitsmith("push", "tiny", "alice/tiny", "--sign-keyless", *keyless)
+        assert "not the card" not in pushed.out
         assert ", signed)" in " ".join(pushed.out.split()), pushed.err
         pulled = bitsmith("pull", "alice/tiny@v2", *alice)
         assert f"signature of alice@example.com (by {sigstore.issuer}) holds" in pulled.out, pulled.err

@@ -17,6 +17,7 @@ from registry import (
     SignatureError,
     UnsafeFileError,
     Version,
+    pull,
     sign_version,
     verify_signature,
 )
@@ -83,9 +84,10 @@ def test_the_next_version_without_a_report_takes_the_old_one_away(registry, eval
 
 def test_a_signed_push_is_verified_before_anything_is_published(registry, evaluated, hub, other, keys, tmp_path):
     private, public = keys
-    assert send(registry, hub, signer=KeySigner(private)).is_signed
+    sent = send(registry, hub, signer=KeySigner(private))
+    assert (sent.is_signed, sent.is_all_signed) == (True, True)
     result = fetch_whole(other, hub, verifier=KeyVerifier(public))
-    assert (result.is_signed, result.is_verified) == (True, True)
+    assert (result.is_signed, result.is_verified, result.is_report_left_out) == (True, True, False)
     assert verify_signature(other, "tiny-3bpw", KeyVerifier(public)).kind == "signature"
     _, theirs = write_keys(tmp_path, "theirs", ec.SECP256R1())
     third = Registry(tmp_path / "third")
@@ -142,8 +144,13 @@ def test_a_signature_of_the_registry_is_published_too(registry, evaluated, hub, 
     """It was made where the key is, and covers the version's own files."""
     private, public = keys
     sign_version(registry, "tiny", KeySigner(private))
-    assert send(registry, hub).is_signed
-    assert fetch_whole(other, hub, verifier=KeyVerifier(public)).is_verified
+    for _ in range(2):  # the second finds the tag
+        sent = send(registry, hub)
+        assert (sent.is_signed, sent.is_all_signed) == (True, False)
+    result = fetch_whole(other, hub, verifier=KeyVerifier(public))
+    assert (result.is_verified, result.is_report_left_out) == (True, True)
+    again = pull(REPO, other, offline=True, verifier=KeyVerifier(public))
+    assert (again.is_verified, again.is_report_left_out) == (True, True)
 
 
 def test_a_version_that_was_changed_with_its_manifest_has_no_signature(
