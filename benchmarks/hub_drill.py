@@ -106,7 +106,10 @@ class _Trial:
         push(Registry(self.folder / "mine"), "tiny", self.repo_id, card="# Tiny\n", **self.settings)
 
     def pull(self) -> None:
-        pull(self.repo_id, Registry(self.folder / "theirs"), **self.settings)
+        """As `bitsmith pull -o`."""
+        theirs = Registry(self.folder / "theirs")
+        version = pull(self.repo_id, theirs, **self.settings).version
+        theirs.materialize(theirs.get(version.digest), self.folder / "out")
 
     def is_not_half_there(self) -> None:
         """Whatever was killed, and wherever."""
@@ -136,6 +139,7 @@ class _Trial:
         theirs.verify(str(theirs.versions()[0])).raise_if_damaged()
         assert Registry.examine(self.folder / "theirs") == []
         assert list((self.folder / "theirs" / "pulls").iterdir()) == []
+        assert {path.name: path.stat().st_size for path in (self.folder / "out").iterdir()} == FILES
 
 
 def must_end_well(work: Callable[[], None]) -> None:

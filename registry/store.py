@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 
 from registry.artifact import Artifact, FileEntry, checked_digest
 from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
+from registry.partial import remove_stale, temporary_beside
 from registry.paths import checked_path
 
 if TYPE_CHECKING:
@@ -207,23 +208,26 @@ class Store:
         """Write all files of `artifact` below `folder`, as files of their own that may be edited.
 
         Blocks are shared with the store where the file system can (reflink), otherwise copied; every byte is
-        checked on its way.
+        checked on its way. Files that are there already and the same stay: a call that was killed is repeated.
 
         Raises:
-            TargetExistsError: one of the files exists already. Nothing was written.
+            TargetExistsError: something else stands where a file should be. Nothing was written.
             UnsafePathError: a path leaves `folder`.
             NotFoundError, IntegrityError: a blob is missing or damaged. What was written is removed.
         """
         targets = {folder / checked_path(path): (path, entry) for path, entry in artifact.files.items()}
-        for target in targets:
-            if os.path.lexists(target):
+        missing = {target: named for target, named in targets.items() if not os.path.lexists(target)}
+        for target in targets.keys() - missing.keys():
+            if target.is_symlink() or not target.is_file() or hash_file(target) != targets[target][1]:
                 raise TargetExistsError(
-                    f"{target} exists already, and {artifact.kind} {artifact.digest[:12]} would overwrite "
-                    "it. Name an empty folder, or move the file away."
+                    f"{target} exists already with other content, and {artifact.kind} {artifact.digest[:12]} would "
+                    "overwrite it. Name an empty folder, or move the file away."
                 )
+        for place in {folder, *(target.parent for target in targets)}:
+            remove_stale(place)
         written: list[Path] = []
         try:
-            for target, (path, entry) in targets.items():
+            for target, (path, entry) in missing.items():
                 self._write_out(entry, path, target, folder)
                 written.append(target)
         except BaseException:
@@ -292,8 +296,8 @@ def hash_file(path: Path) -> FileEntry:
 
 
 def copy_hashed(source: Path, target: Path) -> FileEntry:
-    """Copy `source` to the new file `target`, on the disk when this returns, and hash what was written."""
-    with source.open("rb") as reader, target.open("xb+") as writer:
+    """Copy `source` to `target`, a name of ours, on the disk when this returns, and hash what was written."""
+    with source.open("rb") as reader, target.open("wb+") as writer:
         if not _reflink(reader, writer):
             return _write_hashed(reader, writer)
         digest = hashlib.file_digest(writer, "sha256")
@@ -331,23 +335,6 @@ def _reflink(reader: BinaryIO, writer: BinaryIO) -> bool:
     except (ImportError, OSError):
         return False
     return True
-
-
-@contextmanager
-def temporary_beside(target: Path, root: Path) -> Iterator[Path]:
-    """A name in `target`'s folder to write to before the rename; folders below `root` are made.
-
-    A folder on the way that is a link is refused, because it may lead out of `root`.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    if not target.parent.resolve().is_relative_to(root.resolve()):
-        raise RegistryError(f"{target.parent} leads out of {root} through a link. Name an empty folder.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{secrets.token_hex(8)}.partial"
-    try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -19,11 +19,12 @@ from typing import IO, Any
 
 from registry.artifact import OWN_KINDS, Artifact, FileEntry, canonical_json, checked_digest
 from registry.errors import IntegrityError, InvalidDescriptionError, RegistryError, TargetExistsError
+from registry.partial import remove_stale, temporary_beside
 from registry.progress import SILENT, Progress
 from registry.registry import Registry
 from registry.signing import KIND as SIGNATURE_KIND
 from registry.signing import signatures
-from registry.store import disk_errors, fsync, temporary_beside
+from registry.store import disk_errors, fsync
 from registry.version import Version, checked_name
 
 FORMAT = 1
@@ -57,6 +58,7 @@ def export_version(registry: Registry, reference: str, path: Path, *, progress: 
     own = [registry.get(digest) for digest in (version.digest, version.report_digest) if digest] + signed
     described = {each.digest: each for one in own for each in registry.lineage(one.digest).artifacts}
     files = {entry.sha256: entry for artifact in own for entry in artifact.files.values()}
+    remove_stale(path.parent)
     with disk_errors(path), temporary_beside(path, root=path.parent) as partial:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
             head = {"format": FORMAT, "version": asdict(version), "signatures": [each.digest for each in signed]}

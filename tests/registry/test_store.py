@@ -1,6 +1,7 @@
 """Laws of the store: a name is the hash of what is behind it, always, also after a kill."""
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -171,11 +172,57 @@ def test_materialize_writes_files_of_their_own(store: Store, tmp_path: Path):
     out = tmp_path / "out"
     store.materialize(artifact, out)
     assert {p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file()} == files
+    (out / "deep" / "er" / "b.bin").unlink()
+    store.materialize(artifact, out)
+    assert (out / "deep" / "er" / "b.bin").read_bytes() == b"\x00" * 5000, "the same again completes"
     (out / "a.txt").write_bytes(b"edited")
     store.verify(entries["a.txt"], "a.txt")
     with pytest.raises(TargetExistsError, match=r"a\.txt exists"):
         store.materialize(artifact, out)
     assert (out / "a.txt").read_bytes() == b"edited"
+
+
+def test_a_link_to_the_same_bytes_is_in_the_way(store: Store, source: Path, tmp_path: Path):
+    artifact = Artifact.create("plan", {"weights.bin": store.add(source)})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "weights.bin").symlink_to(source)
+    with pytest.raises(TargetExistsError):
+        store.materialize(artifact, tmp_path / "out")
+
+
+def test_a_killed_materialize_is_repeated_and_leaves_nothing(store: Store, tmp_path: Path):
+    entries = {}
+    for number in range(12):
+        (tmp_path / "file").write_bytes(bytes([number]) * 2_000_000)
+        entries[f"{number % 3}/{number}"] = store.add(tmp_path / "file")
+    artifact, out = Artifact.create("plan", entries), tmp_path / "out"
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from registry.artifact import Artifact; from registry.store import Store\n"
+        "artifact = Artifact.from_json(sys.stdin.read()); print('go', flush=True)\n"
+        "Store(Path(sys.argv[1])).materialize(artifact, Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "store"), str(out)]
+    left = set()
+    for _ in range(12):
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=Path(__file__).parents[2]) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(artifact.to_json().encode())
+            process.stdin.close()
+            process.stdout.readline()
+            while process.poll() is None and not set(out.glob("*/.*.partial")) - left:
+                time.sleep(0.001)
+            process.kill()
+        left |= set(out.glob("*/.*.partial"))
+    assert left, "one was killed while it wrote"
+    living = out / ".0123456789abcdef.partial"
+    with living.open("xb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        store.materialize(artifact, out)
+    found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert found == {*entries, living.name}
 
 
 def test_materialize_refuses_a_damaged_blob_and_leaves_nothing(store: Store, source: Path, tmp_path: Path):

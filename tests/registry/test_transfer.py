@@ -90,6 +90,14 @@ def test_nothing_is_overwritten(registry: Registry, exported: Path) -> None:
     assert exported.read_bytes() == before
 
 
+def test_the_next_export_removes_what_a_killed_one_left(registry: Registry, published: Version, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".0123456789abcdef.partial").write_bytes(b"half")
+    (tmp_path / "out" / ".theirs.partial").write_bytes(b"not ours")
+    export_version(registry, "model", tmp_path / "out" / "model.tar")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.tar", ".theirs.partial"}
+
+
 @pytest.mark.parametrize("damage", ["flip", "delete"])
 def test_a_damaged_version_is_not_exported(damage: str, registry: Registry, published: Version, tmp_path: Path) -> None:
     blob = registry.path(registry.get(published.digest), "weights")
