@@ -19,7 +19,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-REVISIONS = ("0001", "0002")  # of migrations/versions, oldest first
+REVISIONS = ("0001", "0002", "0003")  # of migrations/versions, oldest first
 
 metadata = MetaData()
 artifacts = Table(

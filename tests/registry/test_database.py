@@ -95,13 +95,39 @@ def test_a_damaged_file_is_a_registry_error(tmp_path: Path) -> None:
         Registry(registry.root).versions()
 
 
-@pytest.mark.parametrize("statement", ["UPDATE alias_moves SET moved_by = 'nobody'", "DELETE FROM alias_moves"])
+ROW = "INTO alias_moves VALUES ('model', 1, 'production', 'set', NULL, 1, 'then', 'nobody', '')"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE alias_moves SET moved_by = 'nobody'",
+        "DELETE FROM alias_moves",
+        f"INSERT OR REPLACE {ROW}",
+        f"INSERT {ROW} ON CONFLICT (name, number) DO UPDATE SET moved_by = 'nobody'",
+    ],
+)
 def test_the_log_of_aliases_can_only_grow(statement: str, registry: Registry, checkpoint: Artifact) -> None:
     registry.publish("model", checkpoint)
     registry.alias("model", "production")
+    if "OR REPLACE" in statement and not registry._index.database.is_sqlite:
+        pytest.skip("SQLite's own")
     with pytest.raises(RegistryError, match="append-only"), registry._index.database.writing() as connection:
         connection.execute(text(statement))
     assert len(registry.alias_moves("model")) == 1
+
+
+def test_an_older_sqlite_file_comes_to_refuse_replaced_moves_too(tmp_path: Path, make_folder) -> None:
+    registry = Registry(tmp_path / "registry")
+    registry.publish("model", registry.add_artifact("checkpoint", make_folder({"a": b"1"})))
+    registry.alias("model", "production")
+    with registry._index.database.writing() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '0002'"))
+        connection.execute(text("DROP TRIGGER alias_moves_no_replace"))
+    again = Registry(registry.root)
+    with pytest.raises(RegistryError, match="append-only"), again._index.database.writing() as connection:
+        connection.execute(text(f"INSERT OR REPLACE {ROW}"))
+    assert again.alias_moves("model") == registry.alias_moves("model")
 
 
 def test_two_processes_may_make_the_database_at_once(tmp_path: Path, database: str | None) -> None:
