@@ -9,7 +9,6 @@ from rich.tree import Tree
 from pipeline.budget import human_bytes
 from pipeline.display import RESULTS, new_table
 from pipeline.version_facts import FIGURES, settings_of
-from registry import NotFoundError
 
 if TYPE_CHECKING:
     from pipeline.version_diff import VersionDiff
@@ -25,12 +24,11 @@ def show_versions(store: "Registry", versions: list["Version"]) -> None:
     table = new_table("version", "aliases", "size", "bits", "model", "made", title="Registry")
     for column in table.columns:
         column.no_wrap = column.header in ("version", "size", "bits", "made")  # a model may be a long path
-    aliases = {name: store.aliases(name) for name in {version.name for version in versions}}
+    aliases, described = store.all_aliases(), store.described(version.digest for version in versions)
     for version in versions:
-        named = ", ".join(alias for alias, number in aliases[version.name].items() if number == version.number) or "-"
-        try:
-            artifact = store.get(version.digest)
-        except NotFoundError:  # only a damage loses the description
+        mine = aliases.get(version.name, {})
+        named = ", ".join(alias for alias, number in mine.items() if number == version.number) or "-"
+        if (artifact := described.get(version.digest)) is None:  # only a damage loses the description
             table.add_row(str(version), named, "damaged", "", "see `bitsmith registry doctor`", version.created_at[:10])
             continue
         bits = artifact.metadata.get("bits_per_param")
@@ -168,8 +166,8 @@ def show_collected(collected: "Collected", grace: timedelta, *, dry_run: bool) -
     verb = "would go" if dry_run else "removed"
     RESULTS.print(
         f"{len(collected.artifacts)} results, {collected.num_blobs} files and {len(collected.folders)} folders of "
-        f"unfinished work {verb}, {human_bytes(collected.size_bytes)} in all. Kept: all that versions need, "
-        f"that running processes use, and that was used within {_days(grace)}.",
+        f"unfinished work {verb}, {human_bytes(collected.size_bytes)} in all. Kept: all that versions need "
+        f"and that running processes use{f', and what was used within {_days(grace)}' if grace else ''}.",
         soft_wrap=True,
         highlight=False,
     )

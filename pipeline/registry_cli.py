@@ -165,7 +165,7 @@ def verify(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Re-hash every file of a version, and compare its tensors with its plan; exits with 1 if anything differs.
+    """Re-hash every file of a version and its report, and compare tensors and plan; exits with 1 if anything differs.
 
     A version that is no checkpoint may have no plan, which is said. A checkpoint without one is not sound.
     """
@@ -189,8 +189,10 @@ def verify(
         by = verifier and (f"by {verifier}" if verifier.is_keyless else f"with the key of {verifier}")
         signed = f", signed {by}" if by else ""
         planned = "no plan to compare with" if num_matrices is None else f"{num_matrices} matrices as planned"
+        report = f"{found.num_report_files} files of its report and " if found.num_report_files else ""
         RESULTS.print(
-            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound; {planned}{signed}",
+            f"{found.version}: {found.num_files} files, {human_bytes(found.size_bytes)}, all sound, and so are {report}"
+            f"{found.num_records} records of what it was made from; {planned}{signed}",
             soft_wrap=True,
             highlight=False,
         )

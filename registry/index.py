@@ -10,7 +10,7 @@ description, and questions pass over it. Whoever adds the artifact again fills i
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, literal, select, update
+from sqlalchemy import Connection, Row, delete, func, literal, select, update
 
 from registry.artifact import Artifact, sha256_of
 from registry.database import Database
@@ -42,6 +42,24 @@ class Index:
         with self.database.reading() as connection:
             found = connection.scalar(select(artifacts.c.description).where(artifacts.c.digest == digest))
         return _read(digest, found) if found else None
+
+    def described(self, digests: Collection[str]) -> dict[str, Artifact]:
+        """Those of the artifacts that are known, by digest."""
+        wanted, rows = sorted(digests), list[Row]()
+        query = select(artifacts.c.digest, artifacts.c.description).where(artifacts.c.description != LOST)
+        with self.database.reading() as connection:
+            for start in range(0, len(wanted), MOST_PARAMETERS):
+                some = artifacts.c.digest.in_(wanted[start : start + MOST_PARAMETERS])
+                rows += connection.execute(query.where(some)).all()
+        return {digest: _read(digest, description) for digest, description in rows}
+
+    def of_kind(self, kind: str) -> list[Artifact]:
+        """All artifacts of that kind, by digest."""
+        query = select(artifacts.c.digest, artifacts.c.description).order_by(artifacts.c.digest)
+        mine = (artifacts.c.kind == kind) & (artifacts.c.description != LOST)
+        with self.database.reading() as connection:
+            rows = connection.execute(query.where(mine)).all()
+        return [_read(digest, description) for digest, description in rows]
 
     def artifacts(self) -> list[tuple[Artifact, str]]:
         """All artifacts, each with the time of its last use."""

@@ -71,6 +71,15 @@ class Ledger:
         with self._database.reading() as connection:
             return {row.alias: row.version for row in connection.execute(query)}
 
+    def all_aliases(self) -> dict[str, dict[str, int]]:
+        """name -> alias -> number of the version."""
+        self._catch_up(self._records.names())
+        found: dict[str, dict[str, int]] = {}
+        with self._database.reading() as connection:
+            for row in connection.execute(select(aliases).order_by(aliases.c.name, aliases.c.alias)):
+                found.setdefault(row.name, {})[row.alias] = row.version
+        return found
+
     def move_alias(
         self, name: str, alias: str, number: int | None, *, action: str, moved_by: str, reason: str
     ) -> AliasMove:

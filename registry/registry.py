@@ -7,7 +7,7 @@
     blobs/           every file once, by its hash (store.py); copies of them if they are elsewhere (remote.py)
     steps/           work under way (step.py)
     uses/            what living processes need (uses.py)
-    pulls/           downloads under way (hub.py)
+    pulls/           downloads under way (hub_repository.py)
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from registry.alias import AliasMove, actor, checked_alias
 from registry.artifact import Artifact
-from registry.errors import AmbiguousDigestError, IntegrityError, NotFoundError
+from registry.errors import AmbiguousDigestError, IntegrityError, InvalidDescriptionError, NotFoundError
 from registry.files import files_below
 from registry.progress import SILENT, Progress
 from registry.remote import remote_blobs
@@ -137,6 +137,14 @@ class Registry:
             raise NotFoundError.among("artifact", digest, self._index.digests(), "Digests have 64 hex digits.")
         return artifact
 
+    def described(self, digests: Iterable[str]) -> dict[str, Artifact]:
+        """Those of the artifacts that are known here, by digest: one question for all."""
+        return self._index.described(set(digests))
+
+    def of_kind(self, kind: str) -> list[Artifact]:
+        """All artifacts of that kind, by digest."""
+        return self._index.of_kind(kind)
+
     def find(self, prefix: str) -> Artifact:
         """The one artifact whose digest starts with `prefix`.
 
@@ -231,6 +239,10 @@ class Registry:
         """alias -> number of the version of `name`; without `latest`, which needs no entry."""
         return self._ledger.aliases(name)
 
+    def all_aliases(self) -> dict[str, dict[str, int]]:
+        """Of every name that has some, `aliases`."""
+        return self._ledger.all_aliases()
+
     def alias(self, reference: str, alias: str, *, reason: str = "", action: str = AliasMove.SET) -> AliasMove:
         """Let `alias` name the version that `reference` names now. Every move is logged, for good.
 
@@ -273,19 +285,40 @@ class Registry:
     # Soundness
 
     def verify(self, reference: str, *, progress: Progress = SILENT) -> Verification:
-        """Re-hash every file of a version. What is wrong is in the result; nothing is raised for it."""
+        """Re-hash every file of a version and of its report, and read the records of what they were made from.
+
+        What is wrong is in the result; nothing is raised for it.
+        """
         version = self.version(reference)
         artifact = self.get(version.digest)
-        missing: list[str] = []
-        damaged: dict[str, IntegrityError] = {}
-        for path, entry in progress.track(artifact.files.items(), f"verify {version}", len(artifact.files)):
+        report = self.get(version.report_digest) if version.report_digest else None
+        entries = dict(artifact.files)
+        entries |= {f"report/{path}": entry for path, entry in report.files.items()} if report else {}
+        described = {each.digest for one in (artifact, report) if one for each in self.lineage(one.digest).artifacts}
+        missing, damaged = self._wrong_records(described)
+        for path, entry in progress.track(entries.items(), f"verify {version}", len(entries)):
             try:
                 self.store.verify(entry, path)
             except NotFoundError:
                 missing.append(path)
             except IntegrityError as error:
                 damaged[path] = error
-        return Verification(version, tuple(missing), damaged, len(artifact.files), artifact.size_bytes)
+        num_report_files = len(report.files) if report else 0
+        num_files, size_bytes = len(artifact.files), artifact.size_bytes
+        return Verification(version, tuple(missing), damaged, num_files, size_bytes, num_report_files, len(described))
+
+    def _wrong_records(self, digests: set[str]) -> tuple[list[str], dict[str, IntegrityError]]:
+        """Records of these artifacts that are missing, unless another host has them, or that cannot be read."""
+        missing: list[str] = []
+        damaged: dict[str, IntegrityError] = {}
+        for digest in sorted(digests):
+            path = f"records/{digest[:12]}"
+            try:
+                if self._index.records.artifact(digest) is None and self.store.remote is None:
+                    missing.append(path)
+            except InvalidDescriptionError:
+                damaged[path] = IntegrityError(path, f"the description of {digest}", "one that cannot be read")
+        return missing, damaged
 
     @staticmethod
     def examine(root: Path, *, repair: bool = False, progress: Progress = SILENT) -> "list[Finding]":

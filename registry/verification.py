@@ -1,4 +1,4 @@
-"""What re-hashing every file of a version found."""
+"""What re-hashing every file of a version, and of its report, found; and re-reading what it was made from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +12,11 @@ class Verification:
     """Result of `Registry.verify`.
 
     Attributes:
-        missing: paths whose blob is gone.
+        missing: paths whose blob is gone; those of the report start with report/, those of records with records/.
         damaged: path -> the error that says what was expected and what is there.
-        num_files, size_bytes: of the whole version, damaged or not.
+        num_files, size_bytes: of the version itself, damaged or not.
+        num_report_files: of its report.
+        num_records: descriptions of the version, its report and all that they were made from, as far as known here.
     """
 
     version: Version
@@ -22,6 +24,8 @@ class Verification:
     damaged: Mapping[str, IntegrityError]
     num_files: int
     size_bytes: int
+    num_report_files: int
+    num_records: int
 
     @property
     def ok(self) -> bool:
@@ -37,5 +41,6 @@ class Verification:
             f"{self.version}: {', '.join(bad)}",
             first.expected if first else f"all {self.num_files} files",
             first.got if first else f"{self.num_files - len(self.missing)} of them",
-            "Pull the version again, or run the command that made it again.",
+            "Pull the version again, or run the command that made it again; `bitsmith registry doctor --repair` mends "
+            "records.",
         )

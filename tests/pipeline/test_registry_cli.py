@@ -456,4 +456,31 @@ def test_a_version_that_is_no_checkpoint_needs_no_plan(call, stranger) -> None:
     stranger("plan.json", None, kind="dataset")
     verified = call("verify", "strange")
     assert verified.code == 0
-    assert "all sound; no plan to compare with" in verified.out
+    assert "all sound, and so are 1 records of what it was made from; no plan to compare with" in verified.out
+
+
+def test_list_asks_as_often_for_many_versions_as_for_few(call, tmp_path: Path, monkeypatch) -> None:
+    from registry.database import Database
+
+    asked, reading = [], Database.reading
+
+    def counted(database):
+        asked.append(1)
+        return reading(database)
+
+    monkeypatch.setattr(Database, "reading", counted)
+    assert call("list").code == 0
+    few, registry = len(asked), Registry(tmp_path / "home" / "registry")
+    artifact = registry.get(registry.version("tiny:1").digest)
+    for number in range(6):
+        registry.publish(f"name{number}", artifact)
+        registry.alias(f"name{number}", "tested")
+    asked.clear()
+    listed = call("list")
+    assert len(asked) == few
+    assert listed.out.count("tested") == 6
+
+
+def test_gc_without_a_grace_names_none(call) -> None:
+    assert "that versions need and that running processes use." in call("gc", "--grace", "0s").out
+    assert "and what was used within 14 days." in call("gc").out

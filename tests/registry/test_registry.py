@@ -126,6 +126,26 @@ def test_verify_names_every_bad_file(registry: Registry, checkpoint: Artifact):
         bad.raise_if_damaged()
 
 
+def test_verify_reads_the_report_and_the_records_too(registry: Registry, make_folder):
+    statistics = registry.add_artifact("statistics", make_folder({"s": b"1"}), ["ab" * 32])
+    made = registry.add_artifact("checkpoint", make_folder({"w": b"2"}), [statistics.digest])
+    report = registry.add_artifact("report", make_folder({"index.html": b"3", "heat.png": b"4"}), [made.digest])
+    registry.publish("model", made, report)
+    sound = registry.verify("model")
+    assert (sound.ok, sound.num_files, sound.num_report_files, sound.num_records) == (True, 1, 2, 3)
+    registry.path(report, "index.html").unlink()
+    blob = registry.path(report, "heat.png")
+    blob.chmod(0o644)
+    blob.write_bytes(b"5")
+    registry._index.records.artifact_path(statistics.digest).write_text("{")
+    registry._index.records.artifact_path(made.digest).unlink()
+    bad = registry.verify("model")
+    assert bad.missing == (f"records/{made.digest[:12]}", "report/index.html")
+    assert set(bad.damaged) == {f"records/{statistics.digest[:12]}", "report/heat.png"}
+    Registry.examine(registry.root, repair=True)
+    assert "records/" not in str((registry.verify("model").missing, registry.verify("model").damaged))
+
+
 PUBLISH = """
 import sys
 from pathlib import Path
