@@ -11,14 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from registry.artifact import Artifact, FileEntry
-from registry.errors import IntegrityError, NotFoundError, PinError, RegistryError, SignatureError
+from registry.errors import HubConflictError, IntegrityError, NotFoundError, PinError, RegistryError, SignatureError
 from registry.hub_repository import HubRepository, open_repository
 from registry.lock import exclusive, held_if_free
 from registry.patience import Patience
 from registry.pins import Pin, read_pin, write_pin
 from registry.progress import SILENT, Progress
 from registry.publication import MANIFEST, REPORT_FOLDER, SIGNATURE, Manifest
-from registry.publication_record import find_publication, manifest_entry, record_publication
+from registry.publication_record import (
+    find_publication,
+    manifest_entry,
+    record_publication,
+    repositories_of,
+)
 from registry.registry import Registry
 from registry.signer import Verifier
 from registry.signing import KIND as SIGNATURE_KIND
@@ -71,7 +76,7 @@ def pull(
     that were finished, and the beginning of the one that was not, are kept from an attempt that failed.
 
     Args:
-        name: to publish it under; by default the last part of `repo_id`.
+        name: to publish it under; by default the last part of `repo_id`, or what the lock file says.
         revision: branch, tag or commit; by default the head of main.
         offline: ask nobody; find the version that was pulled from there (and from `revision`) before, and check it.
         verifier: a key or an identity; without its signature over exactly these files nothing is published here.
@@ -85,6 +90,7 @@ def pull(
         InvalidDescriptionError: the manifest cannot be read.
         PinError: the lock file pins another revision or manifest.
         NotFoundError: `offline`, and it is not here.
+        HubConflictError: `name` was left out, and the versions of that name here are another repository's.
         HubAuthError, HubNotFoundError, HubUnavailableError: as the server answered.
     """
     if verifier:
@@ -107,6 +113,8 @@ def pull(
             "Run the same command once with the network."
         )
     if result is None:
+        if not asked_name and not pin:
+            _check_owner(registry, name, repo_id)
         pulling = _Pulling(registry, repo_id, name, revision, pin, verifier, progress)
 
         def attempt() -> PullResult:
@@ -118,6 +126,16 @@ def pull(
         new = Pin(result.version.name, result.revision, result.commit, result.manifest_sha256)
         write_pin(lock_file, repo_id, new)
     return result
+
+
+def _check_owner(registry: Registry, name: str, repo_id: str) -> None:
+    """Two owners may have repositories of one last name: nobody's version is to follow on another's unasked."""
+    places = repositories_of(registry, name)
+    if places and repo_id not in places:
+        raise HubConflictError(
+            f"The versions of {name} here are those of {', '.join(sorted(places)[:3])}, and {repo_id} would become the "
+            f"next. Nothing was fetched. Choose another name with --name, or --name {name} if that is what you want."
+        )
 
 
 def _from_here(

@@ -16,14 +16,24 @@ KIND = "publication"
 def record_publication(
     registry: Registry, digest: str, manifest: bytes, *, repo_id: str, revision: str, commit: str
 ) -> Artifact:
-    """Note that `revision` of the repository named `commit` when it was last asked, and which version is there."""
-    metadata = {"repo_id": repo_id, "revision": revision, "commit": commit}
+    """Note that `revision` of the repository named `commit` when it was last asked, and which version is there.
+
+    Look-ups of one repository are counted, for the last answer is the one that holds; the same answer again is not
+    noted again.
+    """
     with registry.adding():
         entry = FileEntry.of_bytes(manifest)
         registry.store.receive(io.BytesIO(manifest), entry, MANIFEST)
-        artifact = Artifact.create(KIND, {MANIFEST: entry}, [digest], metadata)
-        registry.record(artifact)
-    return artifact
+
+        def found_by(look_up: int) -> Artifact:
+            metadata = {"repo_id": repo_id, "revision": revision, "commit": commit, "look_up": look_up}
+            return Artifact.create(KIND, {MANIFEST: entry}, [digest], metadata)
+
+        last = max(_of_repository(registry, repo_id), key=_look_up, default=None)
+        if last is None or last != found_by(_look_up(last)):
+            last = found_by(_look_up(last) + 1 if last else 1)
+        registry.record(last)
+    return last
 
 
 def publications(registry: Registry, digest: str) -> list[Artifact]:
@@ -34,15 +44,36 @@ def publications(registry: Registry, digest: str) -> list[Artifact]:
 def find_publication(
     registry: Registry, repo_id: str, *, revision: str | None = None, commit: str | None = None
 ) -> tuple[Version, Artifact] | None:
-    """The newest version here that was pushed to or pulled from there, and the record of it."""
-    asked = {"repo_id": repo_id} | ({"revision": revision} if revision else {}) | ({"commit": commit} if commit else {})
-    for version in sorted(registry.versions(), key=lambda version: (version.created_at, version.number), reverse=True):
-        for record in publications(registry, version.digest):
-            if all(record.metadata.get(key) == value for key, value in asked.items()):
-                return version, record
-    return None
+    """What the last look-up there found, of those that are a version here, and the record of it."""
+    asked = ({"revision": revision} if revision else {}) | ({"commit": commit} if commit else {})
+    versions: dict[str, list[Version]] = {}
+    for version in registry.versions():
+        versions.setdefault(version.digest, []).append(version)
+    found = [
+        (version, record)
+        for record in _of_repository(registry, repo_id)
+        if all(record.metadata.get(key) == value for key, value in asked.items())
+        for version in versions.get(record.parents[0], ())
+    ]
+    return max(found, key=lambda pair: (_look_up(pair[1]), pair[0].created_at, pair[0].number), default=None)
+
+
+def repositories_of(registry: Registry, name: str) -> set[str]:
+    """Where versions of that name were pushed to or pulled from."""
+    digests = {version.digest for version in registry.versions() if version.name == name}
+    records = (record for record in registry.of_kind(KIND) if record.parents[0] in digests)
+    return {str(record.metadata.get("repo_id")) for record in records}
 
 
 def manifest_entry(record: Artifact) -> FileEntry:
     """Hash and size of the manifest that lay there."""
     return record.files[MANIFEST]
+
+
+def _of_repository(registry: Registry, repo_id: str) -> list[Artifact]:
+    return [record for record in registry.of_kind(KIND) if record.metadata.get("repo_id") == repo_id]
+
+
+def _look_up(record: Artifact) -> int:
+    """Its number; 0 in a record from before they were counted."""
+    return record.metadata.get("look_up", 0)

@@ -8,16 +8,20 @@ import pytest
 
 from registry import (
     HubAuthError,
+    HubConflictError,
     IntegrityError,
     NotFoundError,
     PinError,
     Registry,
+    pull,
+    push,
 )
 from registry.artifact import FileEntry
 from registry.publication import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from hub_server import WRITE_TOKEN
 from hub_steps import REPO, fetch, fetch_whole, send
 
 
@@ -31,6 +35,43 @@ def test_offline_finds_what_was_pulled_and_asks_nobody(registry, version, hub, o
     assert hub.requests == []
     with pytest.raises(NotFoundError, match="--offline"):
         fetch(other, hub, revision="v2", offline=True)
+
+
+def test_offline_gives_the_last_answer_also_where_main_went_back(registry, version, hub, other, make_folder):
+    first = send(registry, hub)
+    newer = registry.publish("tiny", registry.add_artifact("checkpoint", make_folder({"config.json": b"newer"})))
+    send(registry, hub)
+    assert fetch(other, hub).digest == newer.digest
+    assert fetch(other, hub, revision="v1").digest == version.digest
+    assert fetch(other, hub).digest == newer.digest
+    num_records = len(other.of_kind("publication"))
+    assert fetch(other, hub).digest == newer.digest
+    assert len(other.of_kind("publication")) == num_records, "the same answer is noted once"
+    hub.repos[REPO].branches["main"] = first.commit
+    assert fetch(other, hub).digest == version.digest
+    assert Registry.examine(other.root, repair=True) == []
+    for revision in (None, "main", "v1"):
+        assert fetch(Registry(other.root), hub, revision=revision, offline=True).digest == version.digest
+    assert fetch(other, hub, revision="v2", name="two").digest == newer.digest
+    assert fetch(other, hub, offline=True).digest == newer.digest
+
+
+def test_another_owners_repository_of_the_same_name_is_refused_unless_asked_for(
+    registry, version, hub, other, make_folder, tmp_path
+):
+    send(registry, hub)
+    strange = Registry(tmp_path / "strange")
+    theirs = strange.publish("tiny", strange.add_artifact("checkpoint", make_folder({"config.json": b"theirs"})))
+    settings = {"endpoint": hub.endpoint, "token": WRITE_TOKEN}
+    push(strange, "tiny", "alices-company/tiny-3bpw", **settings)
+    mine = fetch(other, hub)
+    with pytest.raises(HubConflictError, match=r"of alice/tiny-3bpw, and alices-c.* --name tiny-3bpw if"):
+        pull("alices-company/tiny-3bpw", other, **settings)
+    assert other.versions() == [mine]
+    assert pull("alices-company/tiny-3bpw", other, name="theirs", **settings).version.digest == theirs.digest
+    assert str(pull("alices-company/tiny-3bpw", other, name="tiny-3bpw", **settings).version) == "tiny-3bpw:2"
+    assert pull("alices-company/tiny-3bpw", other, **settings).version.digest == theirs.digest, "it was asked for once"
+    assert fetch(other, hub) == mine
 
 
 def test_offline_checks_every_file(registry, version, checkpoint, hub, other):
