@@ -18,7 +18,7 @@ from registry.artifact import Artifact
 from registry.blobs_examined import damaged_blobs
 from registry.database import sqlite_path
 from registry.derived import disagreements
-from registry.errors import IndexLostError, InvalidDescriptionError, RegistryError
+from registry.errors import IndexLostError, InvalidDescriptionError, NotFoundError, RegistryError
 from registry.finding import REPAIR, Finding
 from registry.index import Index
 from registry.ledger import Ledger
@@ -36,8 +36,13 @@ def examine(root: Path, *, repair: bool, progress: Progress = SILENT) -> list[Fi
     """All damages of the registry in `root`; every blob is read.
 
     Raises:
+        NotFoundError: there is no such folder.
         RegistryError: the disk or the database refuses for another reason than damage.
     """
+    if not root.exists():
+        raise NotFoundError(
+            f"There is no registry in {root}: nothing was made there yet, or BITSMITH_HOME names the wrong place."
+        )
     if repair and not is_writable(root):
         raise RegistryError(
             f"{root} is read-only for you, so that nothing there can be mended. Run `bitsmith registry doctor` without "

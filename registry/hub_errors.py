@@ -6,6 +6,8 @@ The original is not chained: it carries the request, and the request carries the
 import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from registry.errors import (
@@ -53,7 +55,7 @@ def _translated(error: Exception, repo_id: str, right: str, token: str | None, f
     for cause in _causes(error):
         if isinstance(cause, hf.HfHubHTTPError):
             said = _blotted(cause.server_message or str(cause), token)
-            return _refused(cause, cause.response.status_code, said, repo_id, right)
+            return _refused(cause, cause.response.status_code, said, repo_id, right, has_token=token is not None)
     text = _blotted(str(error), token)
     if isinstance(error, hf.LocalTokenNotFoundError):
         return HubAuthError(f"No token was found to {right} {repo_id}. {_log_in(repo_id, right)}")
@@ -72,19 +74,21 @@ def _translated(error: Exception, repo_id: str, right: str, token: str | None, f
     return HubError(f"The Hub's client refused to {right} {repo_id}: {text}. Mend what it names and try again.")
 
 
-def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str) -> HubError:
+def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str, *, has_token: bool) -> HubError:
     """The error for an answer with an HTTP status that is no success."""
     from huggingface_hub import errors as hf
 
     if isinstance(cause, hf.GatedRepoError):
         return HubAuthError(f"{repo_id} is gated ({said}). Accept its terms on its page. {_log_in(repo_id, right)}")
     if isinstance(cause, hf.RepositoryNotFoundError):
+        unseen = "your token may not see it" if has_token else "it is private, and no token was given"
         return HubNotFoundError(
-            f"{repo_id} does not exist, or your token may not see it ({said}). Check the spelling. "
-            f"{_log_in(repo_id, right)}"
+            f"{repo_id} does not exist, or {unseen} ({said}). Check the spelling. {_log_in(repo_id, right)}"
         )
     if isinstance(cause, hf.RevisionNotFoundError):
         return HubNotFoundError(f"{repo_id} has no such revision ({said}). Its page lists branches and tags.")
+    if status == 401 and not has_token:
+        return HubAuthError(f"No token was given, and {repo_id} wants one (401: {said}). {_log_in(repo_id, right)}")
     if status == 401:
         return HubAuthError(f"The Hub does not know the token (401: {said}). {_log_in(repo_id, right)}")
     if status == 403:
@@ -116,7 +120,18 @@ def _retry_after_seconds(cause: Exception) -> float | None:
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
     asked = headers.get("Retry-After", "")
-    return float(asked) if asked.isdecimal() else None
+    if asked.isdecimal():
+        return float(asked)
+    then, now = _moment(asked), _moment(headers.get("Date", "")) or datetime.now(UTC)
+    return max((then - now).total_seconds(), 0.0) if then else None
+
+
+def _moment(text: str) -> datetime | None:
+    """A date as HTTP writes it; None for anything else."""
+    try:
+        return parsedate_to_datetime(text).replace(tzinfo=UTC)  # always GMT
+    except ValueError:
+        return None
 
 
 def _log_in(repo_id: str, right: str) -> str:

@@ -6,11 +6,12 @@
     bitsmith-manifest.json     descriptions of version, report and all that they were made from; the hash of the card
     model.sig                  a signature over all of these, if there is one (signing.py)
 
-Weights are safetensors and everything else is text or pictures: what a loader could execute is neither published nor
-fetched.
+Weights are safetensors and everything else is text or pictures, by a list of allowed names: what a loader could
+execute is neither published nor fetched.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +33,13 @@ SIGNATURE = "model.sig"
 REPORT_FOLDER = "report"
 MOST_MANIFEST_BYTES = 8 << 20
 
-_PICKLES = {".bin", ".ckpt", ".dill", ".h5", ".joblib", ".keras", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth"}
-_PROGRAMS = {".bat", ".cmd", ".dll", ".dylib", ".exe", ".ipynb", ".ps1", ".py", ".pyc", ".pyd", ".pyz", ".sh", ".so"}
+# what a checkpoint and its report hold; a suffix that is not here may be anything, such as a pickle or a program
+_WEIGHTS = {".safetensors", ".sig"}
+_TEXTS = {".bpe", ".csv", ".html", ".jinja", ".json", ".jsonl", ".md", ".model", ".rst", ".tiktoken", ".toml", ".tsv"}
+_TEXTS |= {".txt", ".vocab", ".yaml", ".yml"}
+_PICTURES = {".jpeg", ".jpg", ".pdf", ".png", ".svg", ".webp"}
+_PLAIN_NAMES = ("authors", "citation", "copying", "licence", "license", "notice", "readme", "use_policy", "version")
+_NUMBER = re.compile(r"\.v?\d+")  # of LICENSE-2.0, tokenizer.model.v3
 
 
 @dataclass(frozen=True)
@@ -184,20 +190,27 @@ class Publication:
 
 
 def refuse_executables(paths: Iterable[str]) -> None:
-    """Raises UnsafeFileError for the first that a loader, or git, could execute."""
+    """Raises UnsafeFileError for the first that git reads, or that by its name a loader might execute."""
     for path in paths:
         if any(part.casefold().startswith(".git") for part in path.split("/")):
             raise UnsafeFileError(
                 f"The version has a file {path[:80]!r}: git reads it, and signatures leave it out. Nothing was sent or "
                 "fetched. Make the version without that file."
             )
-        suffix = PurePosixPath(path).suffix.lower()
-        if suffix in _PICKLES | _PROGRAMS:
-            what = "a pickle, which runs code when it is loaded" if suffix in _PICKLES else "a program"
+        if not _is_harmless(PurePosixPath(path.casefold())):
             raise UnsafeFileError(
-                f"The version has a file {path[:80]!r}: by its name {what}. Versions hold safetensors, text and "
-                "pictures; nothing was sent or fetched. Make it without that file."
+                f"The version has a file {path[:80]!r}: by its name neither safetensors nor text nor a picture, so "
+                "that loading it might run code, as a pickle does. Nothing was sent or fetched. Make the version "
+                "without that file."
             )
+
+
+def _is_harmless(path: PurePosixPath) -> bool:
+    if _NUMBER.fullmatch(path.suffix):
+        return _is_harmless(path.with_suffix(""))
+    if not path.suffix:
+        return path.name.startswith(_PLAIN_NAMES)
+    return path.suffix in _WEIGHTS | _TEXTS | _PICTURES
 
 
 def _plain(artifact: Artifact) -> dict[str, Any]:

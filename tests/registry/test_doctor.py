@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 
-from registry import Artifact, IndexLostError, Registry, RegistryError
+from registry import Artifact, IndexLostError, NotFoundError, Registry, RegistryError
 from registry.doctor import Finding
 from registry.settings import RegistrySettings
 from tests.postgresql import copy_of
@@ -317,3 +317,10 @@ def test_tables_that_follow_from_others_are_compared_and_written_again(damage: s
     assert facts(full) == before
     assert Registry(full.root).has_step("statistics", [], {"seed": 0}) == made
     assert full.collect_garbage(grace_seconds=0).artifacts == ()
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_registry_that_is_not_there_is_not_made(repair: bool, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="There is no registry in"):
+        Registry.examine(tmp_path / "nowhere", repair=repair)
+    assert not (tmp_path / "nowhere").exists()

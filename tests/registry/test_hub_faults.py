@@ -4,12 +4,15 @@ import random
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
 
 from registry import (
     Artifact,
+    HubAuthError,
     HubConflictError,
     HubError,
     HubRaceError,
@@ -182,6 +185,24 @@ def test_the_wait_that_the_server_asks_for_is_kept(
     send(local, hub, patience=patient)
     assert 17 <= waits[0] <= 26
     assert 41 <= waits[1] <= 62
+
+
+def test_the_moment_that_the_server_names_is_waited_for(
+    local: Registry, hub: HubServer, patient: Patience, waits: list[float]
+) -> None:
+    moment = format_datetime(datetime.now(UTC) + timedelta(seconds=50), usegmt=True)
+    hub.passing_faults = [Fault("/commit/", 503, {"Retry-After": asked}) for asked in (moment, "soon")]
+    send(local, hub, patience=patient)
+    assert 20 <= waits[0] <= 75
+    assert 2 <= waits[1] <= 3
+
+
+def test_who_gave_no_token_is_told_so(local: Registry, hub: HubServer) -> None:
+    hub.faults["/revision/"] = 401
+    with pytest.raises(HubAuthError, match="No token was given, and alice/tiny-3bpw wants one"):
+        fetch(local, hub, token=None)
+    with pytest.raises(HubAuthError, match="does not know the token"):
+        fetch(local, hub)
 
 
 def test_a_wait_of_an_hour_is_left_to_the_user(

@@ -195,7 +195,11 @@ def test_a_changed_card_is_found(registry, version, hub, other):
 
 
 @pytest.mark.parametrize(
-    "path", ["pytorch_model.bin", "model.pkl", "a/b.PT", "x.ckpt", "modeling_evil.py", "run.sh", "lib.so", "n.npy"]
+    "path",
+    [
+        *("pytorch_model.bin", "model.pkl", "a/b.PT", "x.ckpt", "modeling_evil.py", "run.sh", "lib.so", "n.npy"),
+        *("weights", "model.onnx", "model.nemo", "LICENSE.pkl", "lib.so.6", "evil.py."),
+    ],
 )
 def test_what_could_be_executed_is_neither_sent_nor_fetched(registry, hub, other, make_folder, path):
     files = {"config.json": b"{}", path: b"cos\nsystem\n(S'true'\ntR."}
@@ -210,6 +214,15 @@ def test_what_could_be_executed_is_neither_sent_nor_fetched(registry, hub, other
         fetch(other, hub)
     assert not hub.sent(f"{path}")
     assert refuses(other)
+
+
+def test_what_model_folders_hold_is_sent_and_fetched(registry, hub, other, make_folder):
+    names = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.model.v3", "qwen.tiktoken", "vocab.bpe"]
+    names += ["merges.txt", "additional_chat_templates/tool.jinja", "LICENSE", "LICENSE-2.0", "NOTICE", "USE_POLICY.md"]
+    files = {name: name.encode() for name in names}
+    registry.publish("tiny", registry.add_artifact("checkpoint", make_folder(files)))
+    send(registry, hub)
+    assert set(other.get(fetch(other, hub).digest).files) == set(names)
 
 
 def publish_by_hand(hub: HubServer, manifest: bytes, files: dict[str, bytes]) -> None:
