@@ -14,8 +14,9 @@ from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.card_header import card_header
 from pipeline.command import compress_command, evaluate_command
-from pipeline.markdown import markdown_template
+from pipeline.markdown import Markdown, markdown_template
 from pipeline.origin import base_model_of, last_part, model_name, public_name, without_local_folders
+from pipeline.version import requirement
 from pipeline.version_documents import reading
 from pipeline.version_facts import VersionFacts
 
@@ -60,6 +61,7 @@ def render_card(facts: VersionFacts, repo_id: str, tag: str) -> str:
         plan=facts.plan,
         recipe=recipe,
         report=report,
+        requirement=Markdown(requirement()),
         repo_id=repo_id,
         repo_name=repo_name,
         revision=tag,

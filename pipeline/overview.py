@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pipeline.budget import human_bytes
 from pipeline.card_header import card_header
 from pipeline.eval_report import EvalReport
-from pipeline.markdown import markdown_template
+from pipeline.markdown import Markdown, markdown_template
 from pipeline.origin import base_model_of, model_name
+from pipeline.version import requirement
 from pipeline.version_facts import VersionFacts
 from registry import IntegrityError, Overview, RegistryError
 from registry.artifact import FileEntry
@@ -44,6 +45,7 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
         original_bytes=rows[-1].get("original_bytes"),
         repo_id=repo_id,
         repo_name=repo_name,
+        requirement=Markdown(requirement()),
         rows=rows,
     )
     header = card_header(largest, repo_name)

@@ -17,6 +17,7 @@ from pipeline.before_after import before_after
 from pipeline.card import MINIMUM_VERSIONS, collection_note, render_card, write_card
 from pipeline.figures import ReportFacts, figures
 from pipeline.report import write_report
+from pipeline.version import VERSION
 from pipeline.version_facts import VersionFacts
 from registry import Artifact, FileEntry, HubError, Registry, Version, push
 from tests.pipeline.report_facts import made_up_facts
@@ -244,6 +245,10 @@ def test_tools_and_windows_are_those_of_the_lineage(facts: ReportFacts) -> None:
     pulled = render_card(replace(_version(facts), lineage=()), "me/tiny", "v2")
     assert "| torch |" not in pulled
     assert f", up to {facts.recipe['num_samples']} windows of 512 tokens |" in pulled
+
+
+def test_it_is_installed_in_the_version_that_published_it(facts: ReportFacts, report: dict[str, Any]) -> None:
+    assert f"\npip install bitsmith=={VERSION} " in _card(facts, report)
 
 
 def test_the_command_names_commits(facts: ReportFacts, report: dict[str, Any]) -> None:
