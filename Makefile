@@ -51,10 +51,7 @@ show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gat
 
 # On SQLite and PostgreSQL (apt-get install postgresql); small disks in memory need root, and are left out without.
 drill-registry: $(READY) ## damages, full disks, read-only folders, kill -9 and many processes at once
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_damage
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_disk
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.hub_drill
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_drill
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.registry_drills
 
 drill-flows: $(READY) ## kill -9 of worker, Dask worker, child and server under the flows, 20 times each; hours on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.flows_drill

@@ -12,10 +12,9 @@ import json
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars
 
 import registry.opening  # noqa: F401
-from benchmarks.registry_drill import in_child
+from benchmarks.registry_drill import add_databases, databases_of, in_child
 from registry import Registry, pull, push
 from registry.publication import MANIFEST
 from registry.settings import RegistrySettings
@@ -147,25 +146,27 @@ def must_end_well(work: Callable[[], None]) -> None:
     assert os.waitpid(in_child(work), 0)[1] == 0, work.__name__
 
 
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
-    asked = parser.parse_args()
-    for database in asked.databases:
-        if database == "postgresql" and postgresql.programs() is None:
-            sys.exit(postgresql.MISSING)
+def drill_hub_on(databases: Iterable[str], num_kills: int) -> None:
+    """`drill_hub` with the registries' indexes in each of the databases."""
+    for database in databases:
         with (
             postgresql.server() if database == "postgresql" else nullcontext(None) as socket_folder,
             tempfile.TemporaryDirectory(prefix="bitsmith-drill-") as work,
         ):
             started = time.monotonic()
-            counts = drill_hub(Path(work), asked.kills, socket_folder=socket_folder)
+            counts = drill_hub(Path(work), num_kills, socket_folder=socket_folder)
             seconds = time.monotonic() - started
-        print(
-            f"{database}: {asked.kills} kills of push and pull in {seconds:.0f} s, {json.dumps(counts)}: 0 half there"
-        )
+        what = f"{num_kills} kills of push and pull in {seconds:.0f} s, {json.dumps(counts)}"
+        print(f"{database}: {what}: 0 half there", flush=True)
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    add_databases(parser)
+    asked = parser.parse_args()
+    drill_hub_on(databases_of(asked), asked.kills)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ Then nothing else may have changed: versions, aliases, their log, lineage, bytes
 
 import argparse
 import re
-import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.registry_damages import DAMAGES, Damage
-from benchmarks.registry_drill import new_registry
+from benchmarks.registry_drill import add_databases, databases_of, new_registry
 from registry import AliasMove, Lineage, Registry, Version
 from registry.doctor import Finding
 from tests import postgresql
@@ -98,15 +98,11 @@ def drill(registry: Registry, damage: Damage) -> Outcome:
     return Outcome(found, repaired, [finding for finding in mended if not finding.is_repaired], lost)
 
 
-def main() -> None:
-    """See the module's docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
-    asked = parser.parse_args()
-    num_damages = num_lost = 0
-    for database in asked.databases:
-        if database == "postgresql" and postgresql.programs() is None:
-            sys.exit(postgresql.MISSING)
+def drill_damages(databases: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """database -> damages, all named and mended or left with the way out, and versions that are lost for good."""
+    counts = {}
+    for database in databases:
+        num_damages = num_lost = 0
         with postgresql.server() if database == "postgresql" else nullcontext(None) as socket_folder:
             for damage in DAMAGES:
                 if damage.only_sqlite and database != "sqlite":
@@ -122,6 +118,16 @@ def main() -> None:
                     f"; found: {', '.join(finding.what for finding in outcome.found)}",
                     flush=True,
                 )
+        counts[database] = num_damages, num_lost
+    return counts
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_databases(parser)
+    counts = drill_damages(databases_of(parser.parse_args())).values()
+    num_damages, num_lost = (sum(each) for each in zip(*counts, strict=True))
     print(f"{num_damages} damages: all named, all mended or left with the way out; {num_lost} versions lost for good")
 
 

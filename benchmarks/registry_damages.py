@@ -125,8 +125,17 @@ def overwrite_pages(path: Path) -> None:
 def change_a_description(registry: Registry) -> None:
     """In the database; SQLite itself does not notice."""
     query = "UPDATE artifacts SET description = replace(description, 'weights', 'Weights') WHERE kind = 'checkpoint'"
-    with registry._index.database.writing() as connection:
-        connection.execute(text(query))
+    on_rows(query)(registry)
+
+
+def on_rows(query: str) -> Callable[[Registry], None]:
+    """Change rows that follow from others."""
+
+    def change(registry: Registry) -> None:
+        with registry._index.database.writing() as connection:
+            connection.execute(text(query))
+
+    return change
 
 
 def restore_old_index(registry: Registry) -> None:
@@ -169,6 +178,12 @@ DAMAGES = (
     Damage("the index cut in half", on_index(truncate), "is malformed", only_sqlite=True),
     Damage("the index overwritten in part", on_index(overwrite_pages), "is malformed", only_sqlite=True),
     Damage("a description changed in the index", change_a_description, "the index's row of artifact .* is damaged"),
+    Damage(
+        "an alias changed in the index", on_rows("UPDATE aliases SET version = 1"), "the index: model@production is"
+    ),
+    Damage(
+        "parents removed from the index", on_rows("DELETE FROM artifact_parents"), "the index: the parents of .* are"
+    ),
     Damage("an old index restored", restore_old_index, "the index: lacked version 2 of model"),
     Damage("a repair killed", interrupt_a_repair, "the index: was not made to its end"),
     Damage(

@@ -243,18 +243,21 @@ def main() -> None:
         print(f"disks left out: {error}")
 
 
-def drill_all() -> None:
-    """Every command on a full disk, then all of them in a read-only folder."""
+def drill_all() -> int:
+    """Every command on a full disk, then all of them in a read-only folder; how many were refused."""
+    total_refused = 0
     for prepare in COMMANDS:
         with small_disk() as disk, tempfile.TemporaryDirectory() as work:
             num_refused, num_completed = drill_full(disk, Path(work), prepare)
         name = prepare.__name__.replace("_", " ")
         print(f"disk full while {name}: {num_refused} refused, {num_completed} completed, 0 half-written", flush=True)
+        total_refused += num_refused
     with tempfile.TemporaryDirectory() as folder:
         root, work = Path(folder) / "registry", Path(folder) / "work"
         work.mkdir()
         num_read, num_refused = drill_read_only(root, work)
-    print(f"read-only folder: {num_read} ways to read work, {num_refused} to write are refused, 0 changes")
+    print(f"read-only folder: {num_read} ways to read work, {num_refused} to write are refused, 0 changes", flush=True)
+    return total_refused + num_refused
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -175,29 +175,48 @@ def new_registry(socket_folder: str | None) -> Iterator[tuple[Path, Path]]:
         yield root, work
 
 
+def add_databases(parser: argparse.ArgumentParser) -> None:
+    """The option that all drills have."""
+    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
+
+
+def databases_of(asked: argparse.Namespace) -> list[str]:
+    """Those asked for; ends the program, and says why, where one is not installed."""
+    if "postgresql" in asked.databases and postgresql.programs() is None:
+        sys.exit(postgresql.MISSING)
+    return asked.databases
+
+
+def drill_databases(databases: Iterable[str], *, num_kills: int, num_processes: int, num_each: int) -> dict[str, int]:
+    """database -> versions that were acknowledged; none of them lost."""
+    acknowledged = {}
+    for database in databases:
+        with postgresql.server() if database == "postgresql" else nullcontext(None) as socket_folder:
+            started = time.monotonic()
+            with new_registry(socket_folder) as (root, work):
+                found = drill_kills(root, work, num_kills)
+            print(f"{database}: {num_kills} kills in {time.monotonic() - started:.0f} s, {found}", flush=True)
+            started = time.monotonic()
+            with new_registry(socket_folder) as (root, work):
+                many = drill_processes(root, work, num_processes, num_each)
+            seconds = time.monotonic() - started
+            print(f"{database}: {num_processes} processes in {seconds:.0f} s, {many}", flush=True)
+        acknowledged[database] = found["acknowledged"] + many["versions"]
+    return acknowledged
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--processes", type=int, default=16)
     parser.add_argument("--versions", type=int, default=50, help="each process")
-    parser.add_argument("--databases", nargs="+", default=["sqlite", "postgresql"], choices=["sqlite", "postgresql"])
+    add_databases(parser)
     asked = parser.parse_args()
-    total = 0
-    for database in asked.databases:
-        if database == "postgresql" and postgresql.programs() is None:
-            sys.exit(postgresql.MISSING)
-        with postgresql.server() if database == "postgresql" else nullcontext(None) as socket_folder:
-            started = time.monotonic()
-            with new_registry(socket_folder) as (root, work):
-                found = drill_kills(root, work, asked.kills)
-            print(f"{database}: {asked.kills} kills in {time.monotonic() - started:.0f} s, {found}", flush=True)
-            started = time.monotonic()
-            with new_registry(socket_folder) as (root, work):
-                many = drill_processes(root, work, asked.processes, asked.versions)
-            seconds = time.monotonic() - started
-            print(f"{database}: {asked.processes} processes in {seconds:.0f} s, {many}", flush=True)
-            total += found["acknowledged"] + many["versions"]
+    acknowledged = drill_databases(
+        databases_of(asked), num_kills=asked.kills, num_processes=asked.processes, num_each=asked.versions
+    )
+    total = sum(acknowledged.values())
     print(f"{asked.kills} kills and {asked.processes} x {asked.versions} versions: {total} acknowledged, 0 lost")
 
 
