@@ -28,13 +28,13 @@ from benchmarks.flows_trial import KINDS, Trial
 from tests.models import build_llama, save_model
 
 STAGES = (
-    "collect_statistics",
-    "measure_costs",
+    "collect statistics",
+    "measure costs",
     "allocate",
     "decompose",
-    "write_checkpoint",
+    "write checkpoint",
     "evaluate",
-    "write_report",
+    "write report",
 )
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 MOST_SECONDS = 1200.0  # of a run

@@ -125,9 +125,9 @@ class Service:
         return state
 
     def tasks(self, run_id: str, state: str) -> list[str]:
-        """Names of the run's tasks that are in the state, such as "RUNNING"."""
+        """Names of the run's tasks that are in the state, such as "RUNNING", without the budget."""
         wanted = {"flow_runs": {"id": {"any_": [run_id]}}, "task_runs": {"state": {"type": {"any_": [state]}}}}
-        return [task["name"].rpartition("-")[0] for task in self.ask("task_runs/filter", wanted)]
+        return [task["name"].partition(" at ")[0] for task in self.ask("task_runs/filter", wanted)]
 
     def page(self, run_id: str) -> str:
         """What the run shows of itself when it is completed, in Markdown."""
