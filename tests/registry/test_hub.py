@@ -214,7 +214,7 @@ def test_a_manifest_that_lies_is_refused(registry, checkpoint, version, hub, oth
     elif change == "hash":
         files["config.json"]["sha256"] = "0" * 64
     elif change == "extra":
-        files["absent"] = files["config.json"]
+        files["absent.json"] = files["config.json"]
     else:
         files["../../evil"] = files.pop("config.json")
     republish(hub, described)
