@@ -179,11 +179,11 @@ DAMAGES = (
     Damage("the index overwritten in part", on_index(overwrite_pages), "is malformed", only_sqlite=True),
     Damage("a description changed in the index", change_a_description, "the index's row of artifact .* is damaged"),
     Damage(
-        "an alias changed in the index", on_rows("UPDATE aliases SET version = 1"), "the index: model@production is"
+        "an alias changed in the index",
+        on_rows("UPDATE aliases SET version = 1"),
+        "model@production: is not",
     ),
-    Damage(
-        "parents removed from the index", on_rows("DELETE FROM artifact_parents"), "the index: the parents of .* are"
-    ),
+    Damage("parents removed from the index", on_rows("DELETE FROM artifact_parents"), "the index: the parents of"),
     Damage("an old index restored", restore_old_index, "the index: lacked version 2 of model"),
     Damage("a repair killed", interrupt_a_repair, "the index: was not made to its end"),
     Damage(
