@@ -88,7 +88,7 @@ def test_report_and_figures_stand_beside_the_run(finished: Any) -> None:
     assert (out / "report" / "index.html").resolve().as_uri() in str(pages["bitsmith-tiny-report"].data)
     figures = json.loads(str(pages["bitsmith-tiny-figures"].data))
     assert {"bits per parameter of the compressed matrices", "perplexity"} <= {row["figure"] for row in figures}
-    assert {*figures[0]} == {"figure", "tiny:1"}  # there is no version before it
+    assert {*figures[0]} == {"figure", "Tiny:1"}  # there is no version before it
 
 
 def test_only_plain_json_and_no_stored_result_leaves_the_flow(finished: Any) -> None:
