@@ -31,10 +31,14 @@ def checkpoint_disk_bytes(run: "Run") -> int:
 
 def shared_disk_bytes(run: "Run") -> int:
     """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
+    from pipeline.summed_parts import PART_WINDOWS, layers_of
+
     total = 0
     if run.texts.calibration is not None:
         widths = {matrix.group: matrix.shape[1] for matrix in run.model.matrices}
         total += 3 * 4 * (run.model.num_matrix_params + sum(width**2 for width in widths.values()))
+        num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
+        total += 4 * (num_layers + 3) * width * PART_WINDOWS * run.texts.calibration.tokens.shape[1]  # layered_pass.py
     if run.texts.recovery is not None:
         settings, width = run.recovery_settings, run.model.config.get_text_config().hidden_size
         bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py

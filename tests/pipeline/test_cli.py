@@ -203,7 +203,7 @@ def test_ctrl_c_in_the_terminal(tiny_model_dir: Path, tmp_path: Path) -> None:
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     steps = tmp_path / "home" / "registry" / "steps"
     deadline = time.monotonic() + 120
-    while not list(steps.glob("*/sums-*")) and time.monotonic() < deadline:
+    while not list(steps.glob("*/part-*")) and time.monotonic() < deadline:
         time.sleep(0.1)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=60)
