@@ -155,9 +155,8 @@ class _Sender:
             self._pipe.send((kind, content))
 
     def send_error(self, error: Exception) -> None:
-        network_failure = (
-            repr(error.__cause__ or error) if is_network_failure(error) else None
-        )  # pickle drops the cause
+        cause = repr(error.__cause__ or error)  # which pickle would drop
+        network_failure = cause if is_network_failure(error) else None
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # some want more than their message to be made anew

@@ -205,7 +205,7 @@ class LayeredNetwork:
         read: dict[str, nn.Parameter] = {}
         for name, _ in self.network.named_parameters(remove_duplicate=False):
             if not name.startswith(prefixes):
-                source = name if name in self._model.tensors else self._model.ties.get(name, name)
+                source = self._source(name)
                 if source not in read:
                     read[source] = self._read(source)
                 _assign(self.network, name, read[source])
@@ -216,8 +216,12 @@ class LayeredNetwork:
             for name, buffer in buffered.named_buffers(recurse=False):
                 buffered._buffers[name] = buffer.to(self.device)
 
+    def _source(self, name: str) -> str:
+        """The stored tensor of a parameter, which may be tied to another one's."""
+        return name if name in self._model.tensors else self._model.ties[name]
+
     def _read(self, name: str) -> nn.Parameter:
-        stored = self._model.tensor(name)
+        stored = self._model.tensor(self._source(name))
         dtype = torch.float32 if stored.is_floating_point() else stored.dtype
         # a copy, for a tensor in a mapped file lies at any address, on which the last bits of products depend
         return nn.Parameter(stored.to(self.device, dtype, copy=True), requires_grad=False)
