@@ -83,8 +83,9 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
     made: dict[str, Blob] = {}
     with tempfile.TemporaryDirectory(dir=_scratch(), prefix="part-") as folder:
         tokens = torch.tensor(batch["tokens"], device=batch["device"])
-        for index in collect_part(network, model, tokens, batch["first"], sums, Path(folder), seed=batch["seed"]):
-            say(f"statistics, layer {index}")
+        say("statistics")
+        for _ in collect_part(network, model, tokens, batch["first"], sums, Path(folder), seed=batch["seed"]):
+            pass
         for layer in layers_of(model):
             path = Path(folder) / layer_file(layer)
             made[path.name] = to_blob(store.add(path))

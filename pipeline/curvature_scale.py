@@ -14,8 +14,8 @@ is set against what the factors expect of the same probes, tr(H_O E H_I E^T). Th
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from itertools import chain
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from pipeline.atomic import write_json
 from pipeline.degraded import say_if_degraded
 from pipeline.layered import Network
-from pipeline.layered_pass import backward, forward
+from pipeline.layered_pass import there_and_back
 from pipeline.model import Matrix, Model
 from pipeline.progress import Progress
+from pipeline.tail import tail_of
 from quantizers import LayerStatistics, TrellisCoded
 from quantizers.hadamard import unrotate
 
@@ -57,12 +58,20 @@ def measure_scales(
     folder.mkdir(exist_ok=True)
     numbers = {matrix.name: number for number, matrix in enumerate(model.matrices)}
 
-    def at_block(index: int, run: Callable[[], Iterator[int]]) -> None:
-        matrices = [matrix for matrix in model.matrices if matrix.layer in network.layers(index)]
+    @contextmanager
+    def at_blocks(blocks: range) -> Iterator[Callable[[], None]]:
+        layers = {layer for block in blocks for layer in network.layers(block)}
+        matrices = [matrix for matrix in model.matrices if matrix.layer in layers]
         responses = {matrix.name: torch.zeros(NUM_PROBES, dtype=torch.float64) for matrix in matrices}
         responses = {name: response.to(network.device) for name, response in responses.items()}
         squares = dict.fromkeys(responses, 0.0)
         expected = {}
+
+        def window_is_done() -> None:
+            for name, response in responses.items():
+                squares[name] += float(response.square().sum())
+                response.zero_()
+
         with ExitStack() as stack:
             for matrix in matrices:
                 learnt = statistics_of(matrix).to(str(network.device))
@@ -74,27 +83,27 @@ def measure_scales(
                 expected[matrix.name] = float(by_rows @ (learnt.input_curvature.double() @ into * into).sum(dim=0))
                 hook = _probing(out, into, responses[matrix.name])
                 stack.callback(network.network.get_submodule(matrix.module).register_forward_hook(hook).remove)
-            for _ in run():
-                for name, response in responses.items():
-                    squares[name] += float(response.square().sum())
-                    response.zero_()
+            yield window_is_done
         scales = {
             name: square / (2 * tokens.numel()) / expected[name] if expected[name] > 0 else 1.0
             for name, square in squares.items()
         }
-        write_json(folder / f"scales-{index:03d}.json", scales)
+        write_json(folder / f"scales-{blocks.start:03d}.json", scales)
 
-    there_and_back = chain(
-        forward(network, tokens, folder, first=first),
-        backward(network, tokens, folder, at_block, first=first, label_seed=seed),
-    )
-    for _ in progress.track(there_and_back, "Scale of the curvature", total=2 * network.num_blocks):
+    tail = tail_of(network, tokens, partial(_probe_bytes, network, model))
+    passes = there_and_back(network, tokens, folder, at_blocks, tail=tail, first=first, label_seed=seed)
+    for _ in progress.track(passes, "Scale of the curvature", total=2 * network.num_blocks * len(tokens)):
         pass
     found: dict[str, float] = {}
     for path in sorted(folder.glob("scales-*.json")):
         found |= json.loads(path.read_text())
     shutil.rmtree(folder)
     return {name: min(max(scale, LEAST), MOST) for name, scale in found.items()}
+
+
+def _probe_bytes(network: Network, model: Model, block: int) -> int:
+    layers = network.layers(block)
+    return sum(8 * NUM_PROBES * sum(matrix.shape) for matrix in model.matrices if matrix.layer in layers)
 
 
 def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:

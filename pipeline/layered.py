@@ -63,6 +63,10 @@ class Network(Protocol):
         """Numbers of the model's layers (pipeline.model.Matrix.layer) in block `index`."""
         ...
 
+    def weight_bytes(self, index: int) -> int:
+        """Memory that the weights of block `index` take inside of `block`, and not outside."""
+        ...
+
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first block reads, [windows, seq_len, width], of `tokens` [windows, seq_len]."""
         ...
@@ -132,6 +136,10 @@ class LayeredNetwork:
     def layers(self, index: int) -> range:
         """Numbers of the model's layers (pipeline.model.Matrix.layer) in block `index`."""
         return range(index, index + 1)
+
+    def weight_bytes(self, index: int) -> int:
+        """Memory that the weights of block `index` take inside of `block`, and not outside."""
+        return 0 if self.is_whole else sum(each.nbytes for each in self._blocks[index].parameters())
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first block reads, [windows, seq_len, width], of `tokens` [windows, seq_len]."""
@@ -245,6 +253,10 @@ class WholeNetwork:
     def layers(self, index: int) -> range:
         """See Network."""
         return range(self._num_layers)
+
+    def weight_bytes(self, index: int) -> int:
+        """See Network."""
+        return 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See Network."""

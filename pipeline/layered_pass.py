@@ -6,11 +6,14 @@ With the weights of one block in memory (layered.py), what passes between blocks
     folder/gradient-003.safetensors    the gradient of each window's loss with respect to that
 
 A file that is there is not made again, so a kill costs one block. On the way back each block's forward pass is done a
-second time, which is the price of not keeping what it computes inside.
+second time, which is the price of not keeping what it computes inside; but for the tail (tail.py), as many of the last
+blocks as memory holds at once.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -21,15 +24,14 @@ from pipeline.atomic import replace_file
 from pipeline.errors import NonFiniteError
 from pipeline.layered import Network
 
-# What is done with a block: called with its number and a function that passes the windows through it, one by one,
-# and yields the number of each when it is through.
-AtBlock = Callable[[int, Callable[[], Iterator[int]]], None]
+# Entered around the windows that pass these blocks; what it gives is called after each of them.
+AtBlocks = Callable[[range], AbstractContextManager[Callable[[], None]]]
 
 
 def forward(
-    network: Network, tokens: Tensor, folder: Path, at_block: AtBlock | None = None, *, first: int
-) -> Iterator[int]:
-    """Pass `tokens` [windows, seq_len] forward; yields each block's number when it is done.
+    network: Network, tokens: Tensor, folder: Path, at_blocks: AtBlocks | None = None, *, first: int, stop: int
+) -> Iterator[None]:
+    """Pass `tokens` [windows, seq_len] forward through the blocks before `stop`; yields for each block and window.
 
     Args:
         first: number of the first window, for errors.
@@ -39,73 +41,101 @@ def forward(
     embedded = folder / hidden_file(0)
     if not embedded.exists():
         _write(embedded, [network.embed(window[None]) for window in tokens])
-    for index in range(network.num_blocks):
+    for index in range(stop):
         target = folder / hidden_file(index + 1)
-        if not target.exists():
-            hidden = _read(folder / hidden_file(index), network)
-            passed: list[Tensor] = []
-
-            def run(index: int = index, hidden: list[Tensor] = hidden, passed: list[Tensor] = passed) -> Iterator[int]:
-                for number, window in enumerate(tokens):
-                    with torch.no_grad():
-                        output = network.through(index, window[None], hidden[number])
-                    _check_finite(output, network.name(index), first + number)
-                    passed.append(output)
-                    yield number
-
-            with network.block(index):
-                (at_block or _only_run)(index, run)
-            _write(target, passed)
-        yield index
+        if target.exists():
+            yield from repeat(None, len(tokens))
+            continue
+        hidden = _read(folder / hidden_file(index), network)
+        passed: list[Tensor] = []
+        with network.block(index), (at_blocks or _nothing)(range(index, index + 1)) as window_is_done:
+            for number, window in enumerate(tokens):
+                with torch.no_grad():
+                    output = network.through(index, window[None], hidden[number])
+                _check_finite(output, network.name(index), first + number)
+                passed.append(output)
+                window_is_done()
+                yield
+        _write(target, passed)
 
 
-def backward(
+def there_and_back(
     network: Network,
     tokens: Tensor,
     folder: Path,
-    at_block: AtBlock,
+    at_blocks: AtBlocks,
     *,
+    tail: range,
     first: int,
     label_seed: int | None,
-) -> Iterator[int]:
-    """The gradients of each window's summed loss, after `forward`; yields each block's number when it is done.
+) -> Iterator[None]:
+    """Pass `tokens` [windows, seq_len] forward, and the gradients of each window's summed loss back.
 
     Args:
+        at_blocks: where gradients pass.
+        tail: the last blocks, which do both at once (tail.py); all others are passed one by one.
         first: number of the first window, for the labels and for errors.
         label_seed: labels are drawn from the model, window w with `label_seed` + w; None takes the text's own.
+    Yields:
+        Twice for each block and window.
     Raises:
-        NonFiniteError: a loss is NaN or infinite.
+        NonFiniteError: a block gives a NaN or an infinity, or a loss is NaN or infinite.
     """
-    last = folder / gradient_file(network.num_blocks)
-    if not any(folder.glob("gradient-*.safetensors")):
-        hidden = _read(folder / hidden_file(network.num_blocks), network)
-        _write(
-            last,
-            [
-                _loss_gradient(network, window, hidden[number], first + number, label_seed)
-                for number, window in enumerate(tokens)
-            ],
-        )
-    for index in reversed(range(network.num_blocks)):
-        target, above = folder / gradient_file(index), folder / gradient_file(index + 1)
-        if not target.exists() and above.exists():
-            gradients: list[Tensor] = []
 
-            def run(index: int = index, above: Path = above, gradients: list[Tensor] = gradients) -> Iterator[int]:
-                hidden, behind = _read(folder / hidden_file(index), network), _read(above, network)
-                for number, window in enumerate(tokens):
-                    here = hidden[number].requires_grad_(True)
-                    with torch.enable_grad():
-                        network.through(index, window[None], here).backward(behind[number])
-                    assert here.grad is not None
-                    gradients.append(here.grad)
-                    yield number
+    def back_from_loss(number: int, output: Tensor) -> None:
+        _loss(network, tokens[number], output, first + number, label_seed).backward()
 
-            with network.block(index):
-                at_block(index, run)
-            _write(target, gradients)
-            above.unlink()
-        yield index
+    if any(folder.glob("gradient-*.safetensors")):
+        yield from repeat(None, (tail.start + 2 * len(tail)) * len(tokens))
+    else:
+        yield from forward(network, tokens, folder, first=first, stop=tail.start)
+        for _ in _back_through(tail, network, tokens, folder, at_blocks, back_from_loss):
+            yield from repeat(None, 2 * len(tail))
+    for index in reversed(range(tail.start)):
+        above = folder / gradient_file(index + 1)
+        if (folder / gradient_file(index)).exists() or not above.exists():
+            yield from repeat(None, len(tokens))
+            continue
+        behind = _read(above, network)
+
+        def back_from_gradient(number: int, output: Tensor, behind: list[Tensor] = behind) -> None:
+            output.backward(behind[number])
+
+        yield from _back_through(range(index, index + 1), network, tokens, folder, at_blocks, back_from_gradient)
+        above.unlink()
+
+
+def _back_through(
+    blocks: range,
+    network: Network,
+    tokens: Tensor,
+    folder: Path,
+    at_blocks: AtBlocks,
+    back: Callable[[int, Tensor], None],
+) -> Iterator[None]:
+    """Write the gradient file of the first of `blocks`; yields for each window.
+
+    Args:
+        back: called with a window's number and the last block's output, whose gradient it has flow back.
+    """
+    hidden = _read(folder / hidden_file(blocks.start), network)
+    gradients: list[Tensor] = []
+    with ExitStack() as stack:
+        for index in blocks:
+            stack.enter_context(network.block(index))
+        window_is_done = stack.enter_context(at_blocks(blocks))
+        for number, window in enumerate(tokens):
+            here = output = hidden[number].requires_grad_(True)
+            with torch.enable_grad():
+                for index in blocks:
+                    output = network.through(index, window[None], output)
+                back(number, output)
+            del output
+            assert here.grad is not None
+            gradients.append(here.grad)
+            window_is_done()
+            yield
+    _write(folder / gradient_file(blocks.start), gradients)
 
 
 def hidden_file(index: int) -> str:
@@ -126,20 +156,16 @@ def drawn_labels(logits: Tensor, seed: int) -> Tensor:
     return torch.searchsorted(cumulative, points * cumulative[:, -1:])[:, 0].clamp_max(logits.shape[1] - 1)
 
 
-def _loss_gradient(network: Network, window: Tensor, hidden: Tensor, index: int, label_seed: int | None) -> Tensor:
-    here = hidden.requires_grad_(True)
-    with torch.enable_grad():
-        logits = network.head(window[None], here)[0, :-1].float()
-        labels = window[1:] if label_seed is None else drawn_labels(logits.detach(), label_seed + index)
-        loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+def _loss(network: Network, window: Tensor, hidden: Tensor, index: int, label_seed: int | None) -> Tensor:
+    logits = network.head(window[None], hidden)[0, :-1].float()
+    labels = window[1:] if label_seed is None else drawn_labels(logits.detach(), label_seed + index)
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     if not math.isfinite(loss.item()):
         raise NonFiniteError(
             f"The loss of calibration window {index} is {loss.item()}. The model overflows or its weights "
             "are damaged; check the model with its own text first."
         )
-    loss.backward()
-    assert here.grad is not None
-    return here.grad
+    return loss
 
 
 def _check_finite(output: Tensor, block: str, window: int) -> None:
@@ -150,9 +176,9 @@ def _check_finite(output: Tensor, block: str, window: int) -> None:
         )
 
 
-def _only_run(index: int, run: Callable[[], Iterator[int]]) -> None:
-    for _ in run():
-        pass
+@contextmanager
+def _nothing(blocks: range) -> Iterator[Callable[[], None]]:
+    yield lambda: None
 
 
 def _read(path: Path, network: Network) -> list[Tensor]:

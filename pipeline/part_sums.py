@@ -1,4 +1,4 @@
-"""The sums of curvature_sums.py over a part of the windows, with the weights and the sums of one block in memory.
+"""The sums of curvature_sums.py over a part of the windows, with as few blocks in memory as there is room for.
 
 A hook on each layer's output sees the layer's input x [tokens, in] and, on the way back, the output's gradient g
 [tokens, out]. No weight takes a gradient itself.
@@ -18,58 +18,69 @@ from torch import Tensor, nn
 from pipeline.curvature_sums import Sums
 from pipeline.errors import NonFiniteError
 from pipeline.layered import Network
-from pipeline.layered_pass import backward, forward
+from pipeline.layered_pass import forward, there_and_back
 from pipeline.model import Matrix, Model
 from pipeline.summed_parts import layer_file, owner_of, write_layer
+from pipeline.tail import tail_of
 
 
 def collect_part(
     network: Network, model: Model, tokens: Tensor, first: int, kind: Sums, folder: Path, *, seed: int
-) -> Iterator[int]:
+) -> Iterator[None]:
     """Leave the sums over `tokens` [windows, seq_len] in `folder`; goes on from what an earlier call left there.
 
     Args:
         first: number of the first window.
         seed: of the labels, where the metric draws them.
     Yields:
-        The number of each block when it is done: all of them once, or twice where the metric needs gradients.
+        For each block and window, once or twice: `num_steps` times.
     Raises:
         NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and the window.
     """
-    at_block = partial(_collect, network, model, kind, folder, first, len(tokens))
+    at_blocks = partial(_collecting, network, model, kind, folder, first, len(tokens))
     if kind.of_input_alone:
-        yield from forward(network, tokens, folder, at_block, first=first)
-        return
-    yield from forward(network, tokens, folder, first=first)
+        return forward(network, tokens, folder, at_blocks, first=first, stop=network.num_blocks)
+    tail = tail_of(network, tokens, partial(_sum_bytes, network, model, kind))
     label_seed = seed if kind.labels_are_drawn else None
-    yield from backward(network, tokens, folder, at_block, first=first, label_seed=label_seed)
+    return there_and_back(network, tokens, folder, at_blocks, tail=tail, first=first, label_seed=label_seed)
 
 
-def num_passes(network: Network, kind: Sums) -> int:
-    """How many blocks `collect_part` yields."""
-    return network.num_blocks * (1 if kind.of_input_alone else 2)
+def num_steps(network: Network, kind: Sums, num_windows: int) -> int:
+    """How often `collect_part` yields, all parts together."""
+    return num_windows * network.num_blocks * (1 if kind.of_input_alone else 2)
 
 
-def _collect(
-    network: Network,
-    model: Model,
-    kind: Sums,
-    folder: Path,
-    first: int,
-    num_windows: int,
-    index: int,
-    run: Callable[[], Iterator[int]],
-) -> None:
-    matrices = [matrix for matrix in model.matrices if matrix.layer in network.layers(index)]
+def _sum_bytes(network: Network, model: Model, kind: Sums, block: int) -> int:
+    shapes = {
+        f"{owner_of(matrix, kind)}.{name}": shape
+        for matrix in _matrices_of(network, model, range(block, block + 1))
+        for name, shape in kind.shapes(matrix.shape).items()
+    }
+    return sum(4 * math.prod(shape) for shape in shapes.values())
+
+
+def _matrices_of(network: Network, model: Model, blocks: range) -> list[Matrix]:
+    layers = {layer for block in blocks for layer in network.layers(block)}
+    return [matrix for matrix in model.matrices if matrix.layer in layers]
+
+
+@contextmanager
+def _collecting(
+    network: Network, model: Model, kind: Sums, folder: Path, first: int, num_windows: int, blocks: range
+) -> Iterator[Callable[[], None]]:
+    matrices = _matrices_of(network, model, blocks)
     held = {
         f"{owner_of(matrix, kind)}.{name}": torch.zeros(shape, device=network.device)
         for matrix in matrices
         for name, shape in kind.shapes(matrix.shape).items()
     }
     now = [first]  # the window under way
+
+    def window_is_done() -> None:
+        now[0] += 1
+
     with _hooks(network.network, matrices, kind, held, now):
-        for number in run():
-            now[0] = first + number + 1
+        yield window_is_done
     for layer in {matrix.layer for matrix in matrices}:
         owners = {owner_of(matrix, kind) for matrix in matrices if matrix.layer == layer}
         sums = {name: tensor.cpu() for name, tensor in held.items() if name.rpartition(".")[0] in owners}

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 from pipeline.adam import adam_step
 from pipeline.calibration import tokens_sha256
 from pipeline.errors import CalibrationError, NonFiniteError
+from pipeline.memory import free_bytes
 from pipeline.progress import SILENT, Progress
 from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
 from pipeline.recovery_settings import Compute, RecoverySettings
@@ -46,11 +46,6 @@ def compute_of(device: str) -> Compute:
 def activation_bytes(layers: list[QuantizedLinear], seq_len: int) -> int:
     """About what autograd keeps of one window without gradient checkpointing, in float32."""
     return 4 * KEPT_A_FEATURE * seq_len * sum(layer.in_features + layer.out_features for layer in layers)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory of the device that nobody uses now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.degraded import say_all_degraded
 from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
-from pipeline.part_sums import collect_part, num_passes
+from pipeline.part_sums import collect_part, num_steps
 from pipeline.progress import SILENT, Progress
 from pipeline.summed_parts import SummedParts, layer_file, layers_of, owner_of, parts_of
 from quantizers import LayerStatistics
@@ -123,10 +123,9 @@ def _collect_here(
     seed: int,
     progress: Progress,
 ) -> None:
-    num_each = num_passes(network, sums)
     parts = [(number, part) for number, part in enumerate(parts_of(len(used))) if part.stop > total.num_done]
 
-    def passes() -> Iterator[int]:
+    def passes() -> Iterator[None]:
         for number, part in parts:
             folder = work / f"part-{number:05d}"
             folder.mkdir(exist_ok=True)
@@ -135,8 +134,8 @@ def _collect_here(
             total.add(partial(_read_layer, folder), part.stop)
             shutil.rmtree(folder)
 
-    num_all = num_each * len(parts_of(len(used)))
-    for _ in progress.track(passes(), sums.title, total=num_all, done=num_all - num_each * len(parts)):
+    num_all, num_done = (num_steps(network, sums, num_windows) for num_windows in (len(used), total.num_done))
+    for _ in progress.track(passes(), sums.title, total=num_all, done=num_done):
         pass
 
 

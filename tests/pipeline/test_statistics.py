@@ -5,15 +5,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import curvature_scale, summed_parts
+from pipeline import curvature_scale, part_sums, summed_parts, tail
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
-from pipeline.layered import LayeredNetwork
+from pipeline.layered import LayeredNetwork, open_network
 from pipeline.layered_pass import drawn_labels
 from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
 from quantizers import weighted_error
+from tests.models import build_llama, save_model
 
 
 def windows_of(model: Model, num: int = 3):
@@ -126,13 +127,49 @@ def test_labels_are_drawn_in_proportion() -> None:
     assert not torch.equal(drawn_labels(logits, 1), drawn_labels(logits, 2))
 
 
+@pytest.mark.parametrize("metric", ["fisher", "kronecker"])
+def test_the_room_for_blocks_changes_no_byte(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric
+) -> None:
+    """Both blocks at once, as in a small model, or one after the other."""
+    tails, real = [], part_sums.tail_of
+
+    def remember(*args: Any) -> range:
+        tails.append(real(*args))
+        return tails[-1]
+
+    monkeypatch.setattr(part_sums, "tail_of", remember)
+    model = open_model(str(tiny_model_dir))
+    files = []
+    for most_bytes in (0, tail.MOST_BYTES):
+        monkeypatch.setattr(tail, "MOST_BYTES", most_bytes)
+        work = tmp_path / str(most_bytes)
+        collect(model, work, metric)
+        files.append({path.name: path.read_bytes() for path in (work / "out").iterdir()})
+    assert tails == [range(1, 2), range(2)]
+    assert files[0] == files[1]
+
+
+def test_a_tail_takes_the_blocks_that_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = open_network(open_model(str(save_model(build_llama(num_layers=4), tmp_path / "model"))), "cpu", print)
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    kept = tail._kept_bytes(network, 3, tokens[:1])
+    hidden_bytes = 4 * tokens.shape[1] * network.network.config.hidden_size
+    assert 10 * hidden_bytes < kept < 100 * hidden_bytes
+    each = network.weight_bytes(3) + 1000 + kept
+    for room, start in ((0, 3), (2 * each - 1, 3), (2 * each, 2), (4 * each - 1, 1), (4 * each, 0), (9 * each, 0)):
+        monkeypatch.setattr(tail, "MOST_BYTES", room)
+        assert tail.tail_of(network, tokens, lambda index: 1000) == range(start, 4)
+
+
 @pytest.mark.parametrize("part_windows", [1, 2, 8])
-@pytest.mark.parametrize("stop_at", [2, 3, 5, 7])
+@pytest.mark.parametrize("stop_at", [2, 3, 4, 6])
 def test_finished_blocks_survive_an_interruption(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch, part_windows: int, stop_at: int
 ) -> None:
     """Of the two blocks, on the way there and back, the one that is stopped is done again and no other."""
     monkeypatch.setattr(summed_parts, "PART_WINDOWS", part_windows)
+    monkeypatch.setattr(tail, "MOST_BYTES", 0)
     model = open_model(str(tiny_model_dir))
     real, entered = LayeredNetwork.block, []
 
@@ -185,5 +222,5 @@ def test_a_non_finite_activation_names_the_layer(tiny_model_dir: Path, tmp_path:
         return tensor
 
     monkeypatch.setattr(Model, "tensor", damaged)
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1 .*window 0"):
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\b.*window 0"):
         collect(open_model(str(tiny_model_dir)), tmp_path)
