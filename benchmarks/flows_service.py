@@ -24,7 +24,8 @@ from flows.local_server import start_server
 ROOT = Path(__file__).parents[1]
 POOL = "bitsmith-cpu"
 RUN_ID = "PREFECT__FLOW_RUN_ID"
-SPAWNED = "--multiprocessing-fork"  # in the command of a child of multiprocessing
+SPAWNED = "--multiprocessing-fork"  # in the command of a process that multiprocessing starts anew
+FORKING = "multiprocessing.forkserver"  # in the command of the process that children are forked from, and in theirs
 
 
 class Service:
@@ -80,7 +81,13 @@ class Service:
 
     def children_of(self, run_id: str) -> list[psutil.Process]:
         """The processes that multiprocessing made for the run: its children at work, or Dask's workers."""
-        return [process for process in self.processes_of(run_id) if SPAWNED in _command(process)]
+        own = {process.pid: _command(process) for process in self.processes_of(run_id)}
+        forking = {pid for pid, command in own.items() if any(FORKING in part for part in command)}
+        return [
+            process
+            for process in self.processes_of(run_id)
+            if SPAWNED in own.get(process.pid, []) or (process.pid in forking and _parent(process) in forking)
+        ]
 
     def left_over(self) -> list[str]:
         """Commands of processes that are neither the server nor the worker."""
@@ -162,6 +169,13 @@ def kill_one(process: psutil.Process) -> bool:
     except psutil.NoSuchProcess:
         return False
     return True
+
+
+def _parent(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return 0
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,6 +18,7 @@ from pipeline.model import open_model
 from pipeline.output import check_compressed
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT, Progress
+from pipeline.unloaded import original_network
 from registry import Registry
 
 
@@ -55,7 +57,7 @@ def evaluate_folder(
     )
     check_vocabulary(windows, original.config.get_text_config().vocab_size)
     logits = base_log_probs(
-        lambda: original.load(device=device),
+        partial(original_network, original, device),
         windows.tokens,
         cache_dir=home() / "logits",
         key=cache_key(original.digest, windows.tokens, torch.float32),

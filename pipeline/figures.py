@@ -36,7 +36,8 @@ class ReportFacts:
         size_bytes: of the finished folder.
         checkpoint_digest: of its artifact.
         evaluation: None if there was none; else {"report": EvalReport.to_json(), "prompt": str,
-            "samples": {"original": str, "compressed": str}, "text": source, "text_commit": str | None}.
+            "samples": {"original": str, "compressed": str}, "text": source, "text_commit": str | None}. The original's
+            sample is None where it was not in memory as a whole.
         recovery: None if there was none.
     """
 

@@ -11,24 +11,19 @@ What happens between the blocks (masks, positions, what an architecture passes t
 forward pass runs with blocks that do nothing but say what they were called with, or give back what they are told to.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
-from unittest.mock import patch
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ModelError
 from pipeline.model import Model
-from pipeline.model_config import read_config
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import build_skeleton, stacks_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from pipeline.unloaded import MergedError, Unloaded
 
 NUM_PROBE_TOKENS = 4
 
@@ -104,30 +99,30 @@ class LayeredNetwork:
         network: its modules, for hooks; a block's parameters are on the meta device outside of `block`.
         num_blocks: how many.
         device: where weights and tensors are.
-        is_whole: all weights are held.
     Raises:
         NotLayeredError: it cannot be run block by block; says why.
     """
 
     def __init__(self, model: Model, device: str) -> None:
-        self._model, self.device = model, torch.device(device)
+        self.device = torch.device(device)
         self._names, self._num_outputs = blocks_of(model)
         self.num_blocks = len(self._names)
-        config = read_config(model.path)  # not model.config, where the skeleton has set eager attention
-        with quiet_transformers(), _parameters_on_meta():
-            network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        names = {name for name, _ in network.named_parameters()}
-        self.is_whole = not names <= model.tensors.keys() | model.ties.keys()
-        self.network = model.load(device) if self.is_whole else network.eval()
-        self.network.requires_grad_(False)
-        self._blocks = [self.network.get_submodule(name) for name in self._names]
-        self._forwards = [block.forward for block in self._blocks]
+        self._held: Unloaded | None = None
+        try:
+            self._held = Unloaded(model, device, self._names)
+            self.network = self._held.network
+        except MergedError:
+            self.network = model.load(device).requires_grad_(False)
+        self._forwards = [self.network.get_submodule(name).forward for name in self._names]
         self._reach: int | None = None
         self._final: Tensor | None = None
-        for index, block in enumerate(self._blocks):
-            block.forward = self._standing_in(index)
-        if not self.is_whole:
-            self._load_rest()
+        for index, name in enumerate(self._names):
+            self.network.get_submodule(name).forward = self._standing_in(index)
+
+    @property
+    def is_whole(self) -> bool:
+        """Are all weights held?"""
+        return self._held is None
 
     def name(self, index: int) -> str:
         """`model.layers.3`"""
@@ -139,31 +134,16 @@ class LayeredNetwork:
 
     def weight_bytes(self, index: int) -> int:
         """Memory that the weights of block `index` take inside of `block`, and not outside."""
-        return 0 if self.is_whole else sum(each.nbytes for each in self._blocks[index].parameters())
+        return self._held.weight_bytes(self._names[index]) if self._held else 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What the first block reads, [windows, seq_len, width], of `tokens` [windows, seq_len]."""
         args, kwargs = self._called_with(0, tokens)
         return args[0] if args else kwargs["hidden_states"]
 
-    @contextmanager
-    def block(self, index: int) -> Iterator[None]:
+    def block(self, index: int) -> AbstractContextManager[None]:
         """The weights of a block, inside."""
-        if self.is_whole:
-            yield
-            return
-        block, name = self._blocks[index], self._names[index]
-        parameters = dict(block.named_parameters())
-        try:
-            for leaf in parameters:
-                _assign(block, leaf, self._read(f"{name}.{leaf}"))
-            for leaf, _ in block.named_buffers():
-                if f"{name}.{leaf}" in self._model.tensors:
-                    block.get_buffer(leaf).copy_(self._read(f"{name}.{leaf}"))
-            yield
-        finally:
-            for leaf, parameter in parameters.items():
-                _assign(block, leaf, parameter)
+        return self._held.block(self._names[index]) if self._held else nullcontext()
 
     def through(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The output of block `index`, inside of `block`, for its input `hidden`; gradients flow if they are on."""
@@ -206,33 +186,6 @@ class LayeredNetwork:
             return hidden if self._num_outputs is None else (hidden, *(None,) * (self._num_outputs - 1))
 
         return forward
-
-    def _load_rest(self) -> None:
-        """Everything outside of the blocks; a tied tensor once."""
-        prefixes = tuple(f"{name}." for name in self._names)
-        read: dict[str, nn.Parameter] = {}
-        for name, _ in self.network.named_parameters(remove_duplicate=False):
-            if not name.startswith(prefixes):
-                source = self._source(name)
-                if source not in read:
-                    read[source] = self._read(source)
-                _assign(self.network, name, read[source])
-        for name, buffer in self.network.named_buffers():
-            if not name.startswith(prefixes) and name in self._model.tensors:
-                buffer.copy_(self._read(name))
-        for buffered in self.network.modules():
-            for name, buffer in buffered.named_buffers(recurse=False):
-                buffered._buffers[name] = buffer.to(self.device)
-
-    def _source(self, name: str) -> str:
-        """The stored tensor of a parameter, which may be tied to another one's."""
-        return name if name in self._model.tensors else self._model.ties[name]
-
-    def _read(self, name: str) -> nn.Parameter:
-        stored = self._model.tensor(self._source(name))
-        dtype = torch.float32 if stored.is_floating_point() else stored.dtype
-        # a copy, for a tensor in a mapped file lies at any address, on which the last bits of products depend
-        return nn.Parameter(stored.to(self.device, dtype, copy=True), requires_grad=False)
 
 
 class WholeNetwork:
@@ -318,22 +271,3 @@ class _ReachedError(Exception):
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
         self.args_and_kwargs = args, kwargs
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """A network built inside has real buffers, which its code computes, and parameters without memory."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
-
-    with patch.object(nn.Module, "register_parameter", register_on_meta):
-        yield
-
-
-def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent)._parameters[leaf] = parameter

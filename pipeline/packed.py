@@ -14,6 +14,7 @@ from pipeline.errors import CheckpointError
 from pipeline.model import Model
 from pipeline.output import check_compressed
 from pipeline.quiet import quiet_transformers
+from pipeline.unloaded import MergedError, Unloaded
 from quantizers import QuantizedLinear
 
 
@@ -25,12 +26,15 @@ def packed_model(
     Args:
         kept: parameter name -> value in place of the original's, of parameters that are not planned.
     """
-    network = model.load(device="cpu", dtype=torch.float32)
+    try:
+        network = Unloaded(model, "cpu", list(plan.matrices)).network
+    except MergedError:
+        network = model.load()
     for module in plan.matrices:
         parent, _, child = module.rpartition(".")
-        old = network.get_submodule(module)
+        bias = f"{module}.bias"
         quantized = read_matrix(matrix_path(module), plan, module)
-        layer = QuantizedLinear.from_quantized(quantized, getattr(old, "bias", None))
+        layer = QuantizedLinear.from_quantized(quantized, model.tensor(bias).float() if bias in model.tensors else None)
         setattr(network.get_submodule(parent), child, layer)
     network.load_state_dict(kept, strict=False)
     return network

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.allocation import Plan, allocate_to_budget, offered_choices
 from pipeline.atomic import write_json
-from pipeline.audit import audit
+from pipeline.audit import audit, fixed_logits
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget
 from pipeline.calibration import TokenWindows
@@ -45,6 +45,7 @@ from pipeline.stages import StageLog
 from pipeline.statistics import SpreadParts, collect_statistics
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
+from pipeline.unloaded import is_whole, original_network
 from pipeline.version import TOOLS, VERSION
 from registry import Artifact, Registry
 
@@ -249,7 +250,7 @@ class Run:
 
         def build(work: Path) -> None:
             teacher_windows(
-                partial(self.model.load, device=self.device),
+                partial(original_network, self.model, self.device),
                 windows.tokens,
                 work / "out",
                 num_top=num_top,
@@ -311,7 +312,9 @@ class Run:
             in_memory = packed_model(
                 self.model, self.results.plan(plan), self.results.matrix_path(matrices), self.results.kept(matrices)
             )
-            audit(staged, in_memory)
+            expected = fixed_logits(in_memory)
+            del in_memory  # one copy at a time
+            audit(staged, expected)
         output.finish()
 
     def evaluation(self, checkpoint: Artifact, folder: Path) -> Artifact | None:
@@ -322,16 +325,13 @@ class Run:
         settings = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device}
 
         def build(work: Path) -> None:
-            loader = lambda: self.model.load(device=self.device)  # noqa: E731
             original = self._original(windows.tokens)
             network = load_packed(folder, self.device)
             report = evaluate(network, original, windows.tokens, progress=self.progress)
             original.release()
-            tokenizer = self.model.tokenizer()
-            samples = {}
-            for label, sampled in (("compressed", network), ("original", None)):
-                for _ in self.progress.track([label], f"Sample text, {label}", total=1):
-                    samples[label] = sample_text(sampled or loader(), tokenizer, SAMPLE_PROMPT, SAMPLE_TOKENS)
+            samples: dict[str, str | None] = {"compressed": self._sample("compressed", network), "original": None}
+            if is_whole(self.model, self.device):  # else all of it would be read for every token
+                samples["original"] = self._sample("original", self.model.load(device=self.device))
             (work / "out").mkdir(exist_ok=True)
             content = {
                 "report": report.to_json(),
@@ -372,9 +372,14 @@ class Run:
 
         return self._step("report", (checkpoint.digest, costs.digest, *_digests(evaluation)), {}, build)
 
+    def _sample(self, label: str, network: PreTrainedModel) -> str:
+        for _ in self.progress.track([label], f"Sample text, {label}", total=1):
+            text = sample_text(network, self.model.tokenizer(), SAMPLE_PROMPT, SAMPLE_TOKENS)
+        return text
+
     def _original(self, tokens: Tensor) -> BaseLogits:
         return base_log_probs(
-            lambda: self.model.load(device=self.device),
+            partial(original_network, self.model, self.device),
             tokens,
             cache_dir=home() / "logits",
             key=cache_key(self.model.digest, tokens, torch.float32),

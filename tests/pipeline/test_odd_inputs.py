@@ -73,7 +73,7 @@ def test_inputs_that_are_always_zero_are_told_of(
 ) -> None:
     folder = changed(tiny_model_dir, tmp_path / "m", torch.zeros_like, "model.layers.0.self_attn.v_proj.weight")
     model, notes = open_model(str(folder)), Notes()
-    windows = token_windows(None, model.tokenizer(), num_windows=num_samples, seq_len=32, seed=0)
+    windows = token_windows(SMALL["dataset"], model.tokenizer(), num_windows=num_samples, seq_len=32, seed=0)
     (tmp_path / "work").mkdir()
     collect_statistics(model, windows, metric, tmp_path / "work", seed=0, device="cpu", progress=notes)
     told = [note.partition(": ")[0] for note in notes.said if "tells nothing about its inputs" in note]

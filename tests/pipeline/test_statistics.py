@@ -15,10 +15,11 @@ from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
 from quantizers import weighted_error
 from tests.models import build_llama, save_model
+from tests.pipeline.small import SMALL
 
 
 def windows_of(model: Model, num: int = 3):
-    return token_windows(None, model.tokenizer(), num_windows=num, seq_len=24, seed=0)
+    return token_windows(SMALL["dataset"], model.tokenizer(), num_windows=num, seq_len=24, seed=0)
 
 
 def collect(model: Model, work: Path, metric: Metric = "fisher") -> Statistics:

@@ -1,0 +1,157 @@
+"""A network without weights, which are read when they are wanted.
+
+held = Unloaded(model, "cpu", blocks)   # embeddings, norms and head are there, the blocks are not
+with held.block("model.layers.3"):
+    ...                                 # its weights are read now, and let go at the end
+
+network = streamed(model, "cpu")        # a network that does so whenever one of its blocks is called
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoModelForCausalLM
+
+from pipeline.errors import ModelError
+from pipeline.memory import free_bytes
+from pipeline.model import Model
+from pipeline.model_config import read_config
+from pipeline.quiet import quiet_transformers
+from pipeline.structure import build_skeleton, stacks_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WHOLE_SHARE = 0.5  # of the free memory: what takes less is loaded as a whole
+
+
+class MergedError(ModelError):
+    """Some weights are merged on loading, so that reading them is not enough."""
+
+
+class Unloaded:
+    """A network in eval mode and float32 that takes no gradients of weights.
+
+    Attributes:
+        network: its buffers, and the parameters outside of `blocks`, are on `device`; all others on the meta device.
+    Raises:
+        MergedError: the network has a parameter that is not stored.
+    """
+
+    def __init__(self, model: Model, device: str, blocks: Collection[str]) -> None:
+        self._model, self.device = model, torch.device(device)
+        self.network = _without_weights(model)
+        for name, _ in self.network.named_parameters():
+            if name not in model.tensors and name not in model.ties:
+                raise MergedError(f"{name} of {model.spec} is made from several tensors on loading.")
+        self._fill(tuple(f"{name}." for name in blocks))
+
+    @contextmanager
+    def block(self, name: str) -> Iterator[None]:
+        """The weights of a block, inside."""
+        block = self.network.get_submodule(name)
+        parameters = dict(block.named_parameters())
+        try:
+            for leaf in parameters:
+                _assign(block, leaf, self._read(f"{name}.{leaf}"))
+            for leaf, buffer in block.named_buffers():
+                if f"{name}.{leaf}" in self._model.tensors:
+                    buffer.copy_(self._read(f"{name}.{leaf}"))
+            yield
+        finally:
+            for leaf, parameter in parameters.items():
+                _assign(block, leaf, parameter)
+
+    def weight_bytes(self, name: str) -> int:
+        """Of a block, while it is there."""
+        return sum(each.nbytes for each in self.network.get_submodule(name).parameters())
+
+    def _fill(self, prefixes: tuple[str, ...]) -> None:
+        """Everything that does not begin with one of `prefixes`; a tied tensor once."""
+        read: dict[str, nn.Parameter] = {}
+        for name, _ in self.network.named_parameters(remove_duplicate=False):
+            if not name.startswith(prefixes):
+                source = self._source(name)
+                if source not in read:
+                    read[source] = self._read(source)
+                _assign(self.network, name, read[source])
+        for name, buffer in self.network.named_buffers():
+            if not name.startswith(prefixes) and name in self._model.tensors:
+                buffer.copy_(self._read(name))
+        for buffered in self.network.modules():
+            for name, buffer in buffered.named_buffers(recurse=False):
+                buffered._buffers[name] = buffer.to(self.device)
+
+    def _source(self, name: str) -> str:
+        """The stored tensor of a parameter, which may be tied to another one's."""
+        return name if name in self._model.tensors else self._model.ties[name]
+
+    def _read(self, name: str) -> nn.Parameter:
+        stored = self._model.tensor(self._source(name))
+        dtype = torch.float32 if stored.is_floating_point() else stored.dtype
+        # a copy, for a tensor in a mapped file lies at any address, on which the last bits of products depend
+        return nn.Parameter(stored.to(self.device, dtype, copy=True), requires_grad=False)
+
+
+def original_network(model: Model, device: str) -> "PreTrainedModel":
+    """The model in float32, in eval mode: in memory where there is room for it, else streamed if it can be."""
+    if is_whole(model, device):
+        return model.load(device)
+    try:
+        return streamed(model, device)
+    except MergedError:
+        return model.load(device)
+
+
+def is_whole(model: Model, device: str) -> bool:
+    """Is there room for the whole model in float32?"""
+    return 4 * model.num_params <= WHOLE_SHARE * free_bytes(torch.device(device))
+
+
+def streamed(model: Model, device: str) -> "PreTrainedModel":
+    """The network, with the weights of a block in memory only while it is called.
+
+    Raises:
+        MergedError: see Unloaded.
+    """
+    skeleton = build_skeleton(model.config)
+    stacks = {stack: skeleton.get_submodule(stack) for stack in stacks_of(skeleton)}
+    names = [f"{stack}.{name}" for stack, blocks in stacks.items() for name, _ in blocks.named_children()]
+    held = Unloaded(model, device, names)
+    for name in names:
+        block = held.network.get_submodule(name)
+        block.forward = _loading(held, name, block.forward)
+    return held.network
+
+
+def _loading(held: Unloaded, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with held.block(name):
+            return real(*args, **kwargs)
+
+    return forward
+
+
+def _without_weights(model: Model) -> "PreTrainedModel":
+    """Parameters on the meta device; buffers, which its code computes, are real."""
+    config = read_config(model.path)  # not model.config, where the skeleton has set eager attention
+    handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
+    try:
+        with quiet_transformers():
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    finally:
+        handle.remove()
+    return network.eval().requires_grad_(False)
+
+
+def _on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+    return parameter if parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+
+def _assign(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = parameter

@@ -1,0 +1,76 @@
+"""Weights that are read when they are wanted: the numbers of a loaded network, for every architecture."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import unloaded
+from pipeline.model import open_model
+from pipeline.unloaded import MergedError, Unloaded, original_network, streamed
+from tests.architectures import CAUSAL, build_causal
+from tests.models import VOCAB_SIZE, build_llama, save_model
+from tests.pipeline.test_layered import MERGED
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def _logits(network: Any) -> Tensor:
+    with torch.inference_mode():
+        return network(input_ids=TOKENS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", [each for each in CAUSAL if each not in MERGED])
+def test_a_streamed_network_gives_the_loaded_one_s_logits(model_type: str, tmp_path: Path) -> None:
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
+    network = streamed(model, "cpu")
+    assert torch.equal(_logits(network), _logits(model.load()))
+    assert torch.equal(_logits(network), _logits(network))
+
+
+@pytest.mark.parametrize("model_type", MERGED)
+def test_merged_weights_are_loaded_as_a_whole(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unloaded, "WHOLE_SHARE", 0.0)
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
+    with pytest.raises(MergedError, match="made from several tensors"):
+        streamed(model, "cpu")
+    assert torch.equal(_logits(original_network(model, "cpu")), _logits(model.load()))
+
+
+def test_no_two_blocks_are_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(str(save_model(build_llama(num_layers=4), tmp_path / "model")))
+    network, seen = streamed(model, "cpu"), []
+    for number, block in enumerate(network.model.layers):
+        block.self_attn.register_forward_hook(lambda *_, number=number: seen.append((number, there())))
+
+    def there() -> set[int]:
+        names = [name for name, each in network.model.layers.named_parameters() if not each.is_meta]
+        return {int(name.partition(".")[0]) for name in names}
+
+    assert there() == set()
+    _logits(network)
+    assert seen == [(number, {number}) for number in range(4)]
+    assert there() == set()
+
+
+def test_what_has_room_is_loaded(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_model(str(tiny_model_dir))
+    for share, is_streamed in ((0.5, False), (0.0, True)):
+        monkeypatch.setattr(unloaded, "WHOLE_SHARE", share)
+        network = original_network(model, "cpu")
+        assert any(each.is_meta for each in network.parameters()) == is_streamed
+
+
+def test_a_block_s_weights_are_let_go_when_it_fails(tiny_model_dir: Path) -> None:
+    held = Unloaded(open_model(str(tiny_model_dir)), "cpu", ["model.layers.0", "model.layers.1"])
+
+    def fail_inside() -> None:
+        with held.block("model.layers.1"):
+            assert not held.network.get_parameter("model.layers.1.mlp.up_proj.weight").is_meta
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert held.network.get_parameter("model.layers.1.mlp.up_proj.weight").is_meta
