@@ -1,5 +1,6 @@
 """How much memory this process may still take."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,13 +12,19 @@ except ImportError:  # Windows has no limits of that kind
     resource = None  # type: ignore[assignment]
 
 CGROUPS = Path("/sys/fs/cgroup")
+# limit, use, and the line of memory.stat with what is only cached of files, of cgroup v2 and of v1
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def free_bytes(device: torch.device) -> int:
     """What nobody uses now of a device's memory; of the host's, within the limits of process and container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return max(0, min(psutil.virtual_memory().available, _left_of_address_space(), _left_of_cgroup(_cgroup())))
+    free = min(psutil.virtual_memory().available, _left_of_address_space())
+    return max(0, min([free, *(_left_of_group(place) for place in _groups(_own_groups()))]))
 
 
 def _left_of_address_space() -> int:
@@ -25,25 +32,33 @@ def _left_of_address_space() -> int:
     return most - psutil.Process().memory_info().vms if most > 0 else psutil.virtual_memory().total
 
 
-def _left_of_cgroup(group: Path) -> int:
-    """Of the group and of all above it (cgroup v2)."""
-    left = psutil.virtual_memory().total
-    for place in (group, *group.parents):
-        if place == CGROUPS.parent:
-            break
+def _own_groups() -> list[str]:
+    """Lines like `0::/user.slice` (v2) and `4:memory:/docker/28fd` (v1)."""
+    try:
+        return Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+
+
+def _groups(lines: list[str]) -> Iterator[Path]:
+    """Folders of the groups that limit memory, innermost first, with all above them."""
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            top = CGROUPS / controllers
+            innermost = top / path.lstrip("/")
+            yield from (place for place in (innermost, *innermost.parents) if place.is_relative_to(top))
+
+
+def _left_of_group(place: Path) -> int:
+    for limit_file, used_file, cached_line in CGROUP_FILES:
         try:
-            limit, used = ((place / name).read_text().strip() for name in ("memory.max", "memory.current"))
+            limit, used = ((place / name).read_text().strip() for name in (limit_file, used_file))
+            lines = (place / "memory.stat").read_text().splitlines()
         except OSError:
             continue
-        if limit != "max":
-            left = min(left, int(limit) - int(used))
-    return left
-
-
-def _cgroup() -> Path:
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return CGROUPS
-    own = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    return CGROUPS / own
+        if limit == "max":
+            break
+        cached = next((int(line.split()[1]) for line in lines if line.startswith(f"{cached_line} ")), 0)
+        return int(limit) - int(used) + cached
+    return psutil.virtual_memory().total

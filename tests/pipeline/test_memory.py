@@ -29,13 +29,35 @@ def test_a_limited_address_space_counts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("outer", "inner", "left"), [("max", "3000", 2000), ("1500", "max", 300), ("max", "max", None)]
+    ("line", "folder", "files"),
+    [
+        ("0::/job/step", "job/step", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:memory:/job/step",
+            "memory/job/step",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
 )
-def test_the_tightest_group_counts(tmp_path: Path, monkeypatch, outer: str, inner: str, left: int | None) -> None:
+@pytest.mark.parametrize(
+    ("outer", "inner", "left"), [("2000000", "3000", 2400), ("1500", "2000000", 700), ("max", "3000", 2400)]
+)
+def test_the_tightest_group_counts(
+    tmp_path: Path, monkeypatch, line: str, folder: str, files: tuple[str, str, str], outer: str, inner: str, left: int
+) -> None:
+    """Without what is only cached of files, which the system gives back."""
     monkeypatch.setattr(memory, "CGROUPS", tmp_path)
-    group = tmp_path / "job" / "step"
+    monkeypatch.setattr(memory, "_own_groups", lambda: ["9:name=systemd:/", line])
+    group = tmp_path / folder
     group.mkdir(parents=True)
     for place, limit, used in ((group.parent, outer, "1200"), (group, inner, "1000")):
-        (place / "memory.max").write_text(f"{limit}\n")
-        (place / "memory.current").write_text(f"{used}\n")
-    assert memory._left_of_cgroup(group) == (psutil.virtual_memory().total if left is None else left)
+        for name, text in zip(files, (limit, used), strict=False):
+            (place / name).write_text(f"{text}\n")
+        (place / "memory.stat").write_text(f"cache 900\n{files[2]} 400\n")
+    assert memory.free_bytes(torch.device("cpu")) == left
+
+
+def test_a_group_without_limits_limits_nothing(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "_own_groups", lambda: ["0::/job"])
+    assert memory.free_bytes(torch.device("cpu")) > 2**20
