@@ -153,6 +153,7 @@ ERROR_NAMES = {
     "kronecker": "Expected divergence, nats a token",
     "sequence": "Expected divergence, nats a token",
     "fisher": "Fisher-weighted error, nats a token",
+    "factored": "Fisher-weighted error, nats a token",
     "input": "Squared error of the outputs",
     "none": "Squared error",
 }

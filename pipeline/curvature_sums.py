@@ -4,6 +4,7 @@ With x [tokens, in] a layer's input, g [tokens, out] the gradient of the window'
 layer's output, and G = g^T x the weight's gradient:
 
     fisher     F   = sum over windows of G * G                 true labels (LQ-LoRA, arXiv:2311.12023)
+    factored   F's row and column sums, from which comes its best rank-one estimate    (LQ-LoRA's reduction of F)
     input      H_I = sum over tokens of x x^T                  (GPTQ, arXiv:2210.17323)
     kronecker  H_I = sum over tokens of |g|^2 x x^T,
                H_O = sum over tokens of |x|^2 g g^T            (GuidedQuant, arXiv:2505.07004, on both sides)
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from quantizers import LayerStatistics
 
-Metric = Literal["fisher", "input", "kronecker", "sequence"]
+Metric = Literal["fisher", "factored", "input", "kronecker", "sequence"]
 
 
 class Sums(ABC):
@@ -68,6 +69,28 @@ class FisherSums(Sums):
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """See Sums: the second-order term is half of the curvature."""
         return LayerStatistics(fisher_diag=held["fisher_diag"] / (2 * num_tokens))
+
+
+class FactoredSums(Sums):
+    """See the module. Of a matrix, as many numbers as it has rows and columns: gigabytes less for a large model."""
+
+    title = "Fisher information of rows and columns"
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """See Sums."""
+        return {"fisher_rows": (shape[0], 1), "fisher_columns": (1, shape[1])}
+
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """See Sums."""
+        F = (g.T @ x).square_()
+        held["fisher_rows"].add_(F.sum(dim=1, keepdim=True))
+        held["fisher_columns"].add_(F.sum(dim=0, keepdim=True))
+
+    def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
+        """See Sums: the matrix of rank one that has these sums of rows and columns."""
+        rows, columns = held["fisher_rows"], held["fisher_columns"]
+        total = float(rows.double().sum())
+        return LayerStatistics(fisher_diag=rows / total * columns / (2 * num_tokens) if total > 0 else rows * columns)
 
 
 class InputSums(Sums):
@@ -129,6 +152,7 @@ class SequenceSums(KroneckerSums):
 
 _SUMS: dict[Metric, Sums] = {
     "fisher": FisherSums(),
+    "factored": FactoredSums(),
     "input": InputSums(),
     "kronecker": KroneckerSums(),
     "sequence": SequenceSums(),

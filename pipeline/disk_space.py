@@ -31,12 +31,13 @@ def checkpoint_disk_bytes(run: "Run") -> int:
 
 def shared_disk_bytes(run: "Run") -> int:
     """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
-    from pipeline.summed_parts import PART_WINDOWS, layers_of
+    from pipeline.curvature_sums import sums_of
+    from pipeline.summed_parts import PART_WINDOWS, layers_of, sum_bytes
 
     total = 0
     if run.texts.calibration is not None:
-        widths = {matrix.group: matrix.shape[1] for matrix in run.model.matrices}
-        total += 3 * 4 * (run.model.num_matrix_params + sum(width**2 for width in widths.values()))
+        if run.recipe.sensitivity != "none":  # of a part, of all parts so far, and while it is put into the registry
+            total += 3 * sum_bytes(run.model.matrices, sums_of(run.recipe.sensitivity))
         num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
         total += 4 * (num_layers + 3) * width * PART_WINDOWS * run.texts.calibration.tokens.shape[1]  # layered_pass.py
     if run.texts.recovery is not None:

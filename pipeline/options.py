@@ -62,7 +62,10 @@ NumSamples = Annotated[int | None, typer.Option(help="calibration windows for st
 SeqLen = Annotated[int | None, typer.Option(help="tokens of a calibration window")]
 Seed = Annotated[int | None, typer.Option(help="of every random draw")]
 Sensitivity = Annotated[
-    str | None, typer.Option(help="metric of the error: kronecker, sequence, input, fisher, or none (no calibration)")
+    str | None,
+    typer.Option(
+        help="metric of the error: kronecker, sequence, input, fisher, factored (fisher in a few megabytes), or none"
+    ),
 ]
 Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")]
 Override = Annotated[

@@ -20,7 +20,7 @@ from pipeline.errors import NonFiniteError
 from pipeline.layered import Network
 from pipeline.layered_pass import forward, there_and_back
 from pipeline.model import Matrix, Model
-from pipeline.summed_parts import layer_file, owner_of, write_layer
+from pipeline.summed_parts import layer_file, owner_of, sum_bytes, write_layer
 from pipeline.tail import tail_of
 
 
@@ -51,12 +51,7 @@ def num_steps(network: Network, kind: Sums, num_windows: int) -> int:
 
 
 def _sum_bytes(network: Network, model: Model, kind: Sums, block: int) -> int:
-    shapes = {
-        f"{owner_of(matrix, kind)}.{name}": shape
-        for matrix in _matrices_of(network, model, range(block, block + 1))
-        for name, shape in kind.shapes(matrix.shape).items()
-    }
-    return sum(4 * math.prod(shape) for shape in shapes.values())
+    return sum_bytes(_matrices_of(network, model, range(block, block + 1)), kind)
 
 
 def _matrices_of(network: Network, model: Model, blocks: range) -> list[Matrix]:

@@ -66,7 +66,7 @@ class Run:
     offered: dict[str, list[str]]
     log: StageLog
     progress: Progress
-    spread: Spread = over_cores
+    spread: Spread | None = None
     spread_parts: SpreadParts | None = None
 
     @staticmethod
@@ -191,7 +191,7 @@ class Run:
                 num_rows=self.recipe.cost_rows,
                 seed=self.recipe.seed,
                 work=work,
-                spread=self.spread,
+                spread=self.spread or partial(over_cores, log=self.log),
                 progress=self.progress,
             )
 
@@ -239,7 +239,14 @@ class Run:
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
-            decompose(self.model, chosen, learnt, work, spread=self.spread, progress=self.progress)
+            decompose(
+                self.model,
+                chosen,
+                learnt,
+                work,
+                spread=self.spread or partial(over_cores, log=self.log),
+                progress=self.progress,
+            )
 
         return self._step("matrices", _digests(statistics), settings, build)
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.memory import give_back
+
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
@@ -53,6 +55,7 @@ class StageLog:
 
 def forget_peak() -> None:
     """Linux can start the high-water mark of a process anew; elsewhere the mark is of the whole run."""
+    give_back()
     try:
         _CLEAR.write_text("5")
     except OSError:

@@ -7,6 +7,7 @@ Float32 sums depend on their order. Fixed parts, added in order, give the same b
 machines.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pipeline.curvature_sums import Sums
 from pipeline.model import Matrix, Model
 
 PART_WINDOWS = 8
+FLOAT32_BYTES = 4
 
 
 def parts_of(num_windows: int) -> list[range]:
@@ -75,6 +77,16 @@ def layers_of(model: Model) -> list[int]:
 def layer_file(layer: int) -> str:
     """Name of the file with a layer's sums."""
     return f"layer-{layer:03d}.safetensors"
+
+
+def sum_bytes(matrices: Iterable[Matrix], sums: Sums) -> int:
+    """Of the sums of these matrices, in float32."""
+    shapes = {
+        f"{owner_of(matrix, sums)}.{name}": shape
+        for matrix in matrices
+        for name, shape in sums.shapes(matrix.shape).items()
+    }
+    return sum(FLOAT32_BYTES * math.prod(shape) for shape in shapes.values())
 
 
 def owner_of(matrix: Matrix, sums: Sums) -> str:

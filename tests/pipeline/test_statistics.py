@@ -53,7 +53,7 @@ def plain_autograd(model: Model, *, drawn: bool) -> dict[str, list[tuple[torch.T
 
 
 @pytest.mark.parametrize("folder", ["tiny_model_dir", "odd_model_dir", "tiny_gpt2_dir"])
-@pytest.mark.parametrize("metric", ["fisher", "input", "kronecker", "sequence"])
+@pytest.mark.parametrize("metric", ["fisher", "factored", "input", "kronecker", "sequence"])
 def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_path: Path) -> None:
     model = open_model(str(request.getfixturevalue(folder)))
     found = collect(model, tmp_path, metric)
@@ -63,8 +63,10 @@ def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_pat
         used = expected[matrix.name][: 2 if drawn else 3]  # the last window checks the scale
         x, g = (torch.cat(parts) for parts in list(zip(*used, strict=True))[:2])
         gradients = torch.stack([gradient for _, _, gradient in used])
+        fisher = gradients.square().sum(0)
         wanted = {
-            "fisher": {"fisher_diag": gradients.square().sum(0) / 144},
+            "fisher": {"fisher_diag": fisher / 144},
+            "factored": {"fisher_diag": torch.outer(fisher.sum(1), fisher.sum(0)) / fisher.sum() / 144},
             "input": {"input_curvature": x.T @ x / 72},
             "kronecker": {
                 "input_curvature": torch.einsum("t,ti,tj->ij", g.square().sum(1), x, x) / 96,
