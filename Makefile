@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-quality bench-flows show-flows drill-registry drill-flows peers clean
+.PHONY: demo test test-slow lint format bench bench-quality bench-flows bench-memory show-flows drill-registry drill-flows drill-compress peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -45,6 +45,10 @@ bench-quality: $(PEERS_READY) ## ours by preset beside other quantizers at equal
 bench-flows: $(READY) ## the flows' runners beside the plain command line; wants a machine that does nothing else
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.flows_speed
 
+# Limits memory by control groups, which needs root, else by address space. `--large` adds 7 billion parameters: hours.
+bench-memory: $(READY) ## made-up Llamas of 1.3 billion parameters within 3 GiB, and of 4 to 32 layers
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.memory
+
 # Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.
 show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gate; four nights, some minutes each
 	$(BIN)/python -m benchmarks.flows_show --folder demo/nightly
@@ -55,6 +59,9 @@ drill-registry: $(READY) ## damages, full disks, read-only folders, kill -9 and 
 
 drill-flows: $(READY) ## kill -9 of worker, Dask worker, child and server under the flows, 20 times each; hours on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.flows_drill
+
+drill-compress: $(READY) ## kill -9 of a compression at 50 random moments, and the same bytes in the end
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.compress_drill
 
 peers: $(PEERS_READY) ## install the other quantizers that benchmarks/peers runs
 

@@ -148,8 +148,9 @@ class Drill:
 
     def _kill_child(self, trial: Trial) -> bool:
         """False where there is none."""
-        children = self._service.children_of(trial.run_id)
-        return bool(children) and kill_one(self._draw.choice(children))
+        is_dask = trial.kind == "dask-worker"
+        found = (self._service.dask_workers_of if is_dask else self._service.children_of)(trial.run_id)
+        return bool(found) and kill_one(self._draw.choice(found))
 
     def _at_work(self, trial: Trial) -> str:
         """The stage, or the run's state where it is in none."""

@@ -80,14 +80,14 @@ class Service:
         return [process for process, environment in self._ours() if environment.get(RUN_ID) == run_id]
 
     def children_of(self, run_id: str) -> list[psutil.Process]:
-        """The processes that multiprocessing made for the run: its children at work, or Dask's workers."""
-        own = {process.pid: _command(process) for process in self.processes_of(run_id)}
-        forking = {pid for pid, command in own.items() if any(FORKING in part for part in command)}
-        return [
-            process
-            for process in self.processes_of(run_id)
-            if SPAWNED in own.get(process.pid, []) or (process.pid in forking and _parent(process) in forking)
-        ]
+        """What is at work for the run outside of its own process, but for Dask's workers."""
+        forking = [process for process in self.processes_of(run_id) if _says(process, FORKING)]
+        parents = {process.pid for process in forking}
+        return [process for process in forking if _parent(process) in parents]
+
+    def dask_workers_of(self, run_id: str) -> list[psutil.Process]:
+        """The processes of the run's Dask cluster."""
+        return [process for process in self.processes_of(run_id) if _says(process, SPAWNED)]
 
     def left_over(self) -> list[str]:
         """Commands of processes that are neither the server nor the worker."""
@@ -169,6 +169,10 @@ def kill_one(process: psutil.Process) -> bool:
     except psutil.NoSuchProcess:
         return False
     return True
+
+
+def _says(process: psutil.Process, words: str) -> bool:
+    return any(words in part for part in _command(process))
 
 
 def _parent(process: psutil.Process) -> int:

@@ -82,7 +82,7 @@ def _print_growth(folder: Path, vocab_size: int) -> None:
     print("| layers | million parameters | seconds | " + "seconds a layer | peak, GiB |")
     print("| --: " * 5 + "|")
     for num_layers in DEPTHS:
-        case = Case(f"{num_layers} layers", replace(GROWTH, num_layers=num_layers), 3 * GIB)
+        case = Case(f"{num_layers} layers", replace(GROWTH, num_layers=num_layers), 2 * GIB)
         result, _ = _compressed(case, folder)
         seconds = sum(stage["seconds"] for stage in result["stages"])
         print(f"| {num_layers} | {case.shape.num_params(vocab_size) / 1e6:.0f} | {seconds:.0f} "
