@@ -27,12 +27,13 @@ FLAGS = [
 
 
 def be_quick(set_attribute: Callable[[object, str, Any], None] = setattr) -> None:
-    """The audit without a fresh interpreter's start, short samples, few points on the report's curve.
+    """The audit without a fresh interpreter's start, short samples, no pictures, few points on the report's curve.
 
     For a process that does nothing else; a test takes the fixture `quick`.
     """
-    from pipeline import audit, figures, run
+    from pipeline import audit, figures, report, run
 
     set_attribute(audit, "logits_in_fresh_process", lambda folder: audit.fixed_logits(audit.load_checked(folder)))
     set_attribute(run, "SAMPLE_TOKENS", 4)
+    set_attribute(report, "png", lambda draw, content, theme: f"{draw.__name__} on {theme.surface}".encode())
     set_attribute(figures, "NUM_CURVE_BUDGETS", 3)
