@@ -51,6 +51,7 @@ from registry import Artifact, Registry
 
 SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
 SAMPLE_TOKENS = 48
+SAMPLE_PARAMS = 500_000_000  # of a packed model on a CPU, where each token dequantizes all: more take many minutes
 
 
 @dataclass(frozen=True)
@@ -336,9 +337,11 @@ class Run:
             network = load_packed(folder, self.device)
             report = evaluate(network, original, windows.tokens, progress=self.progress)
             original.release()
-            samples: dict[str, str | None] = {"compressed": self._sample("compressed", network), "original": None}
-            if is_whole(self.model, self.device):  # else all of it would be read for every token
-                samples["original"] = self._sample("original", self.model.load(device=self.device))
+            samples: dict[str, str | None] = {"compressed": None, "original": None}
+            if self.device != "cpu" or self.model.num_matrix_params <= SAMPLE_PARAMS:
+                samples["compressed"] = self._sample("compressed", network)
+                if is_whole(self.model, self.device):  # else all of it would be read for every token
+                    samples["original"] = self._sample("original", self.model.load(device=self.device))
             (work / "out").mkdir(exist_ok=True)
             content = {
                 "report": report.to_json(),

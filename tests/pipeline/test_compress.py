@@ -1,5 +1,6 @@
 """The main job on tiny models: whole runs, and what a second run does."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -237,3 +238,23 @@ def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:
             run(folder, tmp_path, sensitivity=sensitivity, eval_windows=0)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "limit", "sampled"),
+    [("pipeline.unloaded", "WHOLE_SHARE", {"compressed"}), ("pipeline.run", "SAMPLE_PARAMS", set())],
+)
+def test_samples_that_would_take_too_long_are_left_out(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, limit: str, sampled: set[str]
+) -> None:
+    """Of an original that is streamed, or a large model; the figures are the same."""
+    found = []
+    for place in ("before", "limited"):
+        monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / place / "home"))
+        (tmp_path / place).mkdir()
+        run(tiny_model_dir, tmp_path / place)
+        found.append(json.loads((tmp_path / place / "out" / "report" / "report.json").read_text())["evaluation"])
+        monkeypatch.setattr(f"{owner}.{limit}", 0)
+    assert found[0]["report"] == found[1]["report"]
+    assert all(found[0]["samples"].values())
+    assert {name for name, text in found[1]["samples"].items() if text is not None} == sampled

@@ -117,6 +117,22 @@ def test_foreign_text_cannot_become_markup(facts: ReportFacts, tmp_path: Path) -
     assert page.text.count(HOSTILE) >= 5
 
 
+@pytest.mark.parametrize(
+    ("samples", "said", "quoted"),
+    [
+        ({"original": None, "compressed": "It scatters."}, "the original was larger than the free memory", True),
+        ({"original": None, "compressed": None}, "takes many minutes for one on a CPU", False),
+    ],
+)
+def test_a_sample_that_is_left_out_is_explained(
+    facts: ReportFacts, tmp_path: Path, samples: dict[str, str | None], said: str, quoted: bool
+) -> None:
+    write_report(replace(facts, evaluation=facts.evaluation | {"samples": samples}), tmp_path)
+    text = _page(tmp_path).text
+    assert said in text
+    assert ("It scatters." in text) == quoted
+
+
 def test_without_an_evaluation(tiny_model_dir: Path, tmp_path: Path) -> None:
     write_report(made_up_facts(tiny_model_dir, evaluated=False), tmp_path)
     text = _page(tmp_path).text
