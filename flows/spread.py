@@ -5,7 +5,7 @@ Only JSON crosses the border; results come back as blobs (pipeline/batch.py).
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -35,6 +35,7 @@ from registry import Artifact, Registry
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_SECONDS_WITHOUT_WORKERS = 90.0
+NOT_STARTED = "failed to start"  # what Dask says of a worker that was lost before it was there
 # what Dask and Ray raise once they have given up; by name, for either may not be installed
 LOST_WORKERS = {"KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError"}
 
@@ -74,8 +75,8 @@ class TaskSpread:
         batches = batches_of(matrix_task, todo, self.model, self.statistics, self.registry)
         in_child = self.runner.is_here
         try:
-            with _told_where_the_server_is(), self.runner.task_runner() as started:
-                futures = [
+            with _told_where_the_server_is(), _workers_of(self.runner) as started:
+                futures: list[Future] = [
                     started.submit(make.with_options(task_run_name=name), {"batch": batch, "in_child": in_child})
                     for name, batch in _named(batches)
                 ]
@@ -107,8 +108,8 @@ class PartsSpread:
         batches = part_batches(
             used, parts, self.model, self.registry, metric=self.metric, seed=self.seed, device=self.device
         )
-        with _told_where_the_server_is(), self.runner.task_runner() as started:
-            futures = [
+        with _told_where_the_server_is(), _workers_of(self.runner) as started:
+            futures: list[Future] = [
                 started.submit(
                     collect.with_options(task_run_name=f"statistics, part {number} of {len(batches)}"), {"batch": batch}
                 )
@@ -128,6 +129,25 @@ def _told_where_the_server_is() -> Iterator[None]:
         url = str(client.api_url)
     with temporary_settings({PREFECT_API_URL: url}):
         yield
+
+
+@contextmanager
+def _workers_of(runner: Runner) -> Iterator[TaskRunner]:
+    """One that is killed while they start takes the cluster along, and a new one is started; then WorkerError."""
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(runner.task_runner())
+        except RuntimeError as error:
+            if NOT_STARTED not in str(error):
+                raise
+            try:
+                started = stack.enter_context(runner.task_runner())
+            except RuntimeError as again:
+                raise WorkerError(
+                    f"The {runner.kind} workers did not start, tried twice: {again} Look at the memory and the disk of "
+                    "this machine, and run it again: what is finished is kept."
+                ) from again
+        yield started
 
 
 def _as_they_finish(futures: list[Future], started: TaskRunner) -> Iterator[Future]:

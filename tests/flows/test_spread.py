@@ -2,6 +2,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,30 @@ def test_a_cluster_without_a_worker_is_an_error_and_no_endless_wait(
         tasks = _tasks(tiny_model_dir, registry, f"dask:{cluster.scheduler_address}")
         with pytest.raises(WorkerError, match="There has been no worker for 1 seconds"):
             _quantized(tmp_path / "made", tiny_model_dir, tasks)
+
+
+@pytest.mark.parametrize(("num_failures", "error"), [(1, None), (2, WorkerError)])
+def test_workers_that_do_not_start_are_started_again_once(num_failures: int, error: type[Exception] | None) -> None:
+    from flows import spread
+
+    class Dask:
+        kind = "dask"
+        num_starts = 0
+
+        def task_runner(self) -> Any:
+            self.num_starts += 1
+            return refuse() if self.num_starts <= num_failures else nullcontext("workers")
+
+    @contextmanager
+    def refuse() -> Iterator[None]:
+        raise RuntimeError("Nanny failed to start.")
+        yield
+
+    runner: Any = Dask()
+    refused = pytest.raises(error, match="tried twice: Nanny failed") if error else nullcontext()
+    with refused, spread._workers_of(runner) as started:
+        assert started == "workers"
+    assert runner.num_starts == 2
 
 
 def test_finished_matrices_are_not_made_again(
