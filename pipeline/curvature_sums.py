@@ -6,12 +6,13 @@ layer's output, and G = g^T x the weight's gradient:
     fisher     F   = sum over windows of G * G                 true labels (LQ-LoRA, arXiv:2311.12023)
     factored   F's row and column sums, from which comes its best rank-one estimate    (LQ-LoRA's reduction of F)
     input      H_I = sum over tokens of x x^T                  (GPTQ, arXiv:2210.17323)
+    kl         the same H_I, times what disturbing the matrix does to the model's output: no gradients
     kronecker  H_I = sum over tokens of |g|^2 x x^T,
                H_O = sum over tokens of |x|^2 g g^T            (GuidedQuant, arXiv:2505.07004, on both sides)
     sequence   H_I = sum over windows of G^T G,
                H_O = sum over windows of G G^T                 (YAQA's sketch B, arXiv:2505.22988)
 
-The last two take labels drawn from the model, so that they estimate the curvature of the divergence from the
+The last two metrics take labels drawn from the model, so that they estimate the curvature of the divergence from the
 original itself. Both are the first power iteration towards the best Kronecker factors of the Fisher information; a
 window is one sample for `sequence` and hundreds for `kronecker`, which neglects how tokens of a window act together.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from quantizers import LayerStatistics
 
-Metric = Literal["fisher", "factored", "input", "kronecker", "sequence"]
+Metric = Literal["fisher", "factored", "input", "kl", "kronecker", "sequence"]
 
 
 class Sums(ABC):
@@ -33,11 +34,13 @@ class Sums(ABC):
         title: of the work, for a progress bar.
         labels_are_drawn: labels come from the model's own prediction instead of from the text.
         of_input_alone: matrices that read the same input share the sums.
+        scaled_by_divergence: what they are worth is measured forward, by disturbing each matrix (divergence_scale.py).
     """
 
     title: ClassVar[str]
     labels_are_drawn: ClassVar[bool] = False
     of_input_alone: ClassVar[bool] = False
+    scaled_by_divergence: ClassVar[bool] = False
 
     @abstractmethod
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
@@ -112,6 +115,12 @@ class InputSums(Sums):
         return LayerStatistics(input_curvature=held["input_curvature"] / num_tokens)
 
 
+class DivergenceSums(InputSums):
+    """See the module. With the scale that is measured for each matrix, its errors are in nats too."""
+
+    scaled_by_divergence = True
+
+
 class KroneckerSums(Sums):
     """See the module."""
 
@@ -154,6 +163,7 @@ _SUMS: dict[Metric, Sums] = {
     "fisher": FisherSums(),
     "factored": FactoredSums(),
     "input": InputSums(),
+    "kl": DivergenceSums(),
     "kronecker": KroneckerSums(),
     "sequence": SequenceSums(),
 }

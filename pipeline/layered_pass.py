@@ -46,7 +46,7 @@ def forward(
         if target.exists():
             yield from repeat(None, len(tokens))
             continue
-        hidden = _read(folder / hidden_file(index), network)
+        hidden = read_windows(folder / hidden_file(index), network)
         passed: list[Tensor] = []
         with network.block(index), (at_blocks or _nothing)(range(index, index + 1)) as window_is_done:
             for number, window in enumerate(tokens):
@@ -96,7 +96,7 @@ def there_and_back(
         if (folder / gradient_file(index)).exists() or not above.exists():
             yield from repeat(None, len(tokens))
             continue
-        behind = _read(above, network)
+        behind = read_windows(above, network)
 
         def back_from_gradient(number: int, output: Tensor, behind: list[Tensor] = behind) -> None:
             output.backward(behind[number])
@@ -118,7 +118,7 @@ def _back_through(
     Args:
         back: called with a window's number and the last block's output, whose gradient it has flow back.
     """
-    hidden = _read(folder / hidden_file(blocks.start), network)
+    hidden = read_windows(folder / hidden_file(blocks.start), network)
     gradients: list[Tensor] = []
     with ExitStack() as stack:
         for index in blocks:
@@ -181,7 +181,7 @@ def _nothing(blocks: range) -> Iterator[Callable[[], None]]:
     yield lambda: None
 
 
-def _read(path: Path, network: Network) -> list[Tensor]:
+def read_windows(path: Path, network: Network) -> list[Tensor]:
     """Each window as a copy: a tensor in a mapped file lies at any address, on which last bits depend."""
     return [window.clone() for window in load_file(path, device=str(network.device))["windows"].split(1)]
 

@@ -4,9 +4,12 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     import resource
@@ -21,9 +24,11 @@ CGROUP_FILES = (
 )
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: "torch.device") -> int:
     """What nobody uses now of a device's memory; of the host's, within the limits of process and container."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     free = min(psutil.virtual_memory().available, _left_of_address_space())
     return max(0, min([free, *(_left_of_group(place) for place in _groups(_own_groups()))]))

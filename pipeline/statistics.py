@@ -22,6 +22,7 @@ from pipeline.calibration import TokenWindows
 from pipeline.curvature_scale import measure_scales
 from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.degraded import say_all_degraded
+from pipeline.divergence_scale import measure_divergences
 from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
 from pipeline.part_sums import collect_part, num_steps
@@ -83,7 +84,8 @@ def collect_statistics(
         NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and window.
     """
     sums = sums_of(metric)
-    num_checked = max(1, round(CHECKED_SHARE * len(windows.tokens))) if sums.labels_are_drawn else 0
+    is_scaled = sums.labels_are_drawn or sums.scaled_by_divergence
+    num_checked = max(1, round(CHECKED_SHARE * len(windows.tokens))) if is_scaled else 0
     if num_checked == len(windows.tokens):
         num_checked = 0  # a single window
     used, checked = windows.tokens.split([len(windows.tokens) - num_checked, num_checked])
@@ -104,11 +106,15 @@ def collect_statistics(
     }
     write_json(work / "out" / "statistics.json", facts)
     found = Statistics.open(lambda name: work / "out" / name)
-    if not num_checked:
+    measure = measure_divergences if sums.scaled_by_divergence else measure_scales
+    if measure is measure_divergences or not num_checked:
         say_all_degraded(model.matrices, found.of, progress.say)
+    if measure is measure_divergences and not num_checked:
+        checked = used  # a single window says both
+    elif not num_checked:
         return
     network = network or open_network(model, device, progress.say)
-    scales = measure_scales(network, model, found.of, checked.to(device), len(used), work / "scale", seed, progress)
+    scales = measure(network, model, found.of, checked.to(device), len(used), work / "scale", seed, progress)
     facts["scales"] = {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()}
     write_json(work / "out" / "statistics.json", facts)
 

@@ -66,7 +66,7 @@ def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path)
     assert done.plan.bits_per_param <= 5
 
 
-@pytest.mark.parametrize("metric", ["kronecker", "sequence", "input"])
+@pytest.mark.parametrize("metric", ["kronecker", "sequence", "kl", "input", "factored"])
 @pytest.mark.parametrize("num_samples", [1, 4], ids="{} windows".format)
 def test_inputs_that_are_always_zero_are_told_of(
     metric: Metric, num_samples: int, tiny_model_dir: Path, tmp_path: Path

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import curvature_scale, part_sums, summed_parts, tail
+from pipeline import curvature_scale, divergence_scale, part_sums, summed_parts, tail
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
@@ -151,6 +151,53 @@ def test_the_room_for_blocks_changes_no_byte(
         files.append({path.name: path.read_bytes() for path in (work / "out").iterdir()})
     assert tails == [range(1, 2), range(2)]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("folder", ["tiny_model_dir", "tiny_gpt2_dir"])
+def test_the_scale_of_kl_is_the_divergence_of_a_disturbed_model(folder: str, request, tmp_path: Path) -> None:
+    model = open_model(str(request.getfixturevalue(folder)))
+    found = collect(model, tmp_path, "kl")
+    window = windows_of(model).tokens[-1:]
+    network = model.load()
+    with torch.no_grad():
+        before = network(window).logits.double().log_softmax(dim=-1)
+        for number, matrix in enumerate(model.matrices):
+            error = divergence_scale._error(model, matrix, 7 + number)
+            weight = network.get_parameter(matrix.name)
+            kept = weight.clone()
+            weight += error.T if matrix.transposed else error
+            after = network(window).logits.double().log_softmax(dim=-1)
+            weight.copy_(kept)
+            divergence = float((before.exp() * (before - after)).sum(dim=-1).mean())
+            assert weighted_error(error, found.of(matrix)) == pytest.approx(divergence, rel=2e-2)
+
+
+def test_a_single_window_says_moments_and_divergences(tiny_model_dir: Path, tmp_path: Path) -> None:
+    model = open_model(str(tiny_model_dir))
+    collect_statistics(model, windows_of(model, 1), "kl", tmp_path, seed=7, device="cpu")
+    scales = Statistics.open(lambda name: tmp_path / "out" / name).scales
+    assert set(scales) == {matrix.name for matrix in model.matrices}
+    assert all(scale > 0 for scale in scales.values())
+
+
+def test_divergences_that_are_known_are_not_measured_again(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(tiny_model_dir))
+    real, measured = divergence_scale._divergence, []
+
+    def stop_in_second_block(*args: Any) -> float:
+        measured.append(args)
+        if len(measured) == 9:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(divergence_scale, "_divergence", stop_in_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        collect(model, tmp_path / "cut", "kl")
+    resumed = collect(model, tmp_path / "cut", "kl")
+    assert len(measured) == 9 + 7
+    assert resumed.scales == collect(model, tmp_path / "whole", "kl").scales
 
 
 def test_a_tail_takes_the_blocks_that_there_is_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
