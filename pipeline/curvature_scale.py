@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.atomic import write_json
 from pipeline.degraded import say_if_degraded
-from pipeline.layered import Network
+from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import there_and_back
 from pipeline.model import Matrix, Model
 from pipeline.progress import Progress
@@ -60,8 +60,7 @@ def measure_scales(
 
     @contextmanager
     def at_blocks(blocks: range) -> Iterator[Callable[[], None]]:
-        layers = {layer for block in blocks for layer in network.layers(block)}
-        matrices = [matrix for matrix in model.matrices if matrix.layer in layers]
+        matrices = matrices_of(network, model, blocks)
         responses = {matrix.name: torch.zeros(NUM_PROBES, dtype=torch.float64) for matrix in matrices}
         responses = {name: response.to(network.device) for name, response in responses.items()}
         squares = dict.fromkeys(responses, 0.0)
@@ -102,8 +101,7 @@ def measure_scales(
 
 
 def _probe_bytes(network: Network, model: Model, block: int) -> int:
-    layers = network.layers(block)
-    return sum(8 * NUM_PROBES * sum(matrix.shape) for matrix in model.matrices if matrix.layer in layers)
+    return sum(8 * NUM_PROBES * sum(matrix.shape) for matrix in matrices_of(network, model, [block]))
 
 
 def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:

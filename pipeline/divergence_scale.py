@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.atomic import write_json
-from pipeline.layered import Network
+from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import forward, hidden_file, read_windows
 from pipeline.model import Matrix, Model
 from pipeline.progress import Progress
@@ -98,14 +98,11 @@ def _answers(
     def disturbed() -> Iterator[tuple[Matrix, list[Tensor]]]:
         before = read_windows(folder / hidden_file(index), network)
         with network.block(index):
-            for matrix in model.matrices:
-                if matrix.layer in network.layers(index):
-                    error = _error(model, matrix, seeds[matrix.name]).to(network.device)
-                    with _disturbed(
-                        network.network.get_submodule(matrix.module), error.T if matrix.transposed else error
-                    ):
-                        answer = through(index, before)
-                    yield matrix, answer
+            for matrix in matrices_of(network, model, [index]):
+                error = _error(model, matrix, seeds[matrix.name]).to(network.device)
+                with _disturbed(network.network.get_submodule(matrix.module), error.T if matrix.transposed else error):
+                    answer = through(index, before)
+                yield matrix, answer
 
     if index == network.num_blocks - 1:
         yield from disturbed()  # one by one, for these may be logits

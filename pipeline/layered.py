@@ -11,7 +11,7 @@ What happens between the blocks (masks, positions, what an architecture passes t
 forward pass runs with blocks that do nothing but say what they were called with, or give back what they are told to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import ModelError
-from pipeline.model import Model
+from pipeline.model import Matrix, Model
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import build_skeleton, stacks_of
 from pipeline.unloaded import MergedError, Unloaded
@@ -226,6 +226,12 @@ class WholeNetwork:
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """See Network."""
         return hidden
+
+
+def matrices_of(network: Network, model: Model, blocks: Iterable[int]) -> list[Matrix]:
+    """The matrices in these blocks, in the model's order."""
+    layers = {layer for block in blocks for layer in network.layers(block)}
+    return [matrix for matrix in model.matrices if matrix.layer in layers]
 
 
 def blocks_of(model: Model) -> tuple[list[str], int | None]:

@@ -5,9 +5,9 @@ With the weights of one block in memory (layered.py), what passes between blocks
     folder/hidden-003.safetensors      what block 3 reads, float32 [windows, seq_len, width]
     folder/gradient-003.safetensors    the gradient of each window's loss with respect to that
 
-A file that is there is not made again, so a kill costs one block. On the way back each block's forward pass is done a
-second time, which is the price of not keeping what it computes inside; but for the tail (tail.py), as many of the last
-blocks as memory holds at once.
+A file that is there is not made again, so a kill costs one block, or the tail (tail.py): as many of the last blocks as
+memory holds at once. On the way back each other block's forward pass is done a second time, which is the price of not
+keeping what it computes inside.
 """
 
 import math

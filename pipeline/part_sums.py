@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.curvature_sums import Sums
 from pipeline.errors import NonFiniteError
-from pipeline.layered import Network
+from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import forward, there_and_back
 from pipeline.model import Matrix, Model
 from pipeline.summed_parts import layer_file, owner_of, sum_bytes, write_layer
@@ -51,19 +51,14 @@ def num_steps(network: Network, kind: Sums, num_windows: int) -> int:
 
 
 def _sum_bytes(network: Network, model: Model, kind: Sums, block: int) -> int:
-    return sum_bytes(_matrices_of(network, model, range(block, block + 1)), kind)
-
-
-def _matrices_of(network: Network, model: Model, blocks: range) -> list[Matrix]:
-    layers = {layer for block in blocks for layer in network.layers(block)}
-    return [matrix for matrix in model.matrices if matrix.layer in layers]
+    return sum_bytes(matrices_of(network, model, [block]), kind)
 
 
 @contextmanager
 def _collecting(
     network: Network, model: Model, kind: Sums, folder: Path, first: int, num_windows: int, blocks: range
 ) -> Iterator[Callable[[], None]]:
-    matrices = _matrices_of(network, model, blocks)
+    matrices = matrices_of(network, model, blocks)
     held = {
         f"{owner_of(matrix, kind)}.{name}": torch.zeros(shape, device=network.device)
         for matrix in matrices

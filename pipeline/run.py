@@ -192,7 +192,7 @@ class Run:
                 num_rows=self.recipe.cost_rows,
                 seed=self.recipe.seed,
                 work=work,
-                spread=self.spread or partial(over_cores, log=self.log),
+                spread=self._spread,
                 progress=self.progress,
             )
 
@@ -221,6 +221,10 @@ class Run:
         measured = json.loads(self.registry.path(compared, "comparison.json").read_text())
         return second if measured["rival_kl"] < measured["plan_kl"] else first
 
+    @property
+    def _spread(self) -> Spread:
+        return self.spread or partial(over_cores, log=self.log)
+
     def _plan(self, costs: Artifact, settings: dict[str, Any], make: Callable[[], Plan]) -> Artifact:
         def build(work: Path) -> None:
             (work / "out").mkdir(exist_ok=True)
@@ -240,14 +244,7 @@ class Run:
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
-            decompose(
-                self.model,
-                chosen,
-                learnt,
-                work,
-                spread=self.spread or partial(over_cores, log=self.log),
-                progress=self.progress,
-            )
+            decompose(self.model, chosen, learnt, work, spread=self._spread, progress=self.progress)
 
         return self._step("matrices", _digests(statistics), settings, build)
 
