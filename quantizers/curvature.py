@@ -92,10 +92,12 @@ def _cholesky(curvature: Tensor, damping: float) -> tuple[Float64[Tensor, "n n"]
     mean = float(wide.diagonal().mean())
     if not 0 < mean < float("inf") or not torch.isfinite(wide).all():
         return None
-    diagonal = torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     while damping <= MOST_DAMPING:
-        lower, failed = torch.linalg.cholesky_ex(wide / mean + damping * diagonal)
+        damped = wide / mean
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # a side of a large matrix takes gigabytes
         if not failed:
-            return lower * mean**0.5, damping
+            return lower.mul_(mean**0.5), damping
         damping *= 10
     return None
