@@ -70,23 +70,28 @@ def _print_case(case: Case, folder: Path, vocab_size: int) -> str:
     num_params = case.shape.num_params(vocab_size)
     print(f"{case.name}: {num_params / 1e9:.2f} billion parameters, {2 * num_params / GIB:.1f} GiB in bfloat16, "
           f"limited to {case.limit_bytes / GIB:.0f} GiB by {how}\n")  # fmt: skip
-    print("| stage | seconds | peak, GiB |\n| --- | --: | --: |")
+    print("| stage | seconds | forecast | peak, GiB | forecast |\n| --- | --: | --: | --: | --: |")
     for stage in result["stages"]:
-        print(f"| {stage['name']} | {stage['seconds']:.0f} | {stage['peak_memory_bytes'] / GIB:.2f} |")
-    print()
-    return f"{case.name} in {case.limit_bytes / GIB:.0f} GiB: peak {_peak(result) / GIB:.2f} GiB"
+        seconds, memory = stage["forecast_seconds"], stage["forecast_memory_bytes"]
+        expected = ("", "") if seconds is None else (f"{seconds:.0f}", f"{memory / GIB:.2f}")
+        print(f"| {stage['name']} | {stage['seconds']:.0f} | {expected[0]} "
+              f"| {stage['peak_memory_bytes'] / GIB:.2f} | {expected[1]} |")  # fmt: skip
+    print(flush=True)
+    within = f"{case.name} in {case.limit_bytes / GIB:.0f} GiB: peak {_peak(result) / GIB:.2f} GiB"
+    return f"{within}, {_forecast(result)} of the forecast"
 
 
 def _print_growth(folder: Path, vocab_size: int) -> None:
     print(f"Width {GROWTH.width}, by the number of layers\n")
-    print("| layers | million parameters | seconds | " + "seconds a layer | peak, GiB |")
-    print("| --: " * 5 + "|")
+    print("| layers | million parameters | seconds | seconds a layer | peak, GiB | measured / forecast |")
+    print("| --: " * 6 + "|")
     for num_layers in DEPTHS:
         case = Case(f"{num_layers} layers", replace(GROWTH, num_layers=num_layers), 2 * GIB)
         result, _ = _compressed(case, folder)
         seconds = sum(stage["seconds"] for stage in result["stages"])
         print(f"| {num_layers} | {case.shape.num_params(vocab_size) / 1e6:.0f} | {seconds:.0f} "
-              f"| {seconds / num_layers:.1f} | {_peak(result) / GIB:.2f} |", flush=True)  # fmt: skip
+              f"| {seconds / num_layers:.1f} | {_peak(result) / GIB:.2f} | {_forecast(result)} |",
+              flush=True)  # fmt: skip
     print()
 
 
@@ -120,6 +125,13 @@ def _compressed(case: Case, folder: Path) -> tuple[dict[str, Any], str]:
 
 def _peak(result: dict[str, Any]) -> int:
     return max(stage["peak_memory_bytes"] for stage in result["stages"])
+
+
+def _forecast(result: dict[str, Any]) -> str:
+    """The least and the most that a stage's peak was of its forecast."""
+    stages = [stage for stage in result["stages"] if stage["forecast_memory_bytes"]]
+    ratios = [stage["peak_memory_bytes"] / stage["forecast_memory_bytes"] for stage in stages]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pipeline.atomic import replace_file
 from pipeline.calibration import tokens_sha256
+from pipeline.memory import give_back
 from pipeline.progress import SILENT, Progress
 from pipeline.scoring import inference_only, next_token_logits, require_windows
 
@@ -88,6 +89,7 @@ class BaseLogits:
     def release(self) -> None:
         """Let go of the original's memory; a later window that needs it loads it again."""
         self._model = None
+        give_back()
 
     def path(self, index: int) -> Path:
         return self._folder / f"window-{index:05d}.logprobs"

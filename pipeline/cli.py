@@ -129,7 +129,7 @@ def plan(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what every matrix would get and how large the result would be, to the byte.
+    """Say what every matrix would get, how large the result would be, to the byte, and what making it will take.
 
     Measures costs unless the registry has them. Without --dry-run they are kept there, and `compress` with the same
     settings goes on from them. (A GGUF file is turned into safetensors once in any case.)
@@ -138,12 +138,18 @@ def plan(
     """
     recipes = recipes_of(locals())
     _check_model(model, revision, quiet)
-    from pipeline.display import show_plan
+    from pipeline.display import show_forecast, show_plan
     from pipeline.display_sweep import show_plans
     from pipeline.planning import make_plans
 
-    root = home() / "registry"
-    made = make_plans(recipes, root, device=_device(device), dry_run=dry_run, progress=progress_of(quiet))
+    made = make_plans(
+        recipes,
+        home() / "registry",
+        device=_device(device),
+        dry_run=dry_run,
+        progress=progress_of(quiet),
+        on_start=(lambda stages: None) if quiet else show_forecast,
+    )
     if as_json:
         contents = [planned.to_json() for planned in made]
         print_json(contents if len(made) > 1 else contents[0])

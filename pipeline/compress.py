@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.allocation import Plan
 from pipeline.disk_space import check_disk
 from pipeline.eval_report import EvalReport
+from pipeline.memory_check import check_memory
 from pipeline.output import OutputFolder
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
@@ -92,6 +93,7 @@ def compress(
         run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)
         output = OutputFolder(out, run.facts)
         check_disk(run, out)
+        log.forecasts = check_memory(run)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     on_start(run)

@@ -19,6 +19,7 @@ from pipeline.model import Matrix, Model
 from pipeline.progress import SILENT, Progress
 from pipeline.spread import Spread, over_cores
 from pipeline.statistics import Statistics
+from pipeline.working_memory import costs_bytes
 from quantizers import AbstractQuantizer, ErrorEstimator, LayerStatistics, quantizer_from_label
 
 SIGNIFICANT_DIGITS = 6  # costs are rounded before they decide, so that the last bits of a sum do not
@@ -159,6 +160,10 @@ class MeasureRow:
         offered = {label: quantizer_from_label(label) for label in self.choices[matrix.name]}
         row = measure_matrix(self.model.weight(matrix), learnt, offered, num_rows=self.num_rows, seed=self.seed)
         write_json(self.file(matrix), row)
+
+    def working_bytes(self, matrix: Matrix) -> int:
+        """See MatrixTask."""
+        return costs_bytes(matrix.shape, self.statistics.metric if self.statistics else None)
 
     def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
         """See MatrixTask."""

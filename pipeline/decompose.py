@@ -16,6 +16,7 @@ from pipeline.model import Matrix, Model
 from pipeline.progress import SILENT, Progress
 from pipeline.spread import Spread, over_cores
 from pipeline.statistics import Statistics
+from pipeline.working_memory import quantize_bytes
 from quantizers import LayerStatistics, QuantizedTensor, quantizer_from_label, weighted_error
 
 ERROR_DIGITS = 4  # later ones vary from run to run, for they add up the noise of float32 statistics
@@ -76,6 +77,11 @@ class QuantizeMatrix:
         learnt = self.statistics.of(matrix) if self.statistics else None
         quantized = quantizer_from_label(self.labels[matrix.module]).quantize(weight, learnt)
         write_matrix(self.file(matrix), quantized, weight, learnt)
+
+    def working_bytes(self, matrix: Matrix) -> int:
+        """See MatrixTask."""
+        has_low_rank = quantizer_from_label(self.labels[matrix.module]).format.rank > 0
+        return quantize_bytes(matrix.shape, self.statistics.metric if self.statistics else None, has_low_rank)
 
     def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
         """See MatrixTask."""

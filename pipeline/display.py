@@ -24,11 +24,13 @@ from pipeline.disk_space import disk_bytes
 from pipeline.plain_console import PlainConsole, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from pipeline.calibration import TokenWindows
     from pipeline.compress import Compressed
     from pipeline.eval_report import EvalReport
+    from pipeline.forecast import StageForecast
     from pipeline.model import Model
     from pipeline.planning import Planned
     from pipeline.run import Run
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 ERRORS = PlainConsole(stderr=True)
 RESULTS = PlainConsole()
+MINUTE, HOUR = 60, 3600
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_WORTH_A_LINE = 1.0
 
@@ -138,6 +141,26 @@ def show_start(run: "Run", out: "Path") -> None:
     table.add_row("disk", f"up to {human_bytes(disk_bytes(run))} for results and intermediate files")
     table.add_row("output", str(out))
     ERRORS.print(table)
+    show_forecast(run.log.forecasts)
+
+
+def show_forecast(stages: "Sequence[StageForecast]") -> None:
+    """What the stages will take, before they run."""
+    on_device = any(stage.device_bytes for stage in stages)
+    headers = ("stage", "about", "peak memory", "all processes", *(["on the GPU"] if on_device else []))
+    table = new_table(*headers, title="Forecast")
+    for stage in stages:
+        device = [human_bytes(stage.device_bytes)] if on_device else []
+        memory = (human_bytes(stage.memory_bytes), human_bytes(stage.total_bytes))
+        table.add_row(stage.name, human_seconds(stage.seconds), *memory, *device)
+    ERRORS.print(table)
+
+
+def human_seconds(seconds: float) -> str:
+    """About so long: 40 s, 12 min, 3.5 h."""
+    if seconds < MINUTE:
+        return f"{seconds:.0f} s"
+    return f"{seconds / MINUTE:.0f} min" if seconds < HOUR else f"{seconds / HOUR:.1f} h"
 
 
 def add_run_rows(table: Table, run: "Run") -> None:
@@ -185,10 +208,14 @@ def show_result(done: "Compressed") -> None:
     """The table after a run."""
     if done.evaluation is not None:
         show_evaluation(done.evaluation)
-    stages = new_table("stage", "seconds", "peak memory", "", title="Stages")
+    stages = new_table("stage", "seconds", "forecast", "peak memory", "forecast", title="Stages")
     for stage in done.stages:
-        note = "already done" if stage.reused else ""
-        stages.add_row(stage.name, f"{stage.seconds:.1f}", human_bytes(stage.peak_memory_bytes), note)
+        seconds, memory = stage.forecast_seconds, stage.forecast_memory_bytes
+        expected = "already done" if stage.reused else "" if seconds is None else f"{seconds:.0f}"
+        expected_memory = "" if memory is None else human_bytes(memory)
+        stages.add_row(
+            stage.name, f"{stage.seconds:.1f}", expected, human_bytes(stage.peak_memory_bytes), expected_memory
+        )
     RESULTS.print(stages)
     table = new_table(title="Result")
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")

@@ -2,16 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from pipeline.budget import Budget, human_bytes
+from pipeline.budget import human_bytes
 from pipeline.disk_space import checkpoint_disk_bytes, shared_disk_bytes
-from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, smallest_plan
+from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, show_forecast, smallest_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from pipeline.planning import Planned
-    from pipeline.run import Run
     from pipeline.sweep import Part, Sweep
 
 
@@ -27,22 +26,14 @@ def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     ERRORS.print(table)
     each = new_table("budget", "matrices, at most", "version", "to do", title="Each budget")
     for part in parts:
-        each.add_row(part.run.recipe.budget, human_bytes(_most_bytes(part.run)), part.name, _to_do(part))
+        each.add_row(part.run.recipe.budget, human_bytes(part.run.compressed_bytes), part.name, _to_do(part))
     ERRORS.print(each)
+    show_forecast(run.log.forecasts)
     ERRORS.print(
         "Statistics, cost table and the original's predictions serve all budgets. Each budget has its own plan, "
         "decomposition, recovery where it is asked for, checkpoint, evaluation and report.",
         style="dim",
     )
-
-
-def _most_bytes(run: "Run") -> float:
-    """Of the compressed matrices: what the budget allows, or what it leaves to them in the folder."""
-    budget, model = Budget.parse(run.recipe.budget), run.model
-    if budget.bits_per_param is not None:
-        return budget.bits_per_param * model.num_matrix_params / 8
-    kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-    return (budget.limit_bytes(model.size_bytes) or 0) - kept
 
 
 def _to_do(part: "Part") -> str:

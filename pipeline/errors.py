@@ -41,6 +41,10 @@ class DiskSpaceError(PipelineError, OSError):
     """The disk cannot hold what the run would write; found before the work starts."""
 
 
+class MemoryShortError(PipelineError, MemoryError):
+    """A stage would take more memory than there is; found before the work starts."""
+
+
 class WorkerError(PipelineError, RuntimeError):
     """A worker process died."""
 

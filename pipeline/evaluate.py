@@ -19,6 +19,8 @@ from pipeline.eval_report import Estimate, EvalReport
 from pipeline.progress import SILENT, Progress
 from pipeline.scoring import inference_only, next_token_logits, require_windows
 
+MOST_WINDOWS = 4  # of a batch
+MOST_LOGITS_BYTES = 2**29  # of a batch, in float32
 ROUNDING = 1e-6  # nats: a divergence this little below zero is arithmetic, more would be a mistake
 
 
@@ -37,7 +39,7 @@ def evaluate(
     base: BaseLogits,
     tokens: Tensor,
     *,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Compare `model` with its original on `tokens`.
@@ -51,6 +53,7 @@ def evaluate(
         model: any causal language model; its train or eval state is restored.
         base: the original's predictions for the same `tokens`, from `base_log_probs`.
         tokens: int64 [windows, seq_len].
+        batch_size: windows at a time; None takes `batch_of`.
     Raises:
         CalibrationError: `tokens` has another shape or dtype.
         CheckpointError: the two models have different vocabularies.
@@ -61,11 +64,17 @@ def evaluate(
     if not torch.equal(base.tokens.cpu(), tokens.cpu()):
         raise ValueError("`base` was prepared for other tokens: call base_log_probs with the same ones.")
     scores: list[TokenScores] = []
+    batch_size = batch_size or batch_of(tokens.shape[1], model.config.get_text_config().vocab_size)
     starts = range(0, len(tokens), batch_size)
     with inference_only(model):
         for start in progress.track(starts, "comparing with the original", len(starts)):
             scores += _score_batch(model, base, tokens[start : start + batch_size], start)
     return _report(scores, tokens)
+
+
+def batch_of(seq_len: int, vocab_size: int) -> int:
+    """Windows of which the packed weights are dequantized once: as many as their logits allow, four at most."""
+    return max(1, min(MOST_WINDOWS, MOST_LOGITS_BYTES // (4 * seq_len * vocab_size)))
 
 
 def score_window(logits: Tensor, base: BaseWindow) -> TokenScores:

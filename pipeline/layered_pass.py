@@ -168,6 +168,11 @@ def _loss(network: Network, window: Tensor, hidden: Tensor, index: int, label_se
     return loss
 
 
+def loss_bytes(num_tokens: int, vocab_size: int, is_drawn: bool) -> int:
+    """What a loss takes: logits, log-probabilities and gradients, or logits and doubles to draw labels from."""
+    return num_tokens * vocab_size * (28 if is_drawn else 20)
+
+
 def _check_finite(output: Tensor, block: str, window: int) -> None:
     if not math.isfinite(output.sum().item()):  # one pass; a NaN or an infinity survives a sum
         raise NonFiniteError(

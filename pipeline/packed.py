@@ -5,7 +5,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline.allocation import Plan
@@ -59,3 +59,13 @@ def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
         raise CheckpointError(f"{folder} does not load: {error}") from error
     network.to(torch.device(device))  # type: ignore[arg-type]
     return network.eval()
+
+
+def unpack(network: PreTrainedModel) -> None:
+    """Make every packed layer a dense one, in place: a sample of text would dequantize them anew for each token."""
+    packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, layer in packed.items():
+        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        dense.weight = nn.Parameter(layer.weight.to(network.dtype), requires_grad=False)
+        dense.register_parameter("bias", layer.bias)
+        network.set_submodule(name, dense)

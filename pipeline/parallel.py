@@ -24,30 +24,36 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-def map_in_order(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-    """`function` of each job, in their order, a few jobs ahead of the reader.
+def map_in_order(
+    function: Callable[[Job], Result], jobs: Iterable[Job], num_workers: int | None = None
+) -> Iterator[Result]:
+    """`function` of each job, in their order, a few jobs ahead of the reader; one worker a core by default.
 
     The first exception ends it: jobs that have not started are dropped, and those under way are waited for.
     """
     threads_before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(_num_workers(), initializer=torch.set_num_threads, initargs=(1,))
+    num_workers = num_workers or num_cores()
+    pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
     torch.set_num_threads(1)
     try:
-        yield from _in_order(pool, function, jobs)
+        yield from _in_order(pool, num_workers, function, jobs)
     finally:
         torch.set_num_threads(threads_before)
 
 
-def map_in_processes(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+def map_in_processes(
+    function: Callable[[Job], Result], jobs: Iterable[Job], num_workers: int | None = None
+) -> Iterator[Result]:
     """The same in processes; `function` (of a module, or a `partial` of one), jobs and results must pickle.
 
     Raises:
         WorkerError: a process died.
     """
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    pool = ProcessPoolExecutor(_num_workers(), mp_context=context, initializer=_start_worker)
+    num_workers = num_workers or num_cores()
+    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_start_worker)
     try:
-        yield from _in_order(pool, function, jobs)
+        yield from _in_order(pool, num_workers, function, jobs)
     except BrokenProcessPool:
         raise WorkerError(
             "A worker process died, most likely because the memory ran out. Close other programs and run the same "
@@ -55,10 +61,12 @@ def map_in_processes(function: Callable[[Job], Result], jobs: Iterable[Job]) -> 
         ) from None
 
 
-def _in_order(pool: Executor, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+def _in_order(
+    pool: Executor, num_workers: int, function: Callable[[Job], Result], jobs: Iterable[Job]
+) -> Iterator[Result]:
     remaining = iter(jobs)
     try:
-        running = [pool.submit(function, job) for job in islice(remaining, _num_workers() + 1)]
+        running = [pool.submit(function, job) for job in islice(remaining, num_workers + 1)]
         while running:
             yield running.pop(0).result()
             running += [pool.submit(function, job) for job in islice(remaining, 1)]
@@ -66,7 +74,8 @@ def _in_order(pool: Executor, function: Callable[[Job], Result], jobs: Iterable[
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _num_workers() -> int:
+def num_cores() -> int:
+    """Of this machine."""
     return os.cpu_count() or 1
 
 

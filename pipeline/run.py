@@ -28,10 +28,11 @@ from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import EVAL_CACHE_BYTES
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
+from pipeline.memory import give_back
 from pipeline.model import Model, open_model
 from pipeline.origin import without_local_folders
 from pipeline.output import OutputFolder
-from pipeline.packed import load_packed, packed_model
+from pipeline.packed import load_packed, packed_model, unpack
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, check_trainable
 from pipeline.recover import compute_of
@@ -51,7 +52,6 @@ from registry import Artifact, Registry
 
 SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
 SAMPLE_TOKENS = 48
-SAMPLE_PARAMS = 500_000_000  # of a packed model on a CPU, where each token dequantizes all: more take many minutes
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,17 @@ class Run:
         """Any plan within the budget, by sizes alone; raises BudgetError if there is none."""
         sizes = cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
         return self._allocate(sizes)
+
+    @property
+    def compressed_bytes(self) -> int:
+        """What the packed matrices take at most under the budget."""
+        budget = Budget.parse(self.recipe.budget)
+        if budget.bits_per_param is not None:
+            return int(budget.bits_per_param * self.model.num_matrix_params / 8)
+        kept = self.model.folder_bytes - sum(
+            self.model.tensors[matrix.name].size_bytes for matrix in self.model.matrices
+        )
+        return max(0, (budget.limit_bytes(self.model.size_bytes) or 0) - kept)
 
     @property
     def recovery_settings(self) -> RecoverySettings:
@@ -335,10 +346,12 @@ class Run:
             report = evaluate(network, original, windows.tokens, progress=self.progress)
             original.release()
             samples: dict[str, str | None] = {"compressed": None, "original": None}
-            if self.device != "cpu" or self.model.num_matrix_params <= SAMPLE_PARAMS:
+            if is_whole(self.model, self.device):  # else all of it would be read, or dequantized, for every token
+                unpack(network)
                 samples["compressed"] = self._sample("compressed", network)
-                if is_whole(self.model, self.device):  # else all of it would be read for every token
-                    samples["original"] = self._sample("original", self.model.load(device=self.device))
+                del network
+                give_back()
+                samples["original"] = self._sample("original", self.model.load(device=self.device))
             (work / "out").mkdir(exist_ok=True)
             content = {
                 "report": report.to_json(),

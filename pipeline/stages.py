@@ -5,10 +5,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.memory import give_back
+
+if TYPE_CHECKING:
+    from pipeline.forecast import StageForecast
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -17,20 +21,27 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 class Stage:
     """One finished stage; `reused` if its result was already in the registry.
 
-    `peak_memory_bytes` is of the process that took most.
+    `peak_memory_bytes` is of the process that took most. The forecast (forecast.py) is None where there was none.
     """
 
     name: str
     seconds: float
     peak_memory_bytes: int
     reused: bool = False
+    forecast_seconds: float | None = None
+    forecast_memory_bytes: int | None = None
 
 
 class StageLog:
-    """Collects stages in the order in which they ran."""
+    """Collects stages in the order in which they ran.
+
+    Attributes:
+        forecasts: what they were expected to take.
+    """
 
     def __init__(self) -> None:
         self.stages: list[Stage] = []
+        self.forecasts: tuple[StageForecast, ...] = ()
         self._reused = False
         self.workers_peak_bytes = 0
 
@@ -42,7 +53,12 @@ class StageLog:
         started = time.monotonic()
         yield self
         peak_bytes = max(peak_memory_bytes(), self.workers_peak_bytes)
-        self.stages.append(Stage(name, time.monotonic() - started, peak_bytes, self._reused))
+        done = Stage(name, time.monotonic() - started, peak_bytes, self._reused)
+        for expected in self.forecasts:
+            if expected.name == name and not self._reused:
+                seconds, memory_bytes = expected.seconds, expected.memory_bytes
+                done = replace(done, forecast_seconds=seconds, forecast_memory_bytes=memory_bytes)
+        self.stages.append(done)
 
     def reused(self) -> None:
         """Say that the current stage's result was there already."""

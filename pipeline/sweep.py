@@ -16,6 +16,7 @@ from pipeline.budget import Budget
 from pipeline.compress import Compressed, complete, measure
 from pipeline.disk_space import check_disk, checkpoint_disk_bytes, shared_disk_bytes
 from pipeline.errors import BudgetError, RecipeError
+from pipeline.memory_check import check_memory
 from pipeline.named_failure import named_failure
 from pipeline.output import OutputFolder
 from pipeline.pareto import write_pareto
@@ -126,6 +127,9 @@ def prepare_parts(
         runs[0] = replace(runs[0], log=log)
         needed_bytes = shared_disk_bytes(runs[0]) + sum(checkpoint_disk_bytes(run) for run in runs)
         check_disk(runs[0], out, needed_bytes)
+        forecasts = check_memory(largest_run(runs))
+        for run in runs:
+            run.log.forecasts = forecasts
         check_same_recipe(out, runs[0].facts)
         outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
         for output in outputs:
@@ -152,6 +156,11 @@ def prepare_runs(
     _check_budgets(runs)
     first.model.check_finite(progress)
     return runs
+
+
+def largest_run(runs: Sequence[Run]) -> Run:
+    """Of runs that differ in the budget, the one that takes most memory."""
+    return max(runs, key=lambda run: run.compressed_bytes)
 
 
 def _check_budgets(runs: list[Run]) -> None:

@@ -5,7 +5,7 @@ what they computed inside could not be kept. The last ones, the tail, can do bot
 all of a small model. The numbers are the same to the last bit.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -26,18 +26,27 @@ def tail_of(network: Network, tokens: Tensor, bytes_at: Callable[[int], int]) ->
         bytes_at: what the caller keeps of a block beside its weights.
     """
     last = network.num_blocks - 1
-    room = min(MOST_BYTES, int(FREE_SHARE * free_bytes(network.device)))
-    room -= network.weight_bytes(last) + bytes_at(last)
-    if last == 0 or room <= 0:
+    each = [network.weight_bytes(block) + bytes_at(block) for block in range(network.num_blocks)]
+    room = tail_room(free_bytes(network.device))
+    if last == 0 or each[last] >= room:
         return range(last, last + 1)
-    kept, first = _kept_bytes(network, last, tokens[:1]), last
-    room -= kept
-    while first > 0:
-        room -= network.weight_bytes(first - 1) + bytes_at(first - 1) + kept
-        if room < 0:
-            break
+    kept = _kept_bytes(network, last, tokens[:1])
+    return tail_within(room, [nbytes + kept for nbytes in each])
+
+
+def tail_room(free: int) -> int:
+    """Bytes that the tail may take where so many are free."""
+    return min(MOST_BYTES, int(FREE_SHARE * free))
+
+
+def tail_within(room: int, block_bytes: Sequence[int]) -> range:
+    """The last blocks that take no more than `room` together; at least one."""
+    first = len(block_bytes) - 1
+    room -= block_bytes[first]
+    while first > 0 and room >= block_bytes[first - 1]:
         first -= 1
-    return range(first, last + 1)
+        room -= block_bytes[first]
+    return range(first, len(block_bytes))
 
 
 def _kept_bytes(network: Network, index: int, window: Tensor) -> int:

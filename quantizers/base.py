@@ -35,6 +35,14 @@ class AbstractQuantizer(ABC):
             ValueError: `weight` has a NaN or an infinity.
         """
 
+    @abstractmethod
+    def seconds_per_million(self, has_feedback: bool) -> float:
+        """About how long a million weights take on one thread of a CPU.
+
+        Args:
+            has_feedback: there are curvatures, along which errors are fed back.
+        """
+
     def size_bits(self, shape: tuple[int, int]) -> int:
         """Every bit that a quantized weight of this shape stores."""
         return self.format.size_bits(shape)

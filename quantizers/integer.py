@@ -46,6 +46,10 @@ class Integer(AbstractQuantizer):
         """See AbstractQuantizer."""
         return IntegerFormat(self.bits, self.block_size, self.scale_bits, self.super_block)
 
+    def seconds_per_million(self, has_feedback: bool) -> float:
+        """See AbstractQuantizer."""
+        return 0.5 if has_feedback else 0.1
+
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""
         weight, form = finite_float32(weight), self.format

@@ -26,6 +26,7 @@ from quantizers.quantized import LowRank, QuantizedTensor
 from quantizers.statistics import LayerStatistics, weighted_error
 from solvers.whitening import Factor
 
+LOW_RANK_SECONDS = 1.2  # for a million weights: the alternations
 LEAST_GAIN = 1e-3  # relative; an iteration that gains less is the last
 
 
@@ -53,6 +54,10 @@ class LowRankPlus(AbstractQuantizer):
     def format(self) -> StorageFormat:
         """See AbstractQuantizer."""
         return replace(self.quantizer.format, rank=self.rank, factor_bits=self.factor_bits)
+
+    def seconds_per_million(self, has_feedback: bool) -> float:
+        """See AbstractQuantizer."""
+        return self.quantizer.seconds_per_million(has_feedback) + LOW_RANK_SECONDS
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer.

@@ -41,6 +41,10 @@ class TrellisCoded(AbstractRotated):
         """See AbstractQuantizer."""
         return TrellisFormat(self.bits, self.state_bits, self.seed)
 
+    def seconds_per_million(self, has_feedback: bool) -> float:
+        """See AbstractQuantizer."""
+        return (2.1 if has_feedback else 1.0) * 1.2 ** (self.state_bits - 8)
+
     @property
     def tile(self) -> tuple[int, int]:
         """See AbstractRotated."""

@@ -204,6 +204,26 @@ def test_the_byte_budget_that_an_error_advises_is_enough(tiny_model_dir: Path, t
     assert run(tiny_model_dir, tmp_path, budget=advised, eval_windows=0).folder.is_dir()
 
 
+def test_the_forecast_stands_beside_what_was_measured(finished) -> None:
+    for stage in finished[1].to_json()["stages"]:
+        assert (stage["name"] == "open") == (stage["forecast_memory_bytes"] is None)
+        if stage["forecast_memory_bytes"]:
+            assert stage["forecast_seconds"] > 0
+            assert 0.4 < stage["forecast_memory_bytes"] / stage["peak_memory_bytes"] < 2.5
+
+
+def test_an_unpacked_network_answers_alike(finished) -> None:
+    from pipeline.packed import load_packed, unpack
+    from quantizers import QuantizedLinear
+
+    network = load_packed(finished[1].folder)
+    tokens = torch.arange(20)[None]
+    packed = network(tokens).logits
+    unpack(network)
+    assert not any(isinstance(module, QuantizedLinear) for module in network.modules())
+    torch.testing.assert_close(network(tokens).logits, packed, rtol=1e-4, atol=1e-5)
+
+
 def test_a_foreign_folder_is_never_touched(tiny_model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

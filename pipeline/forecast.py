@@ -1,0 +1,237 @@
+"""What each stage of a run will take, before it runs: memory and time, from headers and the recipe alone.
+
+Memory is what is held at once, term by term. Time (stage_seconds.py) is only about right. The disk is in disk_space.py.
+"""
+
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from pipeline.base_logits import SLICE_TOKENS
+from pipeline.curvature_sums import sums_of
+from pipeline.evaluate import batch_of
+from pipeline.layered_pass import loss_bytes
+from pipeline.memory import free_bytes, give_back
+from pipeline.model_memory import FLOAT32_BYTES, ModelMemory, model_memory
+from pipeline.recover import FREE_SHARE, KEPT_A_FEATURE
+from pipeline.run import Run
+from pipeline.spread import is_in_processes, num_workers
+from pipeline.stage_seconds import StageSeconds
+from pipeline.summed_parts import PART_WINDOWS, sum_bytes
+from pipeline.tail import tail_room, tail_within
+from pipeline.unloaded import WHOLE_SHARE
+from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
+from quantizers import quantizer_from_label
+
+HEAP_BYTES = 100 * 2**20  # in pieces that the allocator keeps, while a network runs
+LATER_BYTES = 70 * 2**20  # libraries that are loaded on the way: solvers, scipy
+PROGRAM_BYTES = 20 * 2**20  # the integer program
+REPORT_BYTES = 120 * 2**20  # matplotlib, and the pictures
+DEQUANTIZE_BYTES = 24  # for each weight of the layer under way
+SLICE_BYTES = 48  # for each probability that is scored at once, in float64
+LOG_PROB_BYTES = 10  # for each probability: float16, while it is written with its checksum or read and checked
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """What one stage will take.
+
+    Attributes:
+        seconds: about.
+        memory_bytes: of the machine's memory, by the process that takes most, as in `Stage`.
+        total_bytes: by all processes together.
+        device_bytes: of a GPU's memory.
+    """
+
+    name: str
+    seconds: float
+    memory_bytes: int
+    total_bytes: int
+    device_bytes: int = 0
+
+
+def forecast(run: Run) -> tuple[StageForecast, ...]:
+    """Of the stages to come, in their order; without those whose results are in the registry."""
+    give_back()
+    facts = _Facts(run, model_memory(run.model), psutil.Process().memory_info().rss)
+    stages: list[StageForecast] = []
+    if run.texts.calibration is not None and not (run.resume and run.has_statistics()):
+        stages.append(facts.statistics())
+    if not (run.resume and run.has_costs()):
+        stages.append(facts.costs())
+    facts = replace(facts, now=facts.now + LATER_BYTES)
+    stages += [facts.plan(), facts.decompose()]
+    if run.texts.recovery is not None:
+        stages.append(facts.recover())
+    stages.append(facts.checkpoint())
+    if run.texts.evaluation is not None:
+        stages.append(facts.evaluate())
+    return (*stages, facts.report())
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of a run, with what the process holds already, in bytes."""
+
+    run: Run
+    memory: ModelMemory
+    now: int
+
+    @property
+    def seconds(self) -> StageSeconds:
+        return StageSeconds(self.run)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.run.device)
+
+    @property
+    def free(self) -> int:
+        return free_bytes(torch.device("cpu"))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.run.model.config.get_text_config().vocab_size
+
+    @property
+    def metric(self):
+        return None if self.run.recipe.sensitivity == "none" else self.run.recipe.sensitivity
+
+    @property
+    def around_packed(self) -> int:
+        """Float32 of all that is not compressed."""
+        return FLOAT32_BYTES * (self.run.model.num_params - self.run.model.num_matrix_params)
+
+    @property
+    def packed(self) -> int:
+        """A packed model, and the layer that is dequantized."""
+        largest = max(matrix.num_params for matrix in self.run.model.matrices)
+        return HEAP_BYTES + self.compressed + self.around_packed + DEQUANTIZE_BYTES * largest
+
+    @property
+    def compressed(self) -> int:
+        """Of the packed matrices, at most."""
+        return self.run.compressed_bytes
+
+    def statistics(self) -> StageForecast:
+        """layered_pass.py with part_sums.py; then summed_parts.py; then curvature_scale.py."""
+        run, memory = self.run, self.memory
+        assert run.texts.calibration is not None
+        num_windows, seq_len = run.texts.calibration.tokens.shape
+        kind = sums_of(run.recipe.sensitivity)  # type: ignore[arg-type]
+        width = run.model.config.get_text_config().hidden_size
+        part = FLOAT32_BYTES * min(PART_WINDOWS, num_windows) * seq_len * width
+        layers = self._layers(kind)
+        kept = round(memory.kept_bytes_a_token * seq_len)
+        weights = memory.block_bytes or (0,)
+        held = [nbytes + sums + kept for nbytes, sums in zip(weights, layers, strict=True)]
+        if kind.of_input_alone:
+            at_once = max(held)
+            loss = loss_bytes(seq_len, self.vocab_size, is_drawn=True) if kind.scaled_by_divergence else 0
+        else:
+            tail = tail_within(tail_room(free_bytes(self.device)), held)
+            at_once = sum(held[tail.start : tail.stop])
+            loss = loss_bytes(seq_len, self.vocab_size, is_drawn=kind.labels_are_drawn)
+        network = (
+            HEAP_BYTES + memory.around_bytes + at_once + 3 * part + loss
+        )  # read, passed, and stacked to be written
+        if kind.labels_are_drawn:
+            largest = max(costs_bytes(matrix.shape, self.metric) for matrix in run.model.matrices)
+            network = max(network, HEAP_BYTES + memory.around_bytes + at_once + largest)
+        return self._stage("statistics", self.seconds.statistics(), network, 3 * max(layers))
+
+    def _layers(self, kind) -> list[int]:
+        """Sums of each block; of all matrices where there is one block."""
+        matrices = self.run.model.matrices
+        if not self.memory.block_bytes:
+            return [sum_bytes(matrices, kind)]
+        return [
+            sum_bytes([matrix for matrix in matrices if matrix.layer == layer], kind)
+            for layer in range(len(self.memory.block_bytes))
+        ]
+
+    def costs(self) -> StageForecast:
+        """A matrix a thread."""
+        each = [costs_bytes(matrix.shape, self.metric) for matrix in self.run.model.matrices]
+        workers = num_workers(each, False, self.free)
+        return self._host("costs", self.seconds.costs(workers), self.now + workers * max(each))
+
+    def plan(self) -> StageForecast:
+        """A small program; a rival of the plan is measured at times, as in evaluation (rival.py)."""
+        return self._host("plan", self.seconds.plan(), self.now + PROGRAM_BYTES)
+
+    def decompose(self) -> StageForecast:
+        """A matrix a process, or a thread."""
+        model, labels = self.run.model, self.run.labels
+        has_low_rank = any(quantizer_from_label(label).format.rank for label in labels)
+        each = [quantize_bytes(matrix.shape, self.metric, has_low_rank) for matrix in model.matrices]
+        in_processes = is_in_processes(True, model.matrices)
+        workers = num_workers(each, in_processes, self.free)
+        seconds = self.seconds.decompose(workers)
+        if not in_processes:
+            return self._host("decompose", seconds, self.now + workers * max(each))
+        worker = PROCESS_BYTES + max(each)
+        return StageForecast("decompose", seconds, max(self.now, worker), self.now + workers * worker)
+
+    def recover(self) -> StageForecast:
+        """The original's answers (teacher.py), then training (recover.py, trainable.py)."""
+        run = self.run
+        assert run.texts.recovery is not None
+        seq_len = run.texts.recovery.tokens.shape[1]
+        logits = FLOAT32_BYTES * seq_len * self.vocab_size
+        itemsize = 2 if run.recovery_settings.compute == "bfloat16" else 4
+        dense = itemsize * run.model.num_matrix_params
+        features = sum(sum(matrix.shape) for matrix in run.model.matrices)
+        activations = FLOAT32_BYTES * KEPT_A_FEATURE * seq_len * features
+        if activations >= FREE_SHARE * (free_bytes(self.device) - dense):
+            activations = round(self.memory.kept_bytes_a_token * seq_len)
+        training = self.packed + dense + activations + 3 * logits  # with their gradient, and a slice's probabilities
+        teacher = self._original(seq_len) + logits
+        return self._stage("recover", self.seconds.recover(), max(training, teacher), 0)
+
+    def checkpoint(self) -> StageForecast:
+        """The packed model's logits here, then those of the written one in a fresh process (audit.py)."""
+        mine = self.now + self.packed
+        return StageForecast("checkpoint", self.seconds.checkpoint(), mine, self.now + self.packed + PROCESS_BYTES)
+
+    def evaluate(self) -> StageForecast:
+        """The original's answers (base_logits.py), then the packed model's (evaluate.py), then a sample of both."""
+        run = self.run
+        assert run.texts.evaluation is not None
+        seq_len = run.texts.evaluation.tokens.shape[1]
+        num_logits, batch = seq_len * self.vocab_size, batch_of(seq_len, self.vocab_size)
+        original = self._original(seq_len) + (FLOAT32_BYTES + LOG_PROB_BYTES) * num_logits
+        kept = round(self.memory.kept_bytes_a_token * seq_len)
+        scored = self.packed + batch * (FLOAT32_BYTES * num_logits + kept) + LOG_PROB_BYTES * num_logits
+        scored += SLICE_BYTES * SLICE_TOKENS * self.vocab_size
+        samples = self._loaded + HEAP_BYTES if self._is_whole else 0
+        return self._stage("evaluate", self.seconds.evaluate(), max(original, scored, samples), 0)
+
+    def report(self) -> StageForecast:
+        """Pictures."""
+        return self._host("report", self.seconds.report(), self.now + REPORT_BYTES)
+
+    @property
+    def _is_whole(self) -> bool:
+        """See pipeline.unloaded.is_whole."""
+        return self.memory.weight_bytes <= WHOLE_SHARE * free_bytes(self.device) or not self.memory.block_bytes
+
+    @property
+    def _loaded(self) -> int:
+        """The whole model while it is loaded, with the files that are mapped for it."""
+        return self.memory.weight_bytes + self.run.model.size_bytes
+
+    def _original(self, seq_len: int) -> int:
+        held = self.memory.around_bytes + self.memory.largest_block_bytes
+        held = self._loaded if self._is_whole else held
+        return HEAP_BYTES + held + round(self.memory.kept_bytes_a_token * seq_len)
+
+    def _host(self, name: str, seconds: float, nbytes: int) -> StageForecast:
+        return StageForecast(name, seconds, nbytes, nbytes)
+
+    def _stage(self, name: str, seconds: float, network: int, beside: int) -> StageForecast:
+        """Where the network is on the run's device, and something beside it, afterwards, in the machine's memory."""
+        if self.device.type == "cpu":
+            return self._host(name, seconds, self.now + max(network, beside))
+        return StageForecast(name, seconds, self.now + beside, self.now + beside, network)

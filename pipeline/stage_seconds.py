@@ -1,0 +1,131 @@
+"""About how many seconds the stages of a run take.
+
+Passes over the model are counted in operations, and this machine's speed is measured (machine_speed.py). Work on single
+matrices was measured on a core of REFERENCE_FLOPS (quantizers state theirs for it too), and is scaled by that speed.
+"""
+
+import math
+from dataclasses import dataclass
+
+from pipeline.curvature_sums import sums_of
+from pipeline.evaluate import batch_of
+from pipeline.machine_speed import flops
+from pipeline.parallel import num_cores
+from pipeline.run import SAMPLE_TOKENS, Run
+from quantizers import quantizer_from_label
+
+REFERENCE_FLOPS = 140e9  # in float32
+EFFICIENCY = 0.5  # of a pass, as a share of a large product's speed
+DRAW_SECONDS = 8e-9  # for each probability that a label is drawn from
+COSTS_SECONDS = {"diagonal": 0.025, "curvature": 0.02}  # for a million weights, and each choice without low rank
+COSTS_FACTOR_SECONDS = 1e-10  # for each number of a curvature's side, cubed: its factors, and products with them
+QUANTIZE_FACTOR_SECONDS = 4e-11
+MATRIX_SECONDS = 0.05
+DEQUANTIZE_SECONDS = 5e-8  # for each weight of a trellis, the slowest
+SCORE_SECONDS = 3e-8  # for each probability
+SAMPLE_SECONDS = 4e-10  # for each parameter and token, which are read from memory
+START_SECONDS = 8.0  # of a process that loads torch and transformers, and of writing files
+REPORT_SECONDS = 6.0
+
+
+@dataclass(frozen=True)
+class StageSeconds:
+    """Of one run."""
+
+    run: Run
+
+    @property
+    def _flops(self) -> float:
+        return EFFICIENCY * flops(self.run.device)
+
+    @property
+    def _slowness(self) -> float:
+        """Of one core here, beside the one that was measured."""
+        return REFERENCE_FLOPS * num_cores() / flops("cpu")
+
+    @property
+    def _pass_flops(self) -> float:
+        """Of one token forward, or of its gradient back to the inputs."""
+        return 2.0 * self.run.model.num_params
+
+    @property
+    def _has_curvature(self) -> bool:
+        return self.run.recipe.sensitivity in ("input", "kl", "kronecker", "sequence")
+
+    def statistics(self) -> float:
+        """One pass there; one back, and for blocks that are not held at once another there; and the sums."""
+        run = self.run
+        assert run.texts.calibration is not None
+        kind, num_tokens = sums_of(run.recipe.sensitivity), run.texts.calibration.tokens.numel()  # type: ignore[arg-type]
+        matrices = run.model.matrices
+        sizes = [size for m in matrices for size in kind.shapes(m.shape).values()]
+        if self._has_curvature:
+            sums = 2.0 * sum(rows * columns for rows, columns in sizes)
+        else:
+            sums = 3.0 * run.model.num_matrix_params
+        passes = 1 if kind.of_input_alone else 2.5
+        seconds = num_tokens * (passes * self._pass_flops + sums) / self._flops
+        if kind.scaled_by_divergence:  # a pass from there to the end for every matrix, of two windows
+            seconds += len(matrices) * run.texts.calibration.tokens.shape[1] * self._pass_flops / self._flops
+        if kind.labels_are_drawn:
+            seconds += DRAW_SECONDS * num_tokens * run.model.config.get_text_config().vocab_size
+            seconds += QUANTIZE_FACTOR_SECONDS * self._cubes * self._slowness
+        return seconds
+
+    def costs(self, workers: int) -> float:
+        """Each matrix under all choices."""
+        millions = self.run.model.num_matrix_params / 1e6
+        kind = "curvature" if self._has_curvature else "diagonal"
+        choices = [label for label in self.run.labels if not quantizer_from_label(label).format.rank]
+        seconds = COSTS_SECONDS[kind] * millions * len(choices) + MATRIX_SECONDS * len(self.run.model.matrices)
+        seconds += COSTS_FACTOR_SECONDS * self._cubes
+        return seconds * self._slowness / workers
+
+    def plan(self) -> float:
+        """The integer program."""
+        return 1.0 + 2e-5 * len(self.run.model.matrices) * len(self.run.labels)
+
+    def decompose(self, workers: int) -> float:
+        """By the mean of the choices, for which of them will be taken is not known yet."""
+        millions = self.run.model.num_matrix_params / 1e6
+        each = [quantizer_from_label(label).seconds_per_million(self._has_curvature) for label in self.run.labels]
+        seconds = millions * sum(each) / len(each) + QUANTIZE_FACTOR_SECONDS * self._cubes
+        return seconds * self._slowness / workers + START_SECONDS
+
+    def recover(self) -> float:
+        """The original's pass over all windows, and two passes for each of a step's."""
+        run = self.run
+        assert run.texts.recovery is not None
+        settings, tokens = run.recovery_settings, run.texts.recovery.tokens
+        num_checks = 1 + settings.steps // settings.check_every
+        windows = 3 * settings.steps * settings.batch_windows
+        windows += len(tokens) + num_checks * settings.num_held_out(len(tokens))
+        return windows * tokens.shape[1] * self._pass_flops / self._flops
+
+    def checkpoint(self) -> float:
+        """Here, and in a process of its own."""
+        return 2 * START_SECONDS + 2 * DEQUANTIZE_SECONDS * self.run.model.num_matrix_params
+
+    def evaluate(self) -> float:
+        """The original and the packed model, and a sample of the latter."""
+        run = self.run
+        assert run.texts.evaluation is not None
+        windows, seq_len = run.texts.evaluation.tokens.shape
+        vocab_size = run.model.config.get_text_config().vocab_size
+        passes = 2 * windows * seq_len * self._pass_flops / self._flops + SCORE_SECONDS * windows * seq_len * vocab_size
+        dequantized = math.ceil(windows / batch_of(seq_len, vocab_size)) + 1
+        dequantizing = DEQUANTIZE_SECONDS * dequantized * run.model.num_matrix_params
+        return passes + dequantizing + 2 * SAMPLE_TOKENS * SAMPLE_SECONDS * run.model.num_params + START_SECONDS
+
+    def report(self) -> float:
+        """Pictures."""
+        return REPORT_SECONDS
+
+    @property
+    def _cubes(self) -> float:
+        """Of the sides of all curvatures."""
+        if not self._has_curvature:
+            return 0.0
+        kind = sums_of(self.run.recipe.sensitivity)  # type: ignore[arg-type]
+        sides = [size[0] for matrix in self.run.model.matrices for size in kind.shapes(matrix.shape).values()]
+        return sum(float(side) ** 3 for side in sides)

@@ -1,0 +1,174 @@
+"""What a run will take, before it runs: close to what it then takes, and refused where there is not so much."""
+
+import dataclasses
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import forecast as forecasting
+from pipeline import memory_check
+from pipeline.curvature_sums import Metric
+from pipeline.errors import MemoryShortError
+from pipeline.evaluate import MOST_LOGITS_BYTES, batch_of
+from pipeline.forecast import StageForecast, forecast
+from pipeline.layered import LayeredNetwork
+from pipeline.memory import give_back
+from pipeline.memory_check import check_memory
+from pipeline.model import open_model
+from pipeline.model_memory import model_memory
+from pipeline.progress import SILENT
+from pipeline.recipe import Recipe
+from pipeline.run import Run
+from pipeline.spread import num_workers
+from pipeline.stages import StageLog
+from pipeline.tail import _kept_bytes, tail_room, tail_within
+from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
+from registry import Registry
+from tests.architectures import CAUSAL, build_causal
+from tests.models import save_model
+from tests.pipeline.small import SMALL
+
+GIB = 2**30
+
+
+def opened(model_dir: Path, registry: Registry, **settings) -> Run:
+    recipe = Recipe.of(model=str(model_dir), **(SMALL | settings))
+    return Run.prepare(recipe, registry, device="cpu", resume=True, log=StageLog(), progress=SILENT)
+
+
+def by_name(stages: tuple[StageForecast, ...]) -> dict[str, StageForecast]:
+    return {stage.name: stage for stage in stages}
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch):
+    """Set how much memory there seems to be."""
+
+    def set_free(nbytes: int) -> None:
+        for module in (forecasting, memory_check):
+            monkeypatch.setattr(module, "free_bytes", lambda device: nbytes)
+
+    return set_free
+
+
+@pytest.mark.parametrize("model_type", sorted(CAUSAL))
+def test_weights_of_blocks_are_counted_from_headers(
+    model_type: str, tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model", tokenizer=tiny_tokenizer)))
+    found = model_memory(model)
+    assert found.weight_bytes == 4 * model.num_params
+    assert found.kept_bytes_a_token > 0
+    if found.block_bytes:
+        network = LayeredNetwork(model, "cpu")
+        assert list(found.block_bytes) == [network.weight_bytes(index) for index in range(network.num_blocks)]
+        assert not network.is_whole
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", "opt", "phi3"])
+def test_what_autograd_keeps_is_foreseen(model_type: str, tmp_path: Path, tiny_tokenizer) -> None:
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model", tokenizer=tiny_tokenizer)))
+    window = torch.arange(64)[None]
+    kept = _kept_bytes(LayeredNetwork(model, "cpu"), 1, window)
+    assert 0.6 * kept <= 64 * model_memory(model).kept_bytes_a_token <= 1.6 * kept
+
+
+def test_all_stages_to_come_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:
+    run = opened(tiny_model_dir, Registry(tmp_path), recover=True, recover_samples=4)
+    stages = forecast(run)
+    names = ["statistics", "costs", "plan", "decompose", "recover", "checkpoint", "evaluate", "report"]
+    assert [stage.name for stage in stages] == names
+    assert all(stage.seconds > 0 and 0 < stage.memory_bytes <= stage.total_bytes for stage in stages)
+    assert not any(stage.device_bytes for stage in stages)
+
+
+def test_what_is_in_the_registry_is_no_work(tiny_model_dir: Path, tmp_path: Path) -> None:
+    run = opened(tiny_model_dir, Registry(tmp_path))
+    run.costs(run.statistics())
+    assert [stage.name for stage in forecast(run)][:2] == ["plan", "decompose"]
+    assert [stage.name for stage in forecast(dataclasses.replace(run, resume=False))][:2] == ["statistics", "costs"]
+
+
+@pytest.mark.parametrize("metric", ["fisher", "factored", "input", "kl", "kronecker", "sequence"])
+def test_more_text_at_once_takes_more(metric: Metric, tiny_model_dir: Path, tmp_path: Path) -> None:
+    run = opened(tiny_model_dir, Registry(tmp_path), sensitivity=metric, seq_len=32)
+    longer = opened(tiny_model_dir, Registry(tmp_path), sensitivity=metric, seq_len=64)
+    before, after = by_name(forecast(run))["statistics"], by_name(forecast(longer))["statistics"]
+    now = 2**22  # what the process takes may change a little meanwhile
+    assert after.memory_bytes > before.memory_bytes - now
+    assert after.seconds > before.seconds
+
+
+def test_a_large_matrix_takes_what_its_metric_wants() -> None:
+    shape = (4096, 11008)
+    assert costs_bytes(shape, "factored") == costs_bytes(shape, "fisher") == costs_bytes(shape, None)
+    assert costs_bytes(shape, "kronecker") > 2 * costs_bytes(shape, "fisher")
+    assert quantize_bytes(shape, "fisher", True) > quantize_bytes(shape, "fisher", False)
+    assert quantize_bytes(shape, "input", False) > quantize_bytes(shape[::-1], "input", False)
+
+
+@pytest.mark.parametrize(("free_gib", "in_processes", "workers"), [(1000, False, 3), (2.5, False, 2), (2.5, True, 1)])
+def test_no_more_jobs_than_fit(monkeypatch: pytest.MonkeyPatch, free_gib: float, in_processes, workers: int) -> None:
+    monkeypatch.setattr("pipeline.spread.num_cores", lambda: 3)
+    assert PROCESS_BYTES < 0.5 * GIB
+    assert num_workers([GIB // 2, GIB, 1], in_processes, round(free_gib * GIB)) == workers
+    assert num_workers([GIB], in_processes, 0) == 1
+    assert num_workers([], in_processes, 0) == 1
+
+
+def test_the_tail_keeps_within_its_room() -> None:
+    assert tail_within(25, [10] * 5) == range(3, 5)
+    assert tail_within(30, [10] * 5) == range(2, 5)
+    assert tail_within(1, [10] * 5) == range(4, 5)
+    assert tail_within(1000, [10] * 5) == range(5)
+    assert tail_room(2 * GIB) == GIB
+    assert tail_room(1000 * GIB) == 4 * GIB
+
+
+def test_a_batch_has_as_many_windows_as_logits_fit() -> None:
+    assert batch_of(512, 49152) == 4
+    assert batch_of(2048, 262144) == 1
+    assert 4 * 512 * 151936 * batch_of(512, 151936) <= MOST_LOGITS_BYTES
+
+
+def test_where_there_is_memory_nothing_is_said(tiny_model_dir: Path, tmp_path: Path, free) -> None:
+    free(1000 * GIB)
+    run = opened(tiny_model_dir, Registry(tmp_path))
+    assert [stage.name for stage in check_memory(run)] == [stage.name for stage in forecast(run)]
+
+
+def test_what_cannot_fit_is_refused(tiny_model_dir: Path, tmp_path: Path, free) -> None:
+    run = opened(tiny_model_dir, Registry(tmp_path))
+    free(-GIB)
+    with pytest.raises(MemoryShortError, match=r"The stage `statistics` takes about .* No setting makes it fit"):
+        check_memory(run)
+
+
+def test_the_settings_that_fit_are_named(
+    tiny_model_dir: Path, tmp_path: Path, free, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecasting, "loss_bytes", lambda num_tokens, vocab_size, is_drawn: num_tokens * 2**22)
+    registry = Registry(tmp_path)
+    settings = {"sensitivity": "kronecker", "seq_len": 1024, "eval_seq_len": 1024, "num_samples": 2}
+    run = opened(tiny_model_dir, registry, **settings)
+    most = max(stage.total_bytes for stage in forecast(run))
+    shorter = opened(tiny_model_dir, registry, **settings | {"seq_len": 128, "eval_seq_len": 128})
+    least = max(stage.total_bytes for stage in forecast(shorter))
+    assert least < most
+    free((least + most) // 2 - memory_check.psutil.Process().memory_info().rss)
+    with pytest.raises(MemoryShortError) as refused:
+        check_memory(run)
+    seq_len = int(str(refused.value).split("--seq-len ")[1].split()[0])
+    assert 128 <= seq_len < 1024
+    check_memory(opened(tiny_model_dir, registry, **settings | {"seq_len": seq_len, "eval_seq_len": seq_len}))
+
+
+def test_memory_in_circles_is_given_back() -> None:
+    module = torch.nn.Linear(4, 4)
+    module.itself = [module]
+    remembered = weakref.ref(module)
+    del module
+    give_back()
+    assert remembered() is None
