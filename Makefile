@@ -47,6 +47,7 @@ bench-flows: $(READY) ## the flows' runners beside the plain command line; wants
 
 # Limits memory by control groups, which needs root, else by address space. `--large` adds 7 billion parameters: hours.
 bench-memory: $(READY) ## made-up Llamas of 1.3 billion parameters within 3 GiB, and of 4 to 32 layers
+	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.exactness
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.memory
 
 # Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.errors import CheckpointError
+from pipeline.model_config import auto_class
 from pipeline.quiet import quiet_transformers
 from quantizers import QuantizedLinear
 
@@ -77,7 +78,7 @@ def load_checked(folder: Path) -> PreTrainedModel:
         CheckpointError: what is there is not what was planned.
     """
     with quiet_transformers():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     model, info = loaded

@@ -56,7 +56,8 @@ def make_batch(batch: Batch, say: Callable[[str], None] = lambda text: None) -> 
         task = STAGES[batch["stage"]](model=model, statistics=statistics, folder=Path(folder), **batch["settings"])
         for name in batch["names"]:
             say(f"{batch['stage']}, matrix {name}")
-            _check_file(model.path / model.tensors[name].file, batch["model"]["files"][model.tensors[name].file])
+            for file in model.tensors[name].files:
+                _check_file(model.path / file, batch["model"]["files"][file])
             task.make(by_name[name])
             made[name] = to_blob(store.add(task.file(by_name[name])))
     return made
@@ -76,7 +77,7 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
     _check_version(batch["version"])
     torch.set_num_threads(batch["num_threads"])
     model, _, store = _opened(batch["registry"], batch["store"], _Frozen(batch["model"]), _Frozen(None))
-    for name in {info.file for info in model.tensors.values()}:
+    for name in {file for info in model.tensors.values() for file in info.files}:
         _check_file(model.path / name, batch["model"]["files"][name])
     say("statistics, opening the model")
     sums, network = sums_of(batch["metric"]), open_network(model, batch["device"], say)

@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def check_complete(path: Path, structure: Structure, names: StoredNames, skeleton: "PreTrainedModel") -> None:
-    """Raise `ModelError` if a parameter that `skeleton` needs is neither stored, tied, nor made of others."""
-    present = set(names.parameters.values())
+def check_complete(
+    path: Path, structure: Structure, names: StoredNames, skeleton: "PreTrainedModel", stored: set[str]
+) -> None:
+    """Raise `ModelError` if a parameter that `skeleton` needs is neither stored, tied, nor made of others.
+
+    Args:
+        stored: names of the parameters that are.
+    """
+    present = set(stored)
     present |= {source for target, source in structure.ties.items() if target in present}
     ignored = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_missing or ()]
     missing = sorted(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.atomic import write_json
 from pipeline.degraded import say_if_degraded
+from pipeline.idle_experts import with_others_scales
 from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import there_and_back
 from pipeline.model import Matrix, Model
@@ -97,7 +98,7 @@ def measure_scales(
     for path in sorted(folder.glob("scales-*.json")):
         found |= json.loads(path.read_text())
     shutil.rmtree(folder)
-    return {name: min(max(scale, LEAST), MOST) for name, scale in found.items()}
+    return {name: min(max(scale, LEAST), MOST) for name, scale in with_others_scales(found).items()}
 
 
 def _probe_bytes(network: Network, model: Model, block: int) -> int:

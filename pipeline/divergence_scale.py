@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.atomic import write_json
+from pipeline.idle_experts import with_others_scales
 from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import forward, hidden_file, read_windows
 from pipeline.model import Matrix, Model
@@ -84,7 +85,7 @@ def measure_divergences(
     with torch.no_grad():
         found = dict(progress.track(measured(), "Divergence by matrix", total=len(model.matrices)))
     shutil.rmtree(folder)
-    return found
+    return with_others_scales(found)
 
 
 def _answers(

@@ -11,6 +11,7 @@ What happens between the blocks (masks, positions, what an architecture passes t
 forward pass runs with blocks that do nothing but say what they were called with, or give back what they are told to.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
@@ -175,15 +176,21 @@ class LayeredNetwork:
         raise NotLayeredError(f"Block {self._names[index]} was not called.")
 
     def _standing_in(self, index: int) -> Any:
-        """What a block does in the pass that goes around the blocks."""
+        """What a block does in the pass that goes around the blocks.
+
+        It knows this object weakly, or a network of gigabytes would wait for the garbage collector.
+        """
+        known = weakref.ref(self)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if index == self._reach:
+            around = known()
+            assert around is not None, "only this object runs the network"
+            if index == around._reach:
                 raise _ReachedError(args, kwargs)
             hidden = args[0] if args else kwargs["hidden_states"]
-            if self._final is not None and index == self.num_blocks - 1:
-                hidden = self._final
-            return hidden if self._num_outputs is None else (hidden, *(None,) * (self._num_outputs - 1))
+            if around._final is not None and index == around.num_blocks - 1:
+                hidden = around._final
+            return hidden if around._num_outputs is None else (hidden, *(None,) * (around._num_outputs - 1))
 
         return forward
 
@@ -241,11 +248,9 @@ def blocks_of(model: Model) -> tuple[list[str], int | None]:
         NotLayeredError: there is more than one stack, a block is not called once, or its input is not the output of
             the block before.
     """
-    skeleton = build_skeleton(model.config)
-    stacks = stacks_of(skeleton)
-    if len(stacks) != 1:
-        raise NotLayeredError(f"{model.spec} has {len(stacks)} stacks of blocks, {', '.join(stacks)}; expected one.")
-    blocks = {f"{stacks[0]}.{name}": block for name, block in skeleton.get_submodule(stacks[0]).named_children()}
+    skeleton = build_skeleton(model.config, experts_apart=model.experts_apart)
+    blocks = {f"{stack}.{name}": (stack, block) for stack in stacks_of(skeleton)
+              for name, block in skeleton.get_submodule(stack).named_children()}  # fmt: skip
     calls: list[tuple[str, Any, Any]] = []
 
     def remember(name: str) -> Any:
@@ -254,7 +259,7 @@ def blocks_of(model: Model) -> tuple[list[str], int | None]:
 
         return hook
 
-    for name, block in blocks.items():
+    for name, (_, block) in blocks.items():
         block.register_forward_hook(remember(name), with_kwargs=True)
     try:
         with quiet_transformers(), torch.no_grad():
@@ -262,15 +267,19 @@ def blocks_of(model: Model) -> tuple[list[str], int | None]:
             skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:  # whatever an architecture does that meta tensors cannot
         raise NotLayeredError(f"{model.spec} cannot be probed without weights: {error}") from error
-    if [name for name, _, _ in calls] != list(blocks):
-        raise NotLayeredError(f"{model.spec} does not call each block of {stacks[0]} once and in order.")
+    stacks = dict.fromkeys(blocks[name][0] for name, _, _ in calls)  # text calls none of those for images
+    if len(stacks) != 1:
+        raise NotLayeredError(f"{model.spec} has {len(stacks)} stacks of blocks, {', '.join(stacks)}; expected one.")
+    names = [name for name, (stack, _) in blocks.items() if stack in stacks]
+    if [name for name, _, _ in calls] != names:
+        raise NotLayeredError(f"{model.spec} does not call each block of {next(iter(stacks))} once and in order.")
     for (name, _, output), (_, following, _) in pairwise(calls):
         if (output[0] if isinstance(output, tuple) else output) is not following:
             raise NotLayeredError(f"{model.spec} changes what {name} gives before the next block reads it.")
     kinds = {len(output) if isinstance(output, tuple) else None for _, _, output in calls}
     if len(kinds) != 1:
         raise NotLayeredError(f"The blocks of {model.spec} return different things.")
-    return list(blocks), kinds.pop()
+    return names, kinds.pop()
 
 
 class _ReachedError(Exception):

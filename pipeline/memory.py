@@ -1,7 +1,6 @@
 """How much memory this process may still take, and what it need not keep."""
 
 import ctypes
-import gc
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -36,11 +35,7 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def give_back() -> None:
-    """Return to the system what nobody uses: half a gigabyte after a stage.
-
-    Networks whose modules refer to one another wait for the garbage collector, and C libraries keep what is freed.
-    """
-    gc.collect()
+    """Return to the system what is freed, which C libraries keep for the next use, by half a gigabyte after a stage."""
     with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -9,25 +9,28 @@ import hashlib
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
-from pipeline.model_config import read_config
+from pipeline.experts import PiecedTensor, expert_tensors
+from pipeline.model_config import auto_class, read_config
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.shards import TensorInfo, read_folder
 from pipeline.sources import EXTRA_FILES, find_source
 from pipeline.stored_names import StoredNames, match_names
 from pipeline.structure import Structure, build_skeleton, read_structure
+from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +94,7 @@ class Model:
         matrices: by layer, then in module order.
         skipped: everything else.
         ties: parameter name -> the parameter whose tensor it shares.
+        experts_apart: each expert of a mixture is layers of its own, in whatever network is made of the model.
     """
 
     spec: str
@@ -101,6 +105,7 @@ class Model:
     matrices: tuple[Matrix, ...] = field(repr=False)
     skipped: tuple[Skipped, ...] = field(repr=False)
     ties: dict[str, str] = field(repr=False)
+    experts_apart: bool = field(default=False, repr=False)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -108,7 +113,7 @@ class Model:
 
         Reads every byte once (a second per GB or so), hence not part of opening.
         """
-        names = {"config.json"} | {info.file for info in self.tensors.values()}
+        names = {"config.json"} | {file for info in self.tensors.values() for file in info.files}
         return {name: _file_sha256(self.path / name) for name in sorted(names)}
 
     @cached_property
@@ -169,8 +174,7 @@ class Model:
         """
         info = self.tensors[name]
         try:
-            with safe_open(self.path / info.file, framework="pt") as shard:
-                return shard.get_tensor(info.name)
+            return info.read(self.path)
         except (OSError, SafetensorError) as error:
             raise ModelError(
                 f"Cannot read {info.name} from {self.path / info.file}: {error}. The file has changed since "
@@ -193,9 +197,11 @@ class Model:
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":
         """The whole model in memory, in eval mode."""
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class(self.config).from_pretrained(
                 self.path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
             )
+        if self.experts_apart:
+            set_experts_apart(model)
         model.to(torch.device(device))  # type: ignore[arg-type]
         return model.eval()
 
@@ -235,10 +241,13 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
     config = read_config(source.path)
     stored = read_folder(source.path)
     skeleton = build_skeleton(config)
-    structure = read_structure(skeleton)
     names = match_names(skeleton, [info.name for info in stored])
-    tensors = {names.parameters.get(info.name, info.name): info for info in stored}
-    check_complete(source.path, structure, names, skeleton)
+    experts = expert_tensors(skeleton, names, {info.name: info for info in stored})
+    if experts:
+        set_experts_apart(skeleton)
+    structure = read_structure(skeleton)
+    tensors = _tensors(stored, names, experts or {})
+    check_complete(source.path, structure, names, skeleton, set(tensors))
     check_shapes(source.path, structure, tensors)
     matrices = _matrices(structure, tensors)
     if not matrices:
@@ -255,7 +264,16 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
         matrices=matrices,
         skipped=_skipped(structure, names, tensors, {matrix.name for matrix in matrices}),
         ties=structure.ties,
+        experts_apart=bool(experts),
     )
+
+
+def _tensors(
+    stored: Iterable[TensorInfo], names: StoredNames, experts: dict[str, PiecedTensor]
+) -> dict[str, TensorInfo]:
+    in_pieces = {piece.info.name for tensor in experts.values() for piece in tensor.pieces}
+    plain = {names.parameters.get(info.name, info.name): info for info in stored if info.name not in in_pieces}
+    return plain | experts
 
 
 def _matrices(structure: Structure, tensors: dict[str, TensorInfo]) -> tuple[Matrix, ...]:
@@ -293,7 +311,7 @@ def _skipped(
         if name in matrices:
             continue
         merged = names.merged.get(info.name)
-        reason = f"merged into {merged} on loading: not supported yet" if merged else structure.reasons.get(name)
+        reason = f"merged into {merged.target} on loading: not supported yet" if merged else structure.reasons.get(name)
         stored.append(Skipped(name, info.shape, info.dtype, info.size_bytes, reason or "not used by the architecture"))
     tied = [
         Skipped(name, structure.shapes[name], tensors[source].dtype, 0, structure.reasons[name])

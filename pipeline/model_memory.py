@@ -60,7 +60,7 @@ def model_memory(model: Model) -> ModelMemory:
 
 def _kept_bytes_a_token(model: Model, names: list[str]) -> float:
     """Attention probabilities are left out: the fused attention of a real pass does not keep them."""
-    skeleton = build_skeleton(model.config).requires_grad_(False)
+    skeleton = build_skeleton(model.config, experts_apart=model.experts_apart).requires_grad_(False)
     weights = {each.untyped_storage()._cdata for each in skeleton.parameters()}
     kept: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     inside: list[str] = []

@@ -6,12 +6,13 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.allocation import Plan
 from pipeline.decompose import read_matrix
 from pipeline.errors import CheckpointError
 from pipeline.model import Model
+from pipeline.model_config import auto_class
 from pipeline.output import check_compressed
 from pipeline.quiet import quiet_transformers
 from pipeline.unloaded import MergedError, Unloaded
@@ -49,7 +50,7 @@ def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
     check_compressed(folder)
     try:
         with quiet_transformers():
-            network = AutoModelForCausalLM.from_pretrained(
+            network = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
                 folder,
                 dtype=torch.float32 if device == "cpu" else "auto",
                 local_files_only=True,

@@ -15,9 +15,12 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -43,6 +46,18 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     size_bytes: int
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All that it is read from."""
+        return (self.file,)
+
+    def read(self, folder: Path) -> "Tensor":
+        """As stored: its own dtype and order, on the CPU."""
+        from safetensors import safe_open  # with torch, which reading headers does without
+
+        with safe_open(folder / self.file, framework="pt") as shard:
+            return shard.get_tensor(self.name)
 
 
 def read_folder(folder: Path) -> tuple[TensorInfo, ...]:

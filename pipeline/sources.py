@@ -28,7 +28,7 @@ HUB_TIMEOUT_SECONDS = 10.0
 EXTRA_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
+    *("generation_config.json", "*preprocessor_config.json", "processor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 )
 WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index.json")

@@ -10,20 +10,36 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
+class Merged:
+    """`target`: the parameter. `place`: which of an expert's tensors this one is, from above. `is_stacked`: the
+    parameter is a stack of all experts', in each of which such tensors lie one above the other, and nothing else."""
+
+    target: str
+    place: int
+    is_stacked: bool
+
+
+@dataclass(frozen=True)
 class StoredNames:
     """`parameters`: stored name -> parameter name, where one tensor becomes one parameter unchanged.
-    `merged`: stored name -> the parameter that it is converted into together with others.
+    `merged`: stored name -> the parameter that it is converted into together with others, and how.
     `produced`: name patterns of the parameters that those conversions yield."""
 
     parameters: dict[str, str]
-    merged: dict[str, str]
+    merged: dict[str, Merged]
     produced: tuple[str, ...]
 
     def produces(self, parameter: str) -> bool:
@@ -38,15 +54,17 @@ def match_names(model: "PreTrainedModel", stored: Iterable[str]) -> StoredNames:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     parameters: dict[str, str] = {}
-    merged: dict[str, str] = {}
+    merged: dict[str, Merged] = {}
     produced: set[str] = set()
     for name in stored:
         renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if renamed not in known and name in known:
             renamed, pattern = name, None
         if pattern is not None:
-            merged[name] = renamed
             converter = next(converter for converter in converters if pattern in converter.source_patterns)
+            operations = [(type(each), getattr(each, "dim", None)) for each in converter.operations]
+            is_stacked = operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+            merged[name] = Merged(renamed, converter.source_patterns.index(pattern), is_stacked)
             produced.update(target.strip("^$.") for target in converter.target_patterns)
         elif renamed in known:
             parameters[name] = renamed

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import ModelError
+from pipeline.model_config import auto_class
 from pipeline.quiet import first_line, quiet_transformers
+from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -61,22 +62,26 @@ class Structure:
     ties: dict[str, str]
 
 
-def build_skeleton(config: "PretrainedConfig") -> "PreTrainedModel":
+def build_skeleton(config: "PretrainedConfig", *, experts_apart: bool = False) -> "PreTrainedModel":
     """The model of `config` on the meta device, in eval mode.
 
+    Args:
+        experts_apart: each expert of a mixture as layers of its own (quantizers/experts.py).
     Raises:
         ModelError: transformers knows no causal language model for this config.
     """
     try:
         # bfloat16, because some fused kernels have a meta implementation for it alone
         with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(
             f"transformers cannot build a causal language model for model_type "
             f"{getattr(config, 'model_type', '?')!r}: {first_line(error)} Check config.json, or update "
             "transformers; code that comes with a model is never run."
         ) from error
+    if experts_apart:
+        set_experts_apart(model)
     return model.eval()
 
 

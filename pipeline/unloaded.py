@@ -7,21 +7,23 @@ with held.block("model.layers.3"):
 network = streamed(model, "cpu")        # a network that does so whenever one of its blocks is called
 """
 
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoModelForCausalLM
 
 from pipeline.errors import ModelError
 from pipeline.memory import free_bytes
 from pipeline.model import Model
-from pipeline.model_config import read_config
+from pipeline.model_config import auto_class, read_config
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import build_skeleton, stacks_of
+from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,13 +40,13 @@ class Unloaded:
 
     Attributes:
         network: its buffers, and the parameters outside of `blocks`, are on `device`; all others on the meta device.
+        weights: reads them.
     Raises:
         MergedError: the network has a parameter that is not stored.
     """
 
     def __init__(self, model: Model, device: str, blocks: Collection[str]) -> None:
-        self._model, self.device = model, torch.device(device)
-        self.network = _without_weights(model)
+        self.weights, self.network = Weights(model, torch.device(device)), _without_weights(model)
         for name, _ in self.network.named_parameters():
             if name not in model.tensors and name not in model.ties:
                 raise MergedError(f"{name} of {model.spec} is made from several tensors on loading.")
@@ -53,18 +55,8 @@ class Unloaded:
     @contextmanager
     def block(self, name: str) -> Iterator[None]:
         """The weights of a block, inside."""
-        block = self.network.get_submodule(name)
-        parameters = dict(block.named_parameters())
-        try:
-            for leaf in parameters:
-                _assign(block, leaf, self._read(f"{name}.{leaf}"))
-            for leaf, buffer in block.named_buffers():
-                if f"{name}.{leaf}" in self._model.tensors:
-                    buffer.copy_(self._read(f"{name}.{leaf}"))
+        with self.weights.inside(self.network.get_submodule(name), name):
             yield
-        finally:
-            for leaf, parameter in parameters.items():
-                _assign(block, leaf, parameter)
 
     def weight_bytes(self, name: str) -> int:
         """Of a block, while it is there."""
@@ -75,23 +67,47 @@ class Unloaded:
         read: dict[str, nn.Parameter] = {}
         for name, _ in self.network.named_parameters(remove_duplicate=False):
             if not name.startswith(prefixes):
-                source = self._source(name)
+                source = self.weights.source(name)
                 if source not in read:
-                    read[source] = self._read(source)
+                    read[source] = self.weights.read(source)
                 _assign(self.network, name, read[source])
         for name, buffer in self.network.named_buffers():
-            if not name.startswith(prefixes) and name in self._model.tensors:
-                buffer.copy_(self._read(name))
+            if not name.startswith(prefixes) and name in self.weights.model.tensors:
+                buffer.copy_(self.weights.read(name))
         for buffered in self.network.modules():
             for name, buffer in buffered.named_buffers(recurse=False):
-                buffered._buffers[name] = buffer.to(self.device)
+                buffered._buffers[name] = buffer.to(self.weights.device)
 
-    def _source(self, name: str) -> str:
+
+@dataclass(frozen=True)
+class Weights:
+    """Of a model, read one by one onto a device in float32. Knows no network."""
+
+    model: Model
+    device: torch.device
+
+    @contextmanager
+    def inside(self, block: nn.Module, name: str) -> Iterator[None]:
+        """The weights of `block`, which the model calls `name`, are there inside."""
+        parameters = dict(block.named_parameters())
+        try:
+            for leaf in parameters:
+                _assign(block, leaf, self.read(f"{name}.{leaf}"))
+            for leaf, buffer in block.named_buffers():
+                if f"{name}.{leaf}" in self.model.tensors:
+                    buffer.copy_(self.read(f"{name}.{leaf}"))
+            yield
+        finally:
+            for leaf, parameter in parameters.items():
+                _assign(block, leaf, parameter)
+
+    def source(self, name: str) -> str:
         """The stored tensor of a parameter, which may be tied to another one's."""
-        return name if name in self._model.tensors else self._model.ties[name]
+        return name if name in self.model.tensors else self.model.ties[name]
 
-    def _read(self, name: str) -> nn.Parameter:
-        stored = self._model.tensor(self._source(name))
+    def read(self, name: str) -> nn.Parameter:
+        """A parameter; integers keep their type."""
+        stored = self.model.tensor(self.source(name))
         dtype = torch.float32 if stored.is_floating_point() else stored.dtype
         # a copy, for a tensor in a mapped file lies at any address, on which the last bits of products depend
         return nn.Parameter(stored.to(self.device, dtype, copy=True), requires_grad=False)
@@ -118,20 +134,28 @@ def streamed(model: Model, device: str) -> "PreTrainedModel":
     Raises:
         MergedError: see Unloaded.
     """
-    skeleton = build_skeleton(model.config)
+    skeleton = build_skeleton(model.config, experts_apart=model.experts_apart)
     stacks = {stack: skeleton.get_submodule(stack) for stack in stacks_of(skeleton)}
     names = [f"{stack}.{name}" for stack, blocks in stacks.items() for name, _ in blocks.named_children()]
     held = Unloaded(model, device, names)
     for name in names:
         block = held.network.get_submodule(name)
-        block.forward = _loading(held, name, block.forward)
+        block.forward = _loading(held.weights, block, name)
     return held.network
 
 
-def _loading(held: Unloaded, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+def _loading(weights: Weights, block: nn.Module, name: str) -> Callable[..., Any]:
+    """The block's own forward pass, with its weights there.
+
+    It knows the block weakly, or a network of gigabytes would wait for the garbage collector.
+    """
+    known, real = weakref.ref(block), type(block).forward
+
     def forward(*args: Any, **kwargs: Any) -> Any:
-        with held.block(name):
-            return real(*args, **kwargs)
+        called = known()
+        assert called is not None, "it is being called"
+        with weights.inside(called, name):
+            return real(called, *args, **kwargs)
 
     return forward
 
@@ -142,9 +166,11 @@ def _without_weights(model: Model) -> "PreTrainedModel":
     handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
     try:
         with quiet_transformers():
-            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            network = auto_class(config).from_config(config, dtype=torch.float32)
     finally:
         handle.remove()
+    if model.experts_apart:
+        set_experts_apart(network)
     return network.eval().requires_grad_(False)
 
 

@@ -11,13 +11,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantizers.experts import fused_experts, set_experts_apart
 from quantizers.format import StorageFormat
 from quantizers.formats import PACKED_NAMES, format_from_json
 from quantizers.linear import QuantizedLinear
+
+Headers = dict[str, tuple[list[int], str]]  # tensor name -> shape and dtype, in safetensors' spelling
 
 QUANT_METHOD = "bitsmith"
 FORMAT_VERSION = 2
@@ -102,6 +107,9 @@ class BitsmithHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
         expected: dict[str, Tensor] = {}
+        fused = fused_experts(model)
+        if any(name.startswith(f"{experts}.") for experts in fused for name in config.matrices):
+            set_experts_apart(model)
         for name in config.matrices:
             form, shape = config.format_of(name)
             old = _linear_layer(model, name, shape)
@@ -111,7 +119,7 @@ class BitsmithHfQuantizer(HfQuantizer):
             setattr(model.get_submodule(parent_name), child, layer)
             expected |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         if checkpoint_files is not None:
-            _check_complete(expected, _headers(checkpoint_files), f"{model.base_model_prefix}.")
+            _check_complete(expected, _as_loaded(model, _headers(checkpoint_files)), f"{model.base_model_prefix}.")
         return model
 
     def get_new_dtype(self, converter, param, dtype):
@@ -137,9 +145,9 @@ class BitsmithHfQuantizer(HfQuantizer):
         return True
 
 
-def _headers(files: list[str]) -> dict[str, tuple[list[int], str]]:
+def _headers(files: list[str]) -> Headers:
     """Tensor name -> shape and dtype (in safetensors' spelling), from the headers of the files."""
-    headers: dict[str, tuple[list[int], str]] = {}
+    headers: Headers = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as stored:
@@ -151,7 +159,19 @@ def _headers(files: list[str]) -> dict[str, tuple[list[int], str]]:
     return headers
 
 
-def _check_complete(expected: dict[str, Tensor], stored: dict[str, tuple[list[int], str]], base_prefix: str) -> None:
+def _as_loaded(model: PreTrainedModel, stored: Headers) -> Headers:
+    """By the names that transformers will give them: some architectures are stored under older ones."""
+    rules, known = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        return rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0]
+
+    return stored | {renamed(name): entry for name, entry in stored.items()}
+
+
+def _check_complete(expected: dict[str, Tensor], stored: Headers, base_prefix: str) -> None:
     """Raise ValueError naming the first tensor that is missing, or has another shape or (if packed) dtype.
 
     Files may leave out the base model's prefix, as GPT-2's do, or have it where the model has none.

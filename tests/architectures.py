@@ -73,7 +73,75 @@ CAUSAL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 24,
         },
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        _GROUPED | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", _GROUPED | {"num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        _WIDTHS
+        | {
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        _GROUPED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    ),
 }
+_VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "patch_size": 14}
+_TEXT = {key: value for key, value in _GROUPED.items() if key not in ("bos_token_id", "eos_token_id", "pad_token_id")}
+CAUSAL |= {
+    "llava": (
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": _TEXT | {"model_type": "llama"},
+            "vision_config": _VISION | {"model_type": "clip_vision_model", "num_hidden_layers": 2, "image_size": 28},
+            "image_token_index": 383,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
+        {
+            "text_config": _TEXT | {"head_dim": 8, "sliding_window": 8},
+            "vision_config": _VISION | {"num_hidden_layers": 2, "image_size": 28},
+            "mm_tokens_per_image": 4,
+            "image_token_index": 383,
+            "boi_token_index": 382,
+            "eoi_token_index": 381,
+        },
+    ),
+    "qwen2_5_vl": (
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": _TEXT | {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
+            "vision_config": {"depth": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48,
+                              "out_hidden_size": 32, "patch_size": 14},
+            "image_token_id": 383,
+            "video_token_id": 382,
+        },
+    ),
+}  # fmt: skip
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
 
 def build_causal(model_type: str, *, seed: int = 0) -> PreTrainedModel:

@@ -1,7 +1,6 @@
 """What a run will take, before it runs: close to what it then takes, and refused where there is not so much."""
 
 import dataclasses
-import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from pipeline.errors import MemoryShortError
 from pipeline.evaluate import MOST_LOGITS_BYTES, batch_of
 from pipeline.forecast import StageForecast, forecast
 from pipeline.layered import LayeredNetwork
-from pipeline.memory import give_back
 from pipeline.memory_check import check_memory
 from pipeline.model import open_model
 from pipeline.model_memory import model_memory
@@ -63,7 +61,8 @@ def test_weights_of_blocks_are_counted_from_headers(
     assert found.kept_bytes_a_token > 0
     if found.block_bytes:
         network = LayeredNetwork(model, "cpu")
-        assert list(found.block_bytes) == [network.weight_bytes(index) for index in range(network.num_blocks)]
+        expected = [network.weight_bytes(index) for index in range(network.num_blocks)]
+        assert list(found.block_bytes) == pytest.approx(expected, abs=64)  # a saved buffer is no weight
         assert not network.is_whole
 
 
@@ -163,12 +162,3 @@ def test_the_settings_that_fit_are_named(
     seq_len = int(str(refused.value).split("--seq-len ")[1].split()[0])
     assert 128 <= seq_len < 1024
     check_memory(opened(tiny_model_dir, registry, **settings | {"seq_len": seq_len, "eval_seq_len": seq_len}))
-
-
-def test_memory_in_circles_is_given_back() -> None:
-    module = torch.nn.Linear(4, 4)
-    module.itself = [module]
-    remembered = weakref.ref(module)
-    del module
-    give_back()
-    assert remembered() is None

@@ -87,6 +87,7 @@ def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_pat
             if value is not None:
                 scale = float(wanted[name].abs().max())
                 torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-5 * scale)
+                assert float((value - wanted[name]).norm() / wanted[name].norm()) < 1e-5
 
 
 def test_scales_are_what_probes_do_to_the_last_window(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:

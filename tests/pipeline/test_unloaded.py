@@ -1,5 +1,7 @@
 """Weights that are read when they are wanted: the numbers of a loaded network, for every architecture."""
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pipeline import unloaded
+from pipeline.layered import LayeredNetwork
 from pipeline.model import open_model
 from pipeline.unloaded import MergedError, Unloaded, original_network, streamed
 from tests.architectures import CAUSAL, build_causal
 from tests.models import VOCAB_SIZE, build_llama, save_model
-from tests.pipeline.test_layered import MERGED
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -22,7 +24,7 @@ def _logits(network: Any) -> Tensor:
         return network(input_ids=TOKENS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("model_type", [each for each in CAUSAL if each not in MERGED])
+@pytest.mark.parametrize("model_type", CAUSAL)
 def test_a_streamed_network_gives_the_loaded_one_s_logits(model_type: str, tmp_path: Path) -> None:
     model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
     network = streamed(model, "cpu")
@@ -30,13 +32,15 @@ def test_a_streamed_network_gives_the_loaded_one_s_logits(model_type: str, tmp_p
     assert torch.equal(_logits(network), _logits(network))
 
 
-@pytest.mark.parametrize("model_type", MERGED)
-def test_merged_weights_are_loaded_as_a_whole(model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_weights_are_loaded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of experts that are merged in a way that is not known."""
     monkeypatch.setattr(unloaded, "WHOLE_SHARE", 0.0)
-    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
+    monkeypatch.setattr("pipeline.model.expert_tensors", lambda skeleton, names, stored: None)
+    model = open_model(str(save_model(build_causal("mixtral"), tmp_path / "model")))
     with pytest.raises(MergedError, match="made from several tensors"):
         streamed(model, "cpu")
     assert torch.equal(_logits(original_network(model, "cpu")), _logits(model.load()))
+    assert LayeredNetwork(model, "cpu").is_whole
 
 
 def test_no_two_blocks_are_there_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,3 +78,18 @@ def test_a_block_s_weights_are_let_go_when_it_fails(tiny_model_dir: Path) -> Non
     with pytest.raises(KeyError):
         fail_inside()
     assert held.network.get_parameter("model.layers.1.mlp.up_proj.weight").is_meta
+
+
+@pytest.mark.parametrize("make", [streamed, LayeredNetwork])
+def test_a_network_is_let_go_at_once(make, tiny_model_dir: Path) -> None:
+    """Not at some later time, when the garbage collector finds modules that refer to one another."""
+    made = make(open_model(str(tiny_model_dir)), "cpu")
+    network = made.network if isinstance(made, LayeredNetwork) else made
+    _logits(network) if make is streamed else made.embed(TOKENS)
+    remembered = weakref.ref(network)
+    gc.disable()
+    try:
+        del made, network
+        assert remembered() is None
+    finally:
+        gc.enable()

@@ -1,0 +1,122 @@
+"""Where the weights of single experts are stored: as tensors of their own, or as slices of a 3-D one.
+
+model.layers.0.mlp.experts.3.gate_up.weight   [2 * inner, width]    (quantizers/experts.py)
+    is  ...block_sparse_moe.experts.3.w1.weight above ...w3.weight  in Mixtral's files,
+    and the fourth slice of ...mlp.experts.gate_up_proj             where a file has experts fused
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pipeline.shards import TensorInfo
+from pipeline.stored_names import StoredNames
+from quantizers.experts import LAYER_NAMES, fused_experts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor, or slice `index` of it, perhaps transposed."""
+
+    info: TensorInfo
+    index: int | None = None
+    is_transposed: bool = False
+
+    def read(self, folder: Path) -> Tensor:
+        """As stored, on the CPU."""
+        with safe_open(folder / self.info.file, framework="pt") as shard:
+            if self.index is None:
+                return shard.get_tensor(self.info.name)
+            part = shard.get_slice(self.info.name)[self.index]
+        return part.T if self.is_transposed else part
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what is read."""
+        shape = self.info.shape if self.index is None else self.info.shape[1:]
+        return shape[::-1] if self.is_transposed else shape
+
+
+@dataclass(frozen=True)
+class PiecedTensor(TensorInfo):
+    """A parameter made of stored tensors, one above the other; `file` is that of the first."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """See TensorInfo."""
+        return tuple(dict.fromkeys(piece.info.file for piece in self.pieces))
+
+    def read(self, folder: Path) -> Tensor:
+        """See TensorInfo."""
+        parts = [piece.read(folder) for piece in self.pieces]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def expert_tensors(
+    skeleton: "PreTrainedModel", names: StoredNames, stored: Mapping[str, TensorInfo]
+) -> dict[str, PiecedTensor] | None:
+    """Parameter name -> how it is stored, for all experts of the model once they are set apart.
+
+    Args:
+        skeleton: with its experts fused.
+        stored: by stored names.
+    Returns:
+        None where some experts are merged in a way that is not known here; they all stay fused then.
+    """
+    merged: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for name, entry in names.merged.items():
+        number = EXPERT_NUMBER.search(name)
+        if number and entry.is_stacked:
+            merged[entry.target][int(number[1])][entry.place] = name
+    found: dict[str, PiecedTensor] = {}
+    stored_as = {parameter: name for name, parameter in names.parameters.items()}
+    for module_name, module in fused_experts(skeleton).items():
+        for fused_name, layer, is_weight in _parameters(module):
+            fused = f"{module_name}.{fused_name}"
+            leaf = "weight" if is_weight else "bias"
+            is_transposed = is_weight and getattr(module, "is_transposed", False)
+            pieces: dict[int, tuple[Piece, ...]]
+            if fused in stored_as:
+                info = stored[stored_as[fused]]
+                pieces = {index: (Piece(info, index, is_transposed),) for index in range(info.shape[0])}
+            elif fused in merged and not is_transposed:
+                pieces = {index: tuple(Piece(stored[name]) for _, name in sorted(names_by_place.items()))
+                          for index, names_by_place in merged[fused].items()}  # fmt: skip
+            else:
+                return None
+            for index, parts in pieces.items():
+                name = f"{module_name}.{index}.{layer}.{leaf}"
+                found[name] = _pieced(name, parts)
+    return found
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, str, bool]]:
+    """Name of a fused parameter, of the layer that an expert has of it, and whether it is a weight."""
+    for name, _ in module.named_parameters(recurse=False):
+        weight = name.removesuffix("_bias")
+        if weight in LAYER_NAMES:
+            yield name, LAYER_NAMES[weight], weight == name
+
+
+def _pieced(name: str, pieces: tuple[Piece, ...]) -> PiecedTensor:
+    rows = sum(piece.shape[0] for piece in pieces)
+    shape = (rows, *pieces[0].shape[1:])
+    size_bytes = sum(
+        piece.info.size_bytes if piece.index is None else piece.info.size_bytes // piece.info.shape[0]
+        for piece in pieces
+    )
+    return PiecedTensor(name, pieces[0].info.file, pieces[0].info.dtype, shape, size_bytes, pieces)

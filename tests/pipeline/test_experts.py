@@ -1,0 +1,125 @@
+"""Mixtures of experts: every expert is compressed like any other matrix, whatever way its weights are stored."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline.calibration import TokenWindows
+from pipeline.errors import ModelError
+from pipeline.idle_experts import with_others_scales
+from pipeline.model import open_model
+from pipeline.statistics import Statistics, collect_statistics
+from quantizers.experts import fused_experts, set_experts_apart
+from tests.architectures import MIXTURES, build_causal
+from tests.models import VOCAB_SIZE, save_model
+from tests.pipeline.notes import Notes
+
+TOKENS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def _saved(model_type: str, folder: Path, **settings: Any) -> Path:
+    return save_model(build_causal(model_type, **settings), folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_experts_apart_give_the_logits_and_gradients_of_fused_ones(model_type: str) -> None:
+    fused, apart = build_causal(model_type), build_causal(model_type)
+    assert fused_experts(apart)
+    set_experts_apart(apart)
+    assert not fused_experts(apart)
+    embedded = fused.get_input_embeddings()(TOKENS).detach()
+    answers = []
+    for network in (fused, apart):
+        read = embedded.clone().requires_grad_(True)
+        logits = network(inputs_embeds=read, use_cache=False).logits
+        logits.square().sum().backward()
+        answers.append((logits, read.grad))
+    for one, other in zip(*answers, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", MIXTURES)
+def test_every_expert_is_found_in_the_files(model_type: str, tmp_path: Path) -> None:
+    folder = _saved(model_type, tmp_path / "model")
+    model = open_model(str(folder))
+    experts = [matrix for matrix in model.matrices if ".experts." in matrix.name]
+    num_mixtures = 2 if model_type == "deepseek_v3" else 3  # its first block has none
+    assert len(experts) == num_mixtures * 4 * 2
+    assert {matrix.kind for matrix in experts} == {"gate_up", "down"}
+    assert len({matrix.group for matrix in experts}) == len(experts)  # each reads other tokens
+    stored = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert model.num_params == stored
+    assert not [entry for entry in model.skipped if ".experts." in entry.name and not entry.name.endswith("bias")]
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.testing.assert_close(model.load()(TOKENS).logits, loaded(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    apart = model.load()
+    assert all(torch.equal(model.weight(each), apart.get_submodule(each.module).weight) for each in experts)
+    assert len(model.hashes) == 2
+
+
+def test_shards_that_share_an_expert(tmp_path: Path) -> None:
+    """Gate and up in different files."""
+    whole = _saved("mixtral", tmp_path / "whole")
+    parts = save_model(build_causal("mixtral"), tmp_path / "parts", dtype=torch.float32, max_shard_size="8KB")
+    one, many = open_model(str(whole)), open_model(str(parts))
+    assert max(len(info.files) for info in many.tensors.values()) > 1
+    assert len(many.hashes) == len(list(parts.glob("*.safetensors"))) + 1
+    assert all(torch.equal(one.weight(a), many.weight(b)) for a, b in zip(one.matrices, many.matrices, strict=True))
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    folder = _saved("mixtral", tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    lost = [name for name in tensors if ".experts.2." in name and ".layers.1." in name]
+    save_file({name: tensors[name] for name in tensors if name not in lost}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lack 2 .*layers\.1\.mlp\.experts\.2\."):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("metric", ["fisher", "kronecker", "kl"])
+def test_experts_that_no_token_reached_are_named_and_take_the_mean_of_others(metric, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    network = build_causal("mixtral")
+    with torch.no_grad():
+        router = network.model.layers[1].mlp.gate.weight
+        router[2:] = 0  # the first expert and its opposite get all tokens, as k is 1 and one of both is positive
+        router[1] = -router[0]
+    network.config.num_experts_per_tok = 1
+    model = open_model(str(save_model(network, folder, dtype=torch.float32)))
+    notes = Notes()
+    tokens = torch.randint(0, VOCAB_SIZE, (4, 16), generator=torch.Generator().manual_seed(1))
+    windows = TokenWindows(tokens, "0", "made up", None, 1)
+    (tmp_path / "work").mkdir()
+    collect_statistics(model, windows, metric, tmp_path / "work", seed=0, device="cpu", progress=notes)
+    idle = [note for note in notes.said if "reached none of these experts" in note]
+    assert len(idle) == 1
+    assert all(f"layers.1.mlp.experts.{index}." in idle[0] for index in (2, 3))
+    statistics = Statistics.open(lambda name: tmp_path / "work" / "out" / name)
+    raw = load_file(tmp_path / "work" / "out" / "layer-001.safetensors")
+    name = {"fisher": "fisher_diag"}.get(metric, "input_curvature")
+    key = "model.layers.1.mlp.experts.{}.down" + (".weight." if metric != "kl" else ".") + name
+    assert not raw[key.format(3)].any()
+    by_name = {matrix.name: matrix for matrix in model.matrices}
+    found, reached = (statistics.of(by_name[f"model.layers.1.mlp.experts.{i}.down.weight"]) for i in (3, 0))
+    found, reached = (each.fisher_diag if metric == "fisher" else each.input_curvature for each in (found, reached))
+    assert found.any()
+    expected = sum(raw[key.format(index)] for index in range(4)) / 4
+    torch.testing.assert_close(found / found.sum(), expected / expected.sum())
+    assert json.loads((tmp_path / "work" / "out" / "statistics.json").read_text())["metric"] == metric
+
+
+def test_a_scale_of_nothing_is_that_of_others() -> None:
+    scales = {
+        "a.experts.0.down": 2.0,
+        "a.experts.1.down": 0.0,
+        "a.experts.2.down": 4.0,
+        "a.q": 0.0,
+        "b.experts.0.up": 0.0,
+    }
+    filled = scales | {"a.experts.1.down": 3.0, "b.experts.0.up": 1.0}
+    assert with_others_scales(scales) == filled
