@@ -50,15 +50,14 @@ def main() -> None:
 
 
 def _by_autograd(model: Model, tokens: Tensor, metric: Metric) -> dict[str, Tensor]:
-    """The sums by the names that collect_part gives them, from the gradients of all weights."""
+    """The sums by the names that collect_part gives them, in float64 from one backward pass over all of the model."""
     kind, network = sums_of(metric), model.load()
-    network.requires_grad_(True)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     for matrix in model.matrices:
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = matrix.name) -> None:
             output.retain_grad()
-            seen[name] = (args[0].detach()[0], output)
+            seen[name] = (args[0].detach(), output)
 
         network.get_submodule(matrix.module).register_forward_hook(keep)
     sums = {
@@ -67,15 +66,17 @@ def _by_autograd(model: Model, tokens: Tensor, metric: Metric) -> dict[str, Tens
         for name, shape in kind.shapes(matrix.shape).items()
     }
     for index, window in enumerate(Bars().track(tokens, "Autograd", total=len(tokens))):
-        network.zero_grad()
+        seen.clear()
         logits = network(window[None], use_cache=False).logits[0, :-1]
         labels = drawn_labels(logits.detach(), SEED + index) if kind.labels_are_drawn else window[1:]
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for matrix in model.matrices:
-            x, output = seen[matrix.name]
-            assert output.grad is not None
-            held = {name: sums[f"{matrix.name}.{name}"] for name in kind.shapes(matrix.shape)}
-            kind.add(held, x.double(), output.grad[0].double())
+            if matrix.name in seen:  # an expert that was reached
+                x, output = seen[matrix.name]
+                assert output.grad is not None
+                held = {name: sums[f"{matrix.name}.{name}"] for name in kind.shapes(matrix.shape)}
+                rows, columns = matrix.shape
+                kind.add(held, x.reshape(-1, columns).double(), output.grad.reshape(-1, rows).double())
     return sums
 
 
@@ -93,7 +94,7 @@ def _errors(model: Model, tokens: Tensor, metric: Metric, expected: dict[str, Te
             found = load_file(Path(folder) / layer_file(matrix.layer))
             for name in kind.shapes(matrix.shape):
                 wanted = expected[f"{matrix.name}.{name}"]
-                error = float((found[f"{matrix.name}.{name}"] - wanted).norm() / wanted.norm())
+                error = float((found[f"{matrix.name}.{name}"] - wanted).norm() / wanted.norm().clamp_min(1e-300))
                 errors[matrix.module] = max(errors.get(matrix.module, 0.0), error)
     return errors
 

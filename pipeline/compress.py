@@ -93,7 +93,8 @@ def compress(
         run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)
         output = OutputFolder(out, run.facts)
         check_disk(run, out)
-        log.forecasts = check_memory(run)
+        if not output.is_finished():
+            log.forecasts = check_memory(run)
         output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     on_start(run)

@@ -14,6 +14,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from pipeline.progress import Progress
 from quantizers import LayerStatistics, weighted_error
 
 ERROR_SHARE = 0.1  # of the weight's root mean square: about what four bits leave
+MATRICES_AT_ONCE = 32  # whose windows are held: all of a block, or of a mixture's some
 MOST_WINDOWS = 2  # hundreds of tokens each, over which a divergence is a mean already
 
 
@@ -108,11 +110,12 @@ def _answers(
     if index == network.num_blocks - 1:
         yield from disturbed()  # one by one, for these may be logits
         return
-    passed = dict(disturbed())
-    for above in range(index + 1, network.num_blocks):
-        with network.block(above):
-            passed = {matrix: through(above, windows) for matrix, windows in passed.items()}
-    yield from passed.items()
+    answers = disturbed()
+    while passed := dict(islice(answers, MATRICES_AT_ONCE)):
+        for above in range(index + 1, network.num_blocks):
+            with network.block(above):
+                passed = {matrix: through(above, windows) for matrix, windows in passed.items()}
+        yield from passed.items()
 
 
 def _error(model: Model, matrix: Matrix, seed: int) -> Tensor:

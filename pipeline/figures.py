@@ -15,6 +15,7 @@ from pipeline.allocation import Plan
 from pipeline.command import compress_command
 from pipeline.costs import CostTable
 from pipeline.model import Matrix, Model
+from pipeline.model_config import auto_class
 from pipeline.origin import model_name, read_origin
 from pipeline.recovery_report import RecoveryReport
 from solvers import AllocationProblem, pareto
@@ -73,6 +74,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
             "name": model_name(model.spec, origin.base_model),
             "origin": asdict(origin),
             "architecture": architectures[0],
+            "auto_class": auto_class(model.config).__name__,
             "num_params": model.num_params,
             "num_matrix_params": plan.num_params,
             "num_matrices": len(plan.matrices),

@@ -88,7 +88,7 @@ class _Facts:
 
     @property
     def free(self) -> int:
-        return free_bytes(torch.device("cpu"))
+        return free_bytes(torch.device("cpu")) - LATER_BYTES
 
     @property
     def vocab_size(self) -> int:
@@ -130,7 +130,8 @@ class _Facts:
             at_once = max(held)
             loss = loss_bytes(seq_len, self.vocab_size, is_drawn=True) if kind.scaled_by_divergence else 0
         else:
-            tail = tail_within(tail_room(free_bytes(self.device)), held)
+            around = HEAP_BYTES + memory.around_bytes
+            tail = tail_within(tail_room(max(0, free_bytes(self.device) - around)), held)
             at_once = sum(held[tail.start : tail.stop])
             loss = loss_bytes(seq_len, self.vocab_size, is_drawn=kind.labels_are_drawn)
         network = (
@@ -188,7 +189,7 @@ class _Facts:
             activations = round(self.memory.kept_bytes_a_token * seq_len)
         training = self.packed + dense + activations + 3 * logits  # with their gradient, and a slice's probabilities
         teacher = self._original(seq_len) + logits
-        return self._stage("recover", self.seconds.recover(), max(training, teacher), 0)
+        return self._stage("recover", self.seconds.recover(), max(training, teacher), self._moved)
 
     def checkpoint(self) -> StageForecast:
         """The packed model's logits here, then those of the written one in a fresh process (audit.py)."""
@@ -206,7 +207,7 @@ class _Facts:
         scored = self.packed + batch * (FLOAT32_BYTES * num_logits + kept) + LOG_PROB_BYTES * num_logits
         scored += SLICE_BYTES * SLICE_TOKENS * self.vocab_size
         samples = self._loaded + HEAP_BYTES if self._is_whole else 0
-        return self._stage("evaluate", self.seconds.evaluate(), max(original, scored, samples), 0)
+        return self._stage("evaluate", self.seconds.evaluate(), max(original, scored, samples), self._moved)
 
     def report(self) -> StageForecast:
         """Pictures."""
@@ -215,7 +216,8 @@ class _Facts:
     @property
     def _is_whole(self) -> bool:
         """See pipeline.unloaded.is_whole."""
-        return self.memory.weight_bytes <= WHOLE_SHARE * free_bytes(self.device) or not self.memory.block_bytes
+        free = min(free_bytes(self.device), free_bytes(torch.device("cpu")))
+        return self.memory.weight_bytes <= WHOLE_SHARE * free or not self.memory.block_bytes
 
     @property
     def _loaded(self) -> int:
@@ -227,11 +229,16 @@ class _Facts:
         held = self._loaded if self._is_whole else held
         return HEAP_BYTES + held + round(self.memory.kept_bytes_a_token * seq_len)
 
+    @property
+    def _moved(self) -> int:
+        """What is made in the machine's memory before it is moved to a GPU: the original, or the packed model."""
+        return max(self._loaded, self.packed) if self._is_whole else self.packed
+
     def _host(self, name: str, seconds: float, nbytes: int) -> StageForecast:
         return StageForecast(name, seconds, nbytes, nbytes)
 
     def _stage(self, name: str, seconds: float, network: int, beside: int) -> StageForecast:
-        """Where the network is on the run's device, and something beside it, afterwards, in the machine's memory."""
+        """Where the network is on the run's device, and something before or after it in the machine's memory."""
         if self.device.type == "cpu":
             return self._host(name, seconds, self.now + max(network, beside))
         return StageForecast(name, seconds, self.now + beside, self.now + beside, network)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pipeline.errors import ModelError
 from pipeline.model import Matrix, Model
 from pipeline.quiet import quiet_transformers
-from pipeline.structure import build_skeleton, stacks_of
+from pipeline.structure import block_names, build_skeleton, stacks_of
 from pipeline.unloaded import MergedError, Unloaded
 
 NUM_PROBE_TOKENS = 4
@@ -110,7 +110,8 @@ class LayeredNetwork:
         self.num_blocks = len(self._names)
         self._held: Unloaded | None = None
         try:
-            self._held = Unloaded(model, device, self._names)
+            skeleton = build_skeleton(model.config, experts_apart=model.experts_apart)
+            self._held = Unloaded(model, device, block_names(skeleton))  # those that text does not call stay unread
             self.network = self._held.network
         except MergedError:
             self.network = model.load(device).requires_grad_(False)

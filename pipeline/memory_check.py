@@ -16,18 +16,25 @@ from pipeline.run import Run
 SHORTEST = 128  # tokens of a window
 
 
-def check_memory(run: Run) -> tuple[StageForecast, ...]:
+def check_memory(run: Run, stages: tuple[StageForecast, ...] | None = None) -> tuple[StageForecast, ...]:
     """The run's forecast.
 
+    Args:
+        stages: those of the forecast that will run, where not all of them will.
     Raises:
         MemoryShortError: a stage cannot fit; says which settings would, if any.
     """
-    stages = forecast(run)
+    stages = forecast(run) if stages is None else stages
+    names = {stage.name for stage in stages}
     short = _first_short(run, stages)
     if short is None:
         return stages
     stage, needed, free, where = short
-    found = next((words for words, other in _smaller(run) if _first_short(other, forecast(other)) is None), None)
+
+    def fits(other: Run) -> bool:
+        return _first_short(other, tuple(each for each in forecast(other) if each.name in names)) is None
+
+    found = next((words for words, other in _smaller(run) if fits(other)), None)
     advice = f"It fits with {found}." if found else "No setting makes it fit: take a machine with more."
     raise MemoryShortError(
         f"The stage `{stage}` takes about {human_bytes(needed)} of {where}, and {human_bytes(free)} are free. {advice} "

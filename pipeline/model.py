@@ -311,7 +311,8 @@ def _skipped(
         if name in matrices:
             continue
         merged = names.merged.get(info.name)
-        reason = f"merged into {merged.target} on loading: not supported yet" if merged else structure.reasons.get(name)
+        target = merged.target if merged and merged.target in structure.shapes else None
+        reason = f"merged into {target} on loading: not supported yet" if target else structure.reasons.get(name)
         stored.append(Skipped(name, info.shape, info.dtype, info.size_bytes, reason or "not used by the architecture"))
     tied = [
         Skipped(name, structure.shapes[name], tensors[source].dtype, 0, structure.reasons[name])

@@ -1,16 +1,17 @@
 """What a model takes in memory while it runs in float32, from its headers and its code on the meta device."""
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 
 from pipeline.layered import NotLayeredError, blocks_of
 from pipeline.model import Model
 from pipeline.quiet import quiet_transformers
-from pipeline.structure import build_skeleton
+from pipeline.structure import block_names, build_skeleton
 
 FLOAT32_BYTES = 4
 NUM_PROBE_TOKENS = 32
@@ -21,7 +22,7 @@ class ModelMemory:
     """Bytes in float32.
 
     Attributes:
-        around_bytes: what is always there: embeddings, head and norms outside of the blocks; a tied tensor once.
+        around_bytes: what is always there: embeddings, head and norms outside of all blocks; a tied tensor once.
         block_bytes: the weights of each block that is read when it is wanted; empty where all are held at once.
         kept_bytes_a_token: what autograd keeps in the block where that is most, without weights; of the whole model
             where it has no blocks.
@@ -33,7 +34,7 @@ class ModelMemory:
 
     @property
     def weight_bytes(self) -> int:
-        """All weights."""
+        """All weights that text calls."""
         return self.around_bytes + sum(self.block_bytes)
 
     @property
@@ -44,23 +45,25 @@ class ModelMemory:
 
 def model_memory(model: Model) -> ModelMemory:
     """Takes half a second, and no memory."""
-    whole = FLOAT32_BYTES * model.num_params
-    is_merged = any("merged" in entry.reason for entry in model.skipped)
+    skeleton = build_skeleton(model.config, experts_apart=model.experts_apart).requires_grad_(False)
+    sizes = {name: FLOAT32_BYTES * each.numel() for name, each in skeleton.named_parameters()}
+    is_read = all(name in model.tensors or name in model.ties for name in sizes)  # see MergedError
+
+    def within(blocks: Iterable[str]) -> list[int]:
+        return [sum(nbytes for name, nbytes in sizes.items() if name.startswith(f"{block}.")) for block in blocks]
+
     try:
-        names, _ = ([], None) if is_merged else blocks_of(model)
+        names, _ = blocks_of(model) if is_read else ([], None)
     except NotLayeredError:
         names = []
-    blocks = tuple(
-        FLOAT32_BYTES * sum(math.prod(info.shape) for name, info in model.tensors.items() if name.startswith(f"{b}."))
-        for b in names
-    )
-    kept = _kept_bytes_a_token(model, names) if names else _kept_by_layers(model)
-    return ModelMemory(whole - sum(blocks), blocks, kept)
+    if not names:
+        return ModelMemory(sum(sizes.values()), (), _kept_by_layers(model))
+    around = sum(sizes.values()) - sum(within(block_names(skeleton)))
+    return ModelMemory(around, tuple(within(names)), _kept_bytes_a_token(skeleton, names))
 
 
-def _kept_bytes_a_token(model: Model, names: list[str]) -> float:
+def _kept_bytes_a_token(skeleton: PreTrainedModel, names: list[str]) -> float:
     """Attention probabilities are left out: the fused attention of a real pass does not keep them."""
-    skeleton = build_skeleton(model.config, experts_apart=model.experts_apart).requires_grad_(False)
     weights = {each.untyped_storage()._cdata for each in skeleton.parameters()}
     kept: dict[str, dict[int, Tensor]] = {name: {} for name in names}
     inside: list[str] = []

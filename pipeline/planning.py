@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.allocation import Plan
 from pipeline.checkpoint import Checkpoint
-from pipeline.forecast import StageForecast
+from pipeline.forecast import StageForecast, forecast
 from pipeline.memory_check import check_memory
 from pipeline.model import Model
 from pipeline.progress import SILENT, Progress
@@ -76,8 +76,9 @@ def make_plans(
         start = Path(scratch) if dry_run and not (root / "blobs").exists() else root
         registry = Registry(start, read_only=dry_run and start == root)
         runs = prepare_runs(recipes, registry, device=device, resume=True, progress=progress)
-        first, stages = runs[0], check_memory(largest_run(runs))
+        first, stages = runs[0], forecast(largest_run(runs))
         on_start(stages)
+        check_memory(largest_run(runs), tuple(stage for stage in stages if stage.name in ("statistics", "costs")))
         if dry_run and start == root and not first.has_costs():
             first = replace(first, registry=Registry(Path(scratch)))
         costs = first.costs(first.statistics())

@@ -48,6 +48,7 @@ from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
 from pipeline.unloaded import is_whole, original_network
 from pipeline.version import TOOLS, VERSION
+from quantizers import quantizer_from_label
 from registry import Artifact, Registry
 
 SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
@@ -135,14 +136,16 @@ class Run:
 
     @property
     def compressed_bytes(self) -> int:
-        """What the packed matrices take at most under the budget."""
-        budget = Budget.parse(self.recipe.budget)
-        if budget.bits_per_param is not None:
-            return int(budget.bits_per_param * self.model.num_matrix_params / 8)
-        kept = self.model.folder_bytes - sum(
-            self.model.tensors[matrix.name].size_bytes for matrix in self.model.matrices
+        """What the packed matrices take at most, of what is on offer and under the budget."""
+        budget, model = Budget.parse(self.recipe.budget), self.model
+        most_bits = sum(
+            max(quantizer_from_label(label).size_bits(matrix.shape) for label in self.offered[matrix.name])
+            for matrix in model.matrices
         )
-        return max(0, (budget.limit_bytes(self.model.size_bytes) or 0) - kept)
+        if budget.bits_per_param is not None:
+            return int(min(most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
+        kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+        return min(most_bits // 8, max(0, (budget.limit_bytes(model.size_bytes) or 0) - kept))
 
     @property
     def recovery_settings(self) -> RecoverySettings:
@@ -439,7 +442,8 @@ class Run:
     def _statistics_settings(self) -> dict[str, Any]:
         tokens = self.texts.calibration.sha256 if self.texts.calibration else None
         metric, seed = self.recipe.sensitivity, self.recipe.seed
-        return {"model": self.model.digest, "tokens": tokens, "device": self.device, "metric": metric, "seed": seed}
+        settings = {"model": self.model.digest, "tokens": tokens, "device": self.device, "metric": metric, "seed": seed}
+        return settings | ({"experts": "apart"} if self.model.experts_apart else {})
 
     def _costs_settings(self) -> dict[str, Any]:
         recipe = self.recipe

@@ -41,6 +41,8 @@ def next_token_logits(model: PreTrainedModel, tokens: Tensor, name: str, *, firs
     logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
     for offset, window in enumerate(logits):
         finite = torch.isfinite(window.sum(dim=-1, dtype=torch.float32))  # which a NaN or an infinity survives
+        if not finite.all():  # or the sum alone overflows
+            finite = torch.isfinite(window).all(dim=-1)
         if not finite.all():
             position = int((~finite).nonzero()[0])
             raise NonFiniteError(

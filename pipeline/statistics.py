@@ -23,7 +23,7 @@ from pipeline.curvature_scale import measure_scales
 from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.degraded import say_all_degraded
 from pipeline.divergence_scale import measure_divergences
-from pipeline.idle_experts import is_expert, is_idle, mean_of_others, say_idle
+from pipeline.idle_experts import fill_idle
 from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
 from pipeline.part_sums import collect_part, num_steps
@@ -55,15 +55,10 @@ class Statistics:
         return Statistics(file, facts["metric"], facts["num_tokens"], facts["scales"])
 
     def of(self, matrix: Matrix) -> LayerStatistics:
-        """Statistics of one matrix, oriented as `matrix.shape`, scaled so that errors are in nats a token.
-
-        An expert that no token reached has the mean of the layer's others (idle_experts.py).
-        """
+        """Statistics of one matrix, oriented as `matrix.shape`, scaled so that errors are in nats a token."""
         sums = sums_of(self.metric)
         with safe_open(self.file(layer_file(matrix.layer)), framework="pt") as stored:
             found = {name: stored.get_tensor(f"{owner_of(matrix, sums)}.{name}") for name in sums.shapes(matrix.shape)}
-            if is_expert(matrix) and is_idle(found):
-                found = mean_of_others(matrix, stored, sums)
         return sums.statistics(found, self.num_tokens).times(self.scales.get(matrix.name, 1.0))
 
 
@@ -112,7 +107,7 @@ def collect_statistics(
     }
     write_json(work / "out" / "statistics.json", facts)
     found = Statistics.open(lambda name: work / "out" / name)
-    say_idle(model.matrices, work / "out", sums, progress.say)
+    fill_idle(model.matrices, work / "out", sums, progress.say)
     measure = measure_divergences if sums.scaled_by_divergence else measure_scales
     if measure is measure_divergences or not num_checked:
         say_all_degraded(model.matrices, found.of, progress.say)

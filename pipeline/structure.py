@@ -125,6 +125,11 @@ def stacks_of(model: nn.Module) -> list[str]:
     return stacks
 
 
+def block_names(model: nn.Module) -> list[str]:
+    """All repeated blocks, of text and of whatever else: `model.layers.0`, ..."""
+    return [f"{stack}.{name}" for stack in stacks_of(model) for name, _ in model.get_submodule(stack).named_children()]
+
+
 def _layers_of_blocks(model: nn.Module) -> dict[str, int]:
     """Module name -> index of the block it is in, for every module inside an outermost stack of blocks."""
     layers = {}

@@ -57,10 +57,13 @@ class SummedParts:
 
     def _num_done(self, layer: int) -> int:
         path = self.folder / layer_file(layer)
-        if not path.exists():
-            return 0
-        with safe_open(path, framework="pt") as stored:
-            return int(stored.metadata()["num_windows"])
+        return num_windows_of(path) if path.exists() else 0
+
+
+def num_windows_of(path: Path) -> int:
+    """Over how many windows the sums in a layer's file are."""
+    with safe_open(path, framework="pt") as stored:
+        return int(stored.metadata()["num_windows"])
 
 
 def write_layer(path: Path, sums: dict[str, Tensor], num_windows: int) -> None:

@@ -87,7 +87,15 @@ def compress_budgets(
         PipelineError: see pipeline/errors.py. Of a failure under way, the message names the budget.
         RegistryError: the registry cannot be read or written.
     """
-    parts = prepare_parts(recipes, registry, out, name=name, device=device, resume=resume, progress=progress)
+
+    def forecast(runs: list[Run]) -> None:
+        forecasts = check_memory(largest_run(runs))
+        for run in runs:
+            run.log.forecasts = forecasts
+
+    parts = prepare_parts(
+        recipes, registry, out, name=name, device=device, resume=resume, before_claim=forecast, progress=progress
+    )
     were_finished = [part.is_finished for part in parts]
     on_start(parts)
     statistics, costs = measure(parts[0].run)
@@ -110,8 +118,12 @@ def prepare_parts(
     device: str,
     resume: bool,
     progress: Progress,
+    before_claim: Callable[[list[Run]], None] = lambda runs: None,
 ) -> list[Part]:
     """Check everything for all budgets, then take possession of their folders.
+
+    Args:
+        before_claim: what else is to be checked, where it may be.
 
     The first part's log has the time of opening.
 
@@ -127,9 +139,7 @@ def prepare_parts(
         runs[0] = replace(runs[0], log=log)
         needed_bytes = shared_disk_bytes(runs[0]) + sum(checkpoint_disk_bytes(run) for run in runs)
         check_disk(runs[0], out, needed_bytes)
-        forecasts = check_memory(largest_run(runs))
-        for run in runs:
-            run.log.forecasts = forecasts
+        before_claim(runs)
         check_same_recipe(out, runs[0].facts)
         outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
         for output in outputs:

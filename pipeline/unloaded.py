@@ -22,7 +22,7 @@ from pipeline.memory import free_bytes
 from pipeline.model import Model
 from pipeline.model_config import auto_class, read_config
 from pipeline.quiet import quiet_transformers
-from pipeline.structure import build_skeleton, stacks_of
+from pipeline.structure import block_names, build_skeleton
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
@@ -124,8 +124,9 @@ def original_network(model: Model, device: str) -> "PreTrainedModel":
 
 
 def is_whole(model: Model, device: str) -> bool:
-    """Is there room for the whole model in float32?"""
-    return 4 * model.num_params <= WHOLE_SHARE * free_bytes(torch.device(device))
+    """Is there room for the whole model in float32, on its device and in the machine's memory, where it is loaded?"""
+    free = min(free_bytes(torch.device(device)), free_bytes(torch.device("cpu")))
+    return 4 * model.num_params <= WHOLE_SHARE * free
 
 
 def streamed(model: Model, device: str) -> "PreTrainedModel":
@@ -134,9 +135,7 @@ def streamed(model: Model, device: str) -> "PreTrainedModel":
     Raises:
         MergedError: see Unloaded.
     """
-    skeleton = build_skeleton(model.config, experts_apart=model.experts_apart)
-    stacks = {stack: skeleton.get_submodule(stack) for stack in stacks_of(skeleton)}
-    names = [f"{stack}.{name}" for stack, blocks in stacks.items() for name, _ in blocks.named_children()]
+    names = block_names(build_skeleton(model.config, experts_apart=model.experts_apart))
     held = Unloaded(model, device, names)
     for name in names:
         block = held.network.get_submodule(name)

