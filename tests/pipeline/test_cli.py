@@ -52,7 +52,31 @@ def test_plan_dry_run_writes_nothing(bitsmith, tiny_model_dir: Path, tmp_path: P
     shown = bitsmith("plan", tiny_model_dir, "--dry-run", *FLAGS)
     assert shown.code == 0, shown.err
     assert "model.safetensors" in shown.out
+    assert "Forecast" in shown.err
+    assert "statistics" in shown.err
     assert not (tmp_path / "home").exists()
+
+
+def test_plan_tells_machines_what_the_stages_will_take(bitsmith, tiny_model_dir: Path) -> None:
+    shown = bitsmith("plan", tiny_model_dir, "--dry-run", *FLAGS, "--json", "-q")
+    stages = json.loads(shown.out)["stages"]
+    assert [stage["name"] for stage in stages][-3:] == ["checkpoint", "evaluate", "report"]
+    assert all(stage["memory_bytes"] > 0 for stage in stages)
+
+
+def test_a_run_that_does_not_fit_ends_before_it_begins(
+    bitsmith, tiny_model_dir: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("pipeline.memory_check.free_bytes", lambda device: -(2**40))
+    refused = bitsmith("compress", tiny_model_dir, "-o", tmp_path / "out", *FLAGS)
+    assert refused.code == 1
+    assert "takes about" in refused.err
+    assert "Nothing was started." in refused.err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    planned = bitsmith("plan", tiny_model_dir, "--dry-run", *FLAGS)
+    assert planned.code == 1  # statistics do not fit either, but it is told what they would take
+    assert "Forecast" in planned.err
 
 
 def test_compress_again_says_that_it_is_done(bitsmith, compressed: Path, tiny_model_dir: Path) -> None:
