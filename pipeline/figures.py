@@ -37,9 +37,8 @@ class ReportFacts:
         size_bytes: of the finished folder.
         checkpoint_digest: of its artifact.
         evaluation: None if there was none; else {"report": EvalReport.to_json(), "prompt": str,
-            "samples": {"original": str, "compressed": str}, "text": source, "text_commit": str | None}. A
-            sample is None where it would have taken too long: of a large model on a CPU, or of an original that is not
-            in memory as a whole.
+            "samples": {"original": str, "compressed": str}, "text": source, "text_commit": str | None}. Samples
+            are None where they would have taken too long: of a model that is not in memory as a whole.
         recovery: None if there was none.
     """
 

@@ -260,21 +260,17 @@ def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize(
-    ("owner", "limit", "sampled"),
-    [("pipeline.unloaded", "WHOLE_SHARE", {"compressed"}), ("pipeline.run", "SAMPLE_PARAMS", set())],
-)
 def test_samples_that_would_take_too_long_are_left_out(
-    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str, limit: str, sampled: set[str]
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of an original that is streamed, or a large model; the figures are the same."""
+    """Where the original is streamed, as it takes too much memory; the figures are the same."""
     found = []
     for place in ("before", "limited"):
         monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / place / "home"))
         (tmp_path / place).mkdir()
         run(tiny_model_dir, tmp_path / place)
         found.append(json.loads((tmp_path / place / "out" / "report" / "report.json").read_text())["evaluation"])
-        monkeypatch.setattr(f"{owner}.{limit}", 0)
+        monkeypatch.setattr("pipeline.unloaded.WHOLE_SHARE", 0)
     assert found[0]["report"] == found[1]["report"]
     assert all(found[0]["samples"].values())
-    assert {name for name, text in found[1]["samples"].items() if text is not None} == sampled
+    assert not any(found[1]["samples"].values())
