@@ -107,12 +107,7 @@ class _Facts:
     def packed(self) -> int:
         """A packed model, and the layer that is dequantized."""
         largest = max(matrix.num_params for matrix in self.run.model.matrices)
-        return HEAP_BYTES + self.compressed + self.around_packed + DEQUANTIZE_BYTES * largest
-
-    @property
-    def compressed(self) -> int:
-        """Of the packed matrices, at most."""
-        return self.run.compressed_bytes
+        return HEAP_BYTES + self.run.compressed_bytes + self.around_packed + DEQUANTIZE_BYTES * largest
 
     def statistics(self) -> StageForecast:
         """layered_pass.py with part_sums.py; then summed_parts.py; then curvature_scale.py."""
@@ -134,9 +129,8 @@ class _Facts:
             tail = tail_within(tail_room(max(0, free_bytes(self.device) - around)), held)
             at_once = sum(held[tail.start : tail.stop])
             loss = loss_bytes(seq_len, self.vocab_size, is_drawn=kind.labels_are_drawn)
-        network = (
-            HEAP_BYTES + memory.around_bytes + at_once + 3 * part + loss
-        )  # read, passed, and stacked to be written
+        windows = 3 * part  # read, passed, and stacked to be written
+        network = HEAP_BYTES + memory.around_bytes + at_once + windows + loss
         if kind.labels_are_drawn:
             largest = max(costs_bytes(matrix.shape, self.metric) for matrix in run.model.matrices)
             network = max(network, HEAP_BYTES + memory.around_bytes + at_once + largest)

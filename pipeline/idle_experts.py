@@ -1,10 +1,10 @@
 """Experts that no token of the calibration text reached, whose own statistics are all zero.
 
 Zeros would say that their errors cost nothing, and the integer program would give them the fewest bits there are. All
-that is known of them is that the layer's other experts do the same work: so they get the mean of these.
+that is known of them is that the layer's other experts do the same work: so they get the mean over the layer's experts,
+to which they add nothing.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import groupby
@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.curvature_sums import Sums
+from pipeline.experts import EXPERT_NUMBER
 from pipeline.model import Matrix
 from pipeline.summed_parts import layer_file, num_windows_of, owner_of, write_layer
 
-NUMBERED = re.compile(r"\.experts\.\d+\.")
 MOST_NAMED = 5
 
 
@@ -26,7 +26,7 @@ def fill_idle(matrices: Iterable[Matrix], folder: Path, sums: Sums, say: Callabl
     """Give them the mean, in the layers' files of complete sums (summed_parts.py), and name them."""
     idle: list[str] = []
     for layer, members in groupby(matrices, key=lambda matrix: matrix.layer):
-        experts = [matrix for matrix in members if NUMBERED.search(matrix.name)]
+        experts = [matrix for matrix in members if EXPERT_NUMBER.search(matrix.name)]
         if not experts:
             continue
         path = folder / layer_file(layer)
@@ -36,11 +36,11 @@ def fill_idle(matrices: Iterable[Matrix], folder: Path, sums: Sums, say: Callabl
         means: dict[str, Tensor] = {}
         for matrix in found:
             for key in _keys(matrix, sums):
-                part = NUMBERED.sub(".", key)
+                part = EXPERT_NUMBER.sub(".", key)
                 if part not in means:
-                    others = [name for name in held if NUMBERED.sub(".", name) == part]
+                    others = [name for name in held if EXPERT_NUMBER.sub(".", name) == part]
                     means[part] = sum((held[name] for name in others), torch.zeros_like(held[key])) / len(others)
-        held |= {key: means[NUMBERED.sub(".", key)] for matrix in found for key in _keys(matrix, sums)}
+        held |= {key: means[EXPERT_NUMBER.sub(".", key)] for matrix in found for key in _keys(matrix, sums)}
         if found:
             write_layer(path, {name: tensor.clone() for name, tensor in held.items()}, num_windows)
     if idle:
@@ -60,10 +60,12 @@ def with_others_scales(scales: dict[str, float]) -> dict[str, float]:
     known: dict[str, list[float]] = defaultdict(list)
     for name, scale in scales.items():
         if scale > 0:
-            known[NUMBERED.sub(".", name)].append(scale)
+            known[EXPERT_NUMBER.sub(".", name)].append(scale)
 
     def others(name: str) -> float:
-        found = known[NUMBERED.sub(".", name)]
+        found = known[EXPERT_NUMBER.sub(".", name)]
         return sum(found) / len(found) if found else 1.0
 
-    return {name: others(name) if NUMBERED.search(name) and scale == 0 else scale for name, scale in scales.items()}
+    return {
+        name: others(name) if EXPERT_NUMBER.search(name) and scale == 0 else scale for name, scale in scales.items()
+    }
