@@ -133,6 +133,10 @@ class _Target:
     message: str
     must_be_signed: bool
 
+    @property
+    def _key(self) -> str:
+        return sha256_of({path: content.entry.sha256 for path, content in self.publication.contents.items()})
+
     def reach(self, repository: HubRepository, progress: Progress) -> tuple[PushResult, bytes]:
         """Also the manifest that lies there."""
         contents = self.publication.contents
@@ -150,6 +154,8 @@ class _Target:
             progress.say(f"Sending {len(changed)} files to {repository.repo_id}.")
             expected = (set(remote) - set(stale)) | set(contents)
             commit = self._commit(repository, head, changed, stale, expected)
+        else:  # a push may have been killed between its commit and the end of its staging branch
+            repository.remove_staging(self._key)
         repository.tag(self.tag, commit)
         bundle = contents[SIGNATURE].read() if SIGNATURE in contents else None
         return self._result(repository, commit, len(changed), bundle), contents[MANIFEST].read()
@@ -169,8 +175,7 @@ class _Target:
         self, repository: HubRepository, head: str, changed: Mapping[str, Content], stale: list[str], expected: set[str]
     ) -> str:
         contents, where = self.publication.contents, f"The branch {self.branch}"
-        key = sha256_of({path: content.entry.sha256 for path, content in contents.items()})
-        with repository.staging(head, key) as staging:
+        with repository.staging(head, self._key) as staging:
             tried = repository.commit(changed, stale, branch=staging, parent=head, message=self.message)
             repository.check(tried, contents, expected, where)
             commit = repository.commit(changed, stale, branch=self.branch, parent=head, message=self.message)

@@ -247,10 +247,8 @@ class HubRepository:
         """
         from huggingface_hub.errors import RevisionNotFoundError
 
-        name = f"{STAGING}{key[:12]}-{secrets.token_hex(4)}"
-        for left in self.branches():
-            if left.startswith(f"{STAGING}{key[:12]}-"):
-                self._remove_branch(left)
+        self.remove_staging(key)
+        name = f"{_staging_prefix(key)}{secrets.token_hex(4)}"
         self.api.create_branch(self.repo_id, branch=name, revision=head)
         try:
             yield name
@@ -262,6 +260,12 @@ class HubRepository:
             ) from None
         finally:
             self._remove_branch(name)
+
+    def remove_staging(self, key: str) -> None:
+        """The branches that killed pushes of `key` left."""
+        for left in self.branches():
+            if left.startswith(_staging_prefix(key)):
+                self._remove_branch(left)
 
     def commit(
         self, changed: Mapping[str, Content], stale: list[str], *, branch: str, parent: str, message: str
@@ -346,6 +350,10 @@ class HubRepository:
         if not commit:
             raise HubConflictError(f"{self.repo_id} has no commit on main. Make it anew, or choose another.")
         return commit
+
+
+def _staging_prefix(key: str) -> str:
+    return f"{STAGING}{key[:12]}-"
 
 
 def _in_words(entry: FileEntry) -> str:

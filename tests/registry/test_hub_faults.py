@@ -110,6 +110,18 @@ def test_the_staging_branch_of_a_killed_push_goes_with_the_next(local: Registry,
     assert set(repo.branches) == {"main", "bitsmith-staging-0123456789ab-of-another"}
 
 
+def test_a_push_killed_between_its_commit_and_its_tag_leaves_no_branch(local: Registry, hub: HubServer) -> None:
+    hub.faults |= {"DELETE /api/models/": 500, f"POST /api/models/{REPO}/tag": 500}
+    assert not attempt(lambda: send(local, hub))
+    repo = hub.repos[REPO]
+    assert len(repo.branches) == 2
+    assert len(list(repo.history(repo.branches["main"]))) == 2
+    hub.faults.clear()
+    send(local, hub)
+    assert set(repo.branches) == {"main"}
+    assert repo.tags == {"v1": repo.branches["main"]}
+
+
 def test_a_pull_cut_at_any_request_shows_nothing_and_is_completed_by_the_next(
     local: Registry, hub: HubServer, tmp_path: Path
 ) -> None:
