@@ -17,10 +17,10 @@ from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.display import Bars
 from pipeline.layered import open_network
-from pipeline.layered_pass import drawn_labels
 from pipeline.model import Model, open_model
 from pipeline.part_sums import collect_part
 from pipeline.summed_parts import layer_file
+from pipeline.task import drawn_labels
 
 METRICS: tuple[Metric, ...] = ("fisher", "kronecker", "sequence")
 NUM_WINDOWS, SEQ_LEN, SEED = 2, 128, 0

@@ -13,6 +13,7 @@ from flows.release import open_registry
 from flows.steps import OPENING
 from flows.summary import artifact_key
 from pipeline.eval_report import EvalReport
+from pipeline.version_facts import figures_of_quality
 
 
 class Asked(NamedTuple):
@@ -46,13 +47,8 @@ def measure(
         report: EvalReport = child.call(evaluate_in_child, asked, RunDisplay())
     rows = [{"": label, "original": before, "compressed": after} for label, before, after in report.rows()]
     create_table_artifact(rows, key=f"{artifact_key(what)}-quality", description=f"Quality of {what}")
-    return {
-        "perplexity": report.perplexity.mean,
-        "base_perplexity": report.base_perplexity.mean,
-        "kld": report.kl_divergence.mean,
-        "kld_p99": report.kl_p99,
-        "top1": report.top1_agreement.to_percent().mean,
-    }
+    original = {"base_perplexity": report.base_perplexity.mean} if report.base_perplexity else {}
+    return figures_of_quality(report) | original
 
 
 def evaluate_in_child(asked: Asked, say: Say) -> EvalReport:

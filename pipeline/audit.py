@@ -1,7 +1,7 @@
 """Proof, in a fresh process, that a written folder is what the plan promised.
 
 Loads the folder as any user would, checks that every planned matrix is there packed, with exactly the planned
-bytes, and that nothing was missing or left over, then stores the logits of a fixed prompt. The caller compares
+bytes, and that nothing was missing or left over, then stores the answer to a fixed prompt. The caller compares
 them with those of the model in its own memory: what was tested is what will be served.
 """
 
@@ -18,38 +18,38 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.errors import CheckpointError
-from pipeline.model_config import auto_class
 from pipeline.quiet import quiet_transformers
+from pipeline.task import auto_class, task_of
 from quantizers import QuantizedLinear
 
-LARGEST_DIFFERENCE = 1e-3  # of the logits, relative to their range: rounding, not damage
+LARGEST_DIFFERENCE = 1e-3  # of the answer, relative to its range: rounding, not damage
 NUM_TOKENS = 32
 
 
 def audit(folder: Path, expected: Tensor) -> None:
-    """Load `folder` in a fresh process and compare its logits with `expected`: `fixed_logits` of the model in memory.
+    """Load `folder` in a fresh process and compare its answer with `expected`: `fixed_answer` of the model in memory.
 
     Raises:
-        CheckpointError: a tensor is missing, has other bytes than planned, or the logits differ.
+        CheckpointError: a tensor is missing, has other bytes than planned, or the answers differ.
     """
-    reloaded = logits_in_fresh_process(folder)
+    reloaded = answer_in_fresh_process(folder)
     difference = float((reloaded - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not difference <= LARGEST_DIFFERENCE:
         raise CheckpointError(
-            f"The written checkpoint {folder} gives other logits than the model in memory (relative difference "
+            f"The written checkpoint {folder} gives another answer than the model in memory (relative difference "
             f"{difference:.2g}, expected at most {LARGEST_DIFFERENCE}). Nothing was published. Run the command again; "
             "if it fails again, start over with --no-resume."
         )
 
 
-def logits_in_fresh_process(folder: Path) -> Tensor:
-    """`fixed_logits` of the folder, loaded and checked by a process that knows nothing of this one.
+def answer_in_fresh_process(folder: Path) -> Tensor:
+    """`fixed_answer` of the folder, loaded and checked by a process that knows nothing of this one.
 
     Raises:
         CheckpointError: with the last line of what that process said.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "logits.safetensors"
+        answer = Path(scratch) / "answer.safetensors"
         # This process's own path: with -m, a folder named `pipeline` where the user stands would win.
         script = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.audit import main; main(sys.argv[1:])"
         command = [sys.executable, "-c", script, str(folder), str(answer)]
@@ -60,15 +60,16 @@ def logits_in_fresh_process(folder: Path) -> Tensor:
                 f"The written checkpoint {folder} does not load in a fresh process: {reason}. Nothing was published. "
                 "Run the command again; if it fails again, start over with --no-resume."
             )
-        return load_file(answer)["logits"]
+        return load_file(answer)["answer"]
 
 
 @torch.inference_mode()
-def fixed_logits(model: PreTrainedModel) -> Tensor:
-    """float32 [tokens, vocab] logits of a fixed sequence of token ids."""
+def fixed_answer(model: PreTrainedModel) -> Tensor:
+    """float32 [scored, n], the answer (task.py) to a fixed sequence of token ids."""
     vocab = model.config.get_text_config().vocab_size
     ids = torch.arange(1, NUM_TOKENS + 1) * 7919 % vocab
-    return model(ids[None].to(model.device)).logits[0].float().cpu()
+    task = task_of(model.config)
+    return task.answer(model, task.inputs(ids[None].to(model.device)))[0].float().cpu()
 
 
 def load_checked(folder: Path) -> PreTrainedModel:
@@ -100,6 +101,6 @@ def load_checked(folder: Path) -> PreTrainedModel:
 
 
 def main(arguments: list[str]) -> None:
-    """The fresh process: check the folder, leave the logits."""
+    """The fresh process: check the folder, leave the answer."""
     folder, answer = map(Path, arguments)
-    save_file({"logits": fixed_logits(load_checked(folder)).contiguous()}, answer)
+    save_file({"answer": fixed_answer(load_checked(folder)).contiguous()}, answer)

@@ -4,10 +4,13 @@ Every number passes through the same rounding (float16 log-probabilities, one wi
 a report is the same to the last bit whether the windows come from the disk or from the model.
 
     cache_dir/<key>/window-00003.logprobs     SHA-256 of the rest (32 bytes), then safetensors:
-        tokens            int64   [seq_len]              the window; a file of other tokens is not used
-        log_probs         float16 [seq_len - 1, vocab]   of the next token, rounded
-        token_log_probs   float64 [seq_len - 1]          of the token that came, before the rounding
-        top_tokens        int64   [seq_len - 1]          the likeliest token, before the rounding
+        tokens            int64   [seq_len]           the window; a file of other tokens is not used
+        log_probs         float16 [scored, vocab]     of the predicted token, rounded
+        token_log_probs   float64 [scored]            of the token that came, before the rounding
+        top_tokens        int64   [scored]            the likeliest token, before the rounding
+    or, of an encoder (task.py):
+        tokens            int64   [seq_len]
+        features          float32 [seq_len, width]
 """
 
 import hashlib
@@ -27,7 +30,8 @@ from pipeline.atomic import replace_file
 from pipeline.calibration import tokens_sha256
 from pipeline.memory import give_back
 from pipeline.progress import SILENT, Progress
-from pipeline.scoring import inference_only, next_token_logits, require_windows
+from pipeline.scoring import answers_to, inference_only, require_windows
+from pipeline.task import Predictions, task_of
 
 SLICE_TOKENS = 64  # positions in float64 at a time: 25 MB for 49,152 vocabulary entries
 LIMIT_BYTES = 2 * 2**30
@@ -37,12 +41,20 @@ ABANDONED_SECONDS = 3600.0
 
 @dataclass(frozen=True, eq=False)
 class BaseWindow:
-    """The original's answer to one window; all tensors on the CPU, shapes in the module's docstring."""
+    """The original's predictions in one window; all tensors on the CPU, shapes in the module's docstring."""
 
     tokens: Tensor
     log_probs: Tensor
     token_log_probs: Tensor
     top_tokens: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class BaseFeatures:
+    """An original encoder's features of one window, alike."""
+
+    tokens: Tensor
+    features: Tensor
 
 
 class BaseLogits:
@@ -57,7 +69,7 @@ class BaseLogits:
         self._folder = folder
         self._model: PreTrainedModel | None = None
 
-    def window(self, index: int) -> BaseWindow:
+    def window(self, index: int) -> BaseWindow | BaseFeatures:
         """The answer to window `index`; a missing or damaged file is computed anew, never trusted.
 
         Raises:
@@ -65,20 +77,23 @@ class BaseLogits:
         """
         return self.cached(index) or self.compute(index)
 
-    def cached(self, index: int) -> BaseWindow | None:
+    def cached(self, index: int) -> BaseWindow | BaseFeatures | None:
         """The answer on disk, or None where there is none that passes its checksum for these tokens."""
         window = read_window(self.path(index))
         if window is None or not torch.equal(window.tokens, self.tokens[index].cpu()):
             return None
         return window
 
-    def compute(self, index: int) -> BaseWindow:
+    def compute(self, index: int) -> BaseWindow | BaseFeatures:
         """The answer from the model, one window in one forward so that no batch size changes a bit."""
         model = self.model()
         tokens = self.tokens[index]
         with inference_only(model):
-            logits = next_token_logits(model, tokens[None], "the original model", first_window=index)
-            return summarize(tokens.cpu(), logits[0])
+            answer = answers_to(model, tokens[None], "the original model", first_window=index)[0]
+        task, tokens = task_of(model.config), tokens.cpu()
+        if not isinstance(task, Predictions):
+            return BaseFeatures(tokens, answer.float().cpu())
+        return summarize(tokens, answer, task.targets(tokens[None])[0])
 
     def model(self) -> PreTrainedModel:
         """The original, loaded at the first call."""
@@ -143,13 +158,13 @@ def cache_key(model_digest: str, tokens: Tensor, dtype: torch.dtype) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def summarize(tokens: Tensor, logits: Tensor) -> BaseWindow:
-    """Round one window's logits [seq_len - 1, vocab] for the cache.
+def summarize(tokens: Tensor, logits: Tensor, targets: Tensor) -> BaseWindow:
+    """Round one window's logits [scored, vocab] for the cache; `targets` [scored] are the tokens that came.
 
     The log-likelihood and the top token are taken before the rounding: float16 has ties among likely tokens.
     """
     lowest = torch.finfo(torch.float16).min
-    targets = tokens[1:].to(logits.device)
+    targets = targets.to(logits.device)
     log_probs, token_log_probs = [], []
     for rows, wanted in zip(logits.split(SLICE_TOKENS), targets.split(SLICE_TOKENS), strict=True):
         exact = torch.log_softmax(rows.double(), dim=-1)
@@ -163,7 +178,7 @@ def summarize(tokens: Tensor, logits: Tensor) -> BaseWindow:
     )
 
 
-def read_window(path: Path) -> BaseWindow | None:
+def read_window(path: Path) -> BaseWindow | BaseFeatures | None:
     """The window in `path`, or None where the file is absent, cut off, changed, or of another layout."""
     try:
         with path.open("rb") as file:
@@ -173,12 +188,13 @@ def read_window(path: Path) -> BaseWindow | None:
     if hashlib.sha256(payload).digest() != digest:
         return None
     try:
-        return BaseWindow(**load(payload))
+        stored = load(payload)
+        return BaseFeatures(**stored) if "features" in stored else BaseWindow(**stored)
     except (SafetensorError, TypeError):
         return None
 
 
-def write_window(path: Path, window: BaseWindow) -> None:
+def write_window(path: Path, window: BaseWindow | BaseFeatures) -> None:
     """Write `window` to `path` whole or not at all."""
     payload = save(dict(sorted(vars(window).items())))
     replace_file(path, lambda temporary: temporary.write_bytes(hashlib.sha256(payload).digest() + payload))
@@ -186,9 +202,10 @@ def write_window(path: Path, window: BaseWindow) -> None:
 
 def _fill(base: BaseLogits, missing: list[int], cache_dir: Path, limit_bytes: int, progress: Progress) -> None:
     """Compute and keep the windows `missing`, unless all windows together are too large to keep."""
-    vocab_size = base.model().config.get_text_config().vocab_size
+    config = base.model().config
+    answer_width = task_of(config).answer_width(config)
     num_windows, seq_len = base.tokens.shape
-    window_bytes = (seq_len - 1) * vocab_size * 2
+    window_bytes = (seq_len - 1) * answer_width * 2
     room = {
         "the cache's limit of": (num_windows * window_bytes, limit_bytes),
         "the free disk space of": (len(missing) * window_bytes, _free_bytes(cache_dir)),

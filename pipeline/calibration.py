@@ -65,6 +65,7 @@ def token_windows(
     split: str = "train",
     revision: str | None = None,
     default: DefaultText = "calibration",
+    ends: tuple[int, int] | None = None,
 ) -> TokenWindows:
     """Cut a text into windows and choose `num_windows` of them, or all if there are fewer.
 
@@ -76,6 +77,7 @@ def token_windows(
         split: of a dataset on the Hub.
         revision: of a dataset on the Hub; without one, today's commit is looked up and recorded.
         default: which bundled text None stands for.
+        ends: ids that stand before and after the text of every window, and count as two of its tokens.
     Raises:
         CalibrationError: the source cannot be read, holds no text, or less than one window of it.
     """
@@ -86,16 +88,20 @@ def token_windows(
     if num_windows < 1:
         raise CalibrationError(f"{num_windows} windows were asked for: give at least 1, for example 64.")
     documents = read_documents(source, split=split, revision=revision, default=default)
-    pool = num_windows * seq_len * (1 if seed is None else POOL_FACTOR)
-    stream = _tokenize(documents.documents, tokenizer, pool)
-    num_there = len(stream.tokens) // seq_len
+    text_len = max(1, seq_len - len(ends or ()))
+    pool = num_windows * text_len * (1 if seed is None else POOL_FACTOR)
+    stream = _tokenize(documents.documents, tokenizer, pool, has_ends=ends is not None)
+    num_there = len(stream.tokens) // text_len
     if num_there == 0:
         raise CalibrationError(
             f"{documents.source} has {len(stream.tokens)} tokens, but one window needs {seq_len}. Give more "
             "text, or a smaller --seq-len."
         )
-    windows = torch.from_numpy(stream.tokens[: num_there * seq_len].reshape(num_there, seq_len))
+    windows = torch.from_numpy(stream.tokens[: num_there * text_len].reshape(num_there, text_len))
     tokens = windows[_choose(num_there, num_windows, seed)].clone()
+    if ends is not None:
+        first, last = (torch.full_like(tokens[:, :1], end) for end in ends)
+        tokens = torch.cat([first, tokens, last], dim=1)
     return TokenWindows(
         tokens=tokens,
         sha256=tokens_sha256(tokens),
@@ -127,26 +133,30 @@ def _choose(num_there: int, num_windows: int, seed: int | None) -> Tensor:
     return torch.randperm(num_there, generator=torch.Generator().manual_seed(seed))[:num_windows]
 
 
-def _tokenize(documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", num_tokens_wanted: int) -> _Stream:
+def _tokenize(
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase", num_tokens_wanted: int, *, has_ends: bool
+) -> _Stream:
     """Tokenize until there are `num_tokens_wanted`, and no document more.
 
-    Plain texts get what the tokenizer adds (BOS, once a document); rendered chats have it already.
+    Plain texts get what the tokenizer adds (BOS, once a document) unless the windows get it; rendered chats have it
+    already.
     """
     streams, num_tokens = [np.empty(0, dtype=np.int64)], 0
     with quiet_transformers():  # or it would warn that a whole text is longer than the model's context
         for document in documents:
-            streams.append(np.asarray(_document_ids(document, tokenizer), dtype=np.int64))
+            streams.append(np.asarray(_document_ids(document, tokenizer, not has_ends), dtype=np.int64))
             num_tokens += len(streams[-1])
             if num_tokens >= num_tokens_wanted:
                 break
     return _Stream(np.concatenate(streams), num_documents=len(streams) - 1)
 
 
-def _document_ids(document: Document, tokenizer: "PreTrainedTokenizerBase") -> Iterable[int]:
+def _document_ids(document: Document, tokenizer: "PreTrainedTokenizerBase", adds_special: bool) -> Iterable[int]:
     if isinstance(document, str):
-        return tokenizer(document).input_ids
+        return tokenizer(document, add_special_tokens=adds_special).input_ids
     if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(message["content"] for message in document)).input_ids
+        text = "\n\n".join(message["content"] for message in document)
+        return tokenizer(text, add_special_tokens=adds_special).input_ids
     return tokenizer(_render(document, tokenizer), add_special_tokens=False).input_ids
 
 

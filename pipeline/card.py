@@ -10,6 +10,7 @@ Nobody here asks the Hub whether the header is right: its client does so in ever
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
+from pipeline.auto_classes import GENERATING, known_class
 from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.card_header import card_header
@@ -57,6 +58,8 @@ def render_card(facts: VersionFacts, repo_id: str, tag: str) -> str:
         name=model_name(recipe["model"], base_model),
         num_params=sum(rows * columns for rows, columns in (m["shape"] for m in facts.plan["matrices"].values())),
         num_windows=statistics.metadata.get("num_windows") if statistics else None,
+        auto=known_class(report),
+        generates=known_class(report) in GENERATING,
         picture=ALLOCATION_PICTURE if ALLOCATION_PICTURE in facts.report_files else None,
         plan=facts.plan,
         recipe=recipe,
@@ -77,7 +80,9 @@ def collection_note(facts: VersionFacts) -> str:
     figures = facts.figures
     parts = [f"{figures['bits_per_param']:.2f} bits per parameter", human_bytes(figures["size_bytes"])]
     if "kld" in figures:
-        parts += [f"KL {figures['kld']:.2g} nats/token", f"perplexity {figures['perplexity']:.4g}"]
+        parts.append(f"KL {figures['kld']:.2g} nats/token")
+    if "perplexity" in figures:
+        parts.append(f"perplexity {figures['perplexity']:.4g}")
     return ", ".join(parts)
 
 

@@ -8,6 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from pipeline.auto_classes import HUB_TASKS, known_class
 from pipeline.eval_report import Estimate, EvalReport
 from pipeline.markdown import shortened
 from pipeline.origin import HUB_LICENSES, base_model_of, hub_dataset, is_language, last_part, slug
@@ -27,6 +28,12 @@ _BUNDLED = {
 }
 # a file's kind in the words of the library `datasets`
 _LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_METRICS = {
+    "perplexity": "Perplexity",
+    "kl_divergence": "KL divergence from the original, nats per token",
+    "top1_agreement": "Top-1 agreement with the original, %",
+    "cosine_similarity": "Cosine similarity of the features with the original's",
+}
 _LINK = re.compile(r"[!-;=?-~]+")  # no space, no angle bracket, ASCII
 
 
@@ -38,18 +45,18 @@ def card_header(facts: VersionFacts, name: str) -> "ModelCardData":
     """
     from huggingface_hub import ModelCardData
 
-    base_model = base_model_of(facts.recipe)
+    base_model, auto = base_model_of(facts.recipe), known_class(facts.report)
     fields: dict[str, Any] = {
         "base_model": base_model,
         "base_model_relation": "quantized" if base_model else None,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": HUB_TASKS[auto],
         **_license(facts),
         "language": _languages(facts),
         "datasets": _calibration_data(facts.recipe),
         "tags": ["bitsmith", "quantized", "lq-lora", f"{int(facts.plan['bits_per_param'] + 0.5)}-bit"],
         "model_name": name if facts.evaluation else None,
-        "eval_results": _results(facts.evaluation) if facts.evaluation else None,
+        "eval_results": _results(facts.evaluation, HUB_TASKS[auto]) if facts.evaluation else None,
     }
     return ModelCardData(**{key: value for key, value in fields.items() if value})
 
@@ -90,7 +97,7 @@ def _calibration_data(recipe: dict[str, Any]) -> list[str]:
     return [found[0]] if found else []
 
 
-def _results(evaluation: dict[str, Any]) -> "list[EvalResult]":
+def _results(evaluation: dict[str, Any], hub_task: str) -> "list[EvalResult]":
     """`model-index`: plain numbers, with the standard error among each metric's arguments."""
     from huggingface_hub import EvalResult
 
@@ -101,23 +108,18 @@ def _results(evaluation: dict[str, Any]) -> "list[EvalResult]":
         "seq_len": quality.seq_len,
         "tokens_sha256": shortened(quality.tokens_sha256),
     }
-    rows: list[tuple[str, str, Estimate]] = [
-        ("perplexity", "Perplexity", quality.perplexity),
-        ("kl_divergence", "KL divergence from the original, nats per token", quality.kl_divergence),
-        ("top1_agreement", "Top-1 agreement with the original, %", quality.top1_agreement.to_percent()),
-    ]
     return [
         EvalResult(
-            task_type="text-generation",
-            task_name="Text Generation",
+            task_type=hub_task,
+            task_name=hub_task.replace("-", " ").title(),
             **_evaluation_data(evaluation["text"], evaluation.get("text_commit")),
             dataset_args=read,
-            metric_type=metric,
-            metric_name=name,
-            metric_value=_rounded(estimate.mean),
-            metric_args=_error(estimate),
+            metric_type=measure.name,
+            metric_name=_METRICS[measure.name],
+            metric_value=_rounded(measure.estimate.mean),
+            metric_args=_error(measure.estimate),
         )
-        for metric, name, estimate in rows
+        for measure in quality.measures()
     ]
 
 

@@ -45,8 +45,8 @@ def shared_disk_bytes(run: "Run") -> int:
         bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py
         total += bytes_a_token * run.texts.recovery.tokens.numel()
     if run.texts.evaluation is not None:
-        vocab = run.model.config.get_text_config().vocab_size
-        total += min(EVAL_CACHE_BYTES, 2 * vocab * run.texts.evaluation.tokens.numel())
+        answer_width = run.model.task.answer_width(run.model.config)
+        total += min(EVAL_CACHE_BYTES, 2 * answer_width * run.texts.evaluation.tokens.numel())
     return total
 
 

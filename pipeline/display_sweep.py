@@ -46,7 +46,9 @@ def _to_do(part: "Part") -> str:
 
 def show_sweep(sweep: "Sweep") -> None:
     """The tables after a run."""
-    quality = new_table("budget", "bits", "size", "perplexity", "KL (nats/token)", "top-1 (%)", title="Quality")
+    first = sweep.results[0]
+    measures = first.evaluation.measures() if first.evaluation else []
+    quality = new_table("budget", "bits", "size", *(measure.title for measure in measures), title="Quality")
     work = new_table("budget", "predicted cost", "gap", "seconds", "version", title="Result")
     for done in sweep.results:
         plan, measured = done.plan, done.evaluation
@@ -54,15 +56,11 @@ def show_sweep(sweep: "Sweep") -> None:
             plan.budget,
             f"{plan.bits_per_param:.4f}",
             human_bytes(done.size_bytes),
-            measured.perplexity.text() if measured else "",
-            measured.kl_divergence.text(".3g") if measured else "",
-            measured.top1_agreement.to_percent().text() if measured else "",
+            *(measure.text() for measure in (measured.measures() if measured else [])),
         )
         seconds = sum(stage.seconds for stage in done.stages)
         work.add_row(plan.budget, f"{plan.predicted_cost:.5g}", f"{plan.gap:.1e}", f"{seconds:.1f}", str(done.version))
-    first = sweep.results[0]
-    base = first.evaluation.base_perplexity.text() if first.evaluation else ""
-    quality.add_row("original", "", human_bytes(first.original_bytes), base, "", "")
+    quality.add_row("original", "", human_bytes(first.original_bytes), *(measure.original for measure in measures))
     RESULTS.print(quality)
     RESULTS.print(work)
     RESULTS.print(f"The seconds of {first.plan.budget} include what all budgets share.")

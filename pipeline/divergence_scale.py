@@ -60,12 +60,12 @@ def measure_divergences(
         pass
     seeds = {matrix.name: seed + number for number, matrix in enumerate(model.matrices)}
     ends = read_windows(folder / hidden_file(network.num_blocks), network)
-    original = [_logits(network, window, hidden) for window, hidden in zip(tokens, ends, strict=True)]
+    original = [_answer(network, window, hidden) for window, hidden in zip(tokens, ends, strict=True)]
 
     def scales_at(index: int) -> Iterator[tuple[str, float]]:
         for matrix, answers in _answers(network, model, index, tokens, folder, seeds):
             divergences = [
-                _divergence(before, _logits(network, window, hidden))
+                float(network.task.divergences(before, _answer(network, window, hidden)).mean())
                 for before, window, hidden in zip(original, tokens, answers, strict=True)
             ]
             expected = weighted_error(_error(model, matrix, seeds[matrix.name]), statistics_of(matrix))
@@ -108,7 +108,7 @@ def _answers(
                 yield matrix, answer
 
     if index == network.num_blocks - 1:
-        yield from disturbed()  # one by one, for these may be logits
+        yield from disturbed()  # one by one, for these may be answers
         return
     answers = disturbed()
     while passed := dict(islice(answers, MATRICES_AT_ONCE)):
@@ -135,17 +135,6 @@ def _disturbed(layer: nn.Module, error: Tensor) -> Iterator[None]:
         layer._parameters["weight"] = weight
 
 
-def _logits(network: Network, window: Tensor, hidden: Tensor) -> Tensor:
-    """float32 [seq_len, vocab]."""
+def _answer(network: Network, window: Tensor, hidden: Tensor) -> Tensor:
+    """float32 [scored, n]."""
     return network.head(window[None], hidden)[0].float()
-
-
-def _divergence(before: Tensor, after: Tensor) -> float:
-    """KL in nats of the predictions that two tensors of logits [tokens, vocab] stand for, mean over tokens.
-
-    With d = after - before, less its mean under the first prediction p, it is log(1 + sum of p (e^d - 1)): exact for
-    changes that are far below the rounding of a logarithm.
-    """
-    p, change = before.softmax(dim=-1), after - before
-    change -= (p * change).sum(dim=-1, keepdim=True, dtype=torch.float64).float()
-    return float((p * change.expm1_()).sum(dim=-1, dtype=torch.float64).log1p().mean())

@@ -11,6 +11,9 @@ from typing import Any
 
 from pipeline.errors import CheckpointError, NonFiniteError
 
+_OF_PREDICTIONS = {"perplexity", "base_perplexity", "top1_agreement"}
+_OF_FEATURES = {"cosine_similarity"}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -65,26 +68,43 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """One figure in words: its name in reports, its title, what the original has, and the estimate."""
+
+    name: str
+    title: str
+    original: str
+    estimate: Estimate
+    spec: str
+
+    def text(self) -> str:
+        """The compressed model's."""
+        return self.estimate.text(self.spec)
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """The compressed model beside the original on the same tokens.
 
-    Divergences are KL(original || compressed) in nats per token. `num_tokens` counts scored tokens:
-    `seq_len - 1` a window, since nothing predicts the first one.
+    Divergences are KL(original || compressed) in nats per token (pipeline/task.py). `num_tokens` counts scored tokens;
+    nothing predicts the first one of a window. An encoder predicts none, and has the cosine similarity of its features
+    with the original's instead.
     """
 
-    perplexity: Estimate
-    base_perplexity: Estimate
     kl_divergence: Estimate
     kl_p99: float
-    top1_agreement: Estimate
     num_tokens: int
     num_windows: int
     seq_len: int
     tokens_sha256: str
+    perplexity: Estimate | None = None
+    base_perplexity: Estimate | None = None
+    top1_agreement: Estimate | None = None
+    cosine_similarity: Estimate | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values with sorted keys; `from_json` gives back an equal report."""
-        return dict(sorted(asdict(self).items()))
+        """Plain values with sorted keys, without those that there are not; `from_json` gives back an equal report."""
+        return {key: value for key, value in sorted(asdict(self).items()) if value is not None}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "EvalReport":
@@ -93,22 +113,32 @@ class EvalReport:
         Raises:
             CheckpointError: a field is missing or unknown.
         """
-        wanted = {field.name for field in fields(cls)}
+        measured = _OF_FEATURES if "cosine_similarity" in data else _OF_PREDICTIONS
+        wanted = {field.name for field in fields(cls)} - _OF_FEATURES - _OF_PREDICTIONS | measured
         if set(data) != wanted:
             raise CheckpointError(
                 f"The evaluation report lacks {sorted(wanted - set(data))} and has the unknown fields "
                 f"{sorted(set(data) - wanted)}: it is damaged or of another version. Evaluate again."
             )
-        estimates = ("perplexity", "base_perplexity", "kl_divergence", "top1_agreement")
-        return cls(**{**data, **{name: Estimate(**data[name]) for name in estimates}})
+        return cls(**{**data, **{name: Estimate(**data[name]) for name in {"kl_divergence"} | measured}})
+
+    def measures(self) -> list[Measure]:
+        """What people compare."""
+        found = [Measure("kl_divergence", "KL divergence (nats/token)", "0", self.kl_divergence, ".3g")]
+        if self.perplexity and self.base_perplexity:
+            found.insert(0, Measure("perplexity", "perplexity", self.base_perplexity.text(), self.perplexity, ".4g"))
+        if self.top1_agreement:
+            agreement = self.top1_agreement.to_percent()
+            found.append(Measure("top1_agreement", "top-1 agreement (%)", "100", agreement, ".4g"))
+        if self.cosine_similarity:
+            found.append(Measure("cosine_similarity", "cosine similarity", "1", self.cosine_similarity, ".5g"))
+        return found
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(label, original, compressed) for tables; the original's distance from itself is zero."""
         counted = f"{self.num_tokens:,} in {self.num_windows} x {self.seq_len}"
-        return [
-            ("perplexity", self.base_perplexity.text(), self.perplexity.text()),
-            ("KL divergence, mean (nats/token)", "0", self.kl_divergence.text(".3g")),
-            ("KL divergence, 99th percentile", "0", f"{self.kl_p99:.3g}"),
-            ("top-1 agreement (%)", "100", self.top1_agreement.to_percent().text()),
-            ("tokens scored", counted, counted),
-        ]
+        rows = [(measure.title, measure.original, measure.text()) for measure in self.measures()]
+        at = next(place for place, (title, _, _) in enumerate(rows) if title.startswith("KL"))
+        rows[at] = ("KL divergence, mean (nats/token)", *rows[at][1:])
+        rows.insert(at + 1, ("KL divergence, 99th percentile", "0", f"{self.kl_p99:.3g}"))
+        return [*rows, ("tokens scored", counted, counted)]

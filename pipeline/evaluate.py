@@ -1,10 +1,9 @@
-"""How far a compressed model is from its original: perplexity, KL divergence, top-1 agreement.
+"""How far a compressed model is from its original: perplexity, KL divergence, top-1 agreement; of encoders, features.
 
 Both models read the same token windows; each scored token contributes to every figure, in float64
 and in order. Standard errors treat the window, not the token, as the unit of sampling.
 """
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -12,26 +11,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.base_logits import SLICE_TOKENS, BaseLogits, BaseWindow
+from pipeline.base_logits import SLICE_TOKENS, BaseFeatures, BaseLogits, BaseWindow
 from pipeline.calibration import tokens_sha256
 from pipeline.errors import CheckpointError
 from pipeline.eval_report import Estimate, EvalReport
 from pipeline.progress import SILENT, Progress
-from pipeline.scoring import inference_only, next_token_logits, require_windows
+from pipeline.scoring import answers_to, inference_only, require_windows
+from pipeline.task import Features, Predictions, task_of
 
 MOST_WINDOWS = 4  # of a batch
 MOST_LOGITS_BYTES = 2**29  # of a batch, in float32
+# of one window, float64 [scored] by name: nll and base_nll (negative log-likelihoods, nats), kl_divergence (nats) and
+# top1_agreement; or kl_divergence and cosine_similarity
+TokenScores = dict[str, np.ndarray]
 ROUNDING = 1e-6  # nats: a divergence this little below zero is arithmetic, more would be a mistake
-
-
-@dataclass(frozen=True, eq=False)
-class TokenScores:
-    """One number a scored token, float64 [tokens]; negative log-likelihoods (nll) and KL in nats."""
-
-    nll: np.ndarray
-    base_nll: np.ndarray
-    kl_divergence: np.ndarray
-    top1_agreement: np.ndarray
 
 
 def evaluate(
@@ -50,7 +43,7 @@ def evaluate(
     only as far as the model's own arithmetic depends on it.
 
     Args:
-        model: any causal language model; its train or eval state is restored.
+        model: any language model; its train or eval state is restored.
         base: the original's predictions for the same `tokens`, from `base_log_probs`.
         tokens: int64 [windows, seq_len].
         batch_size: windows at a time; None takes `batch_of`.
@@ -64,7 +57,7 @@ def evaluate(
     if not torch.equal(base.tokens.cpu(), tokens.cpu()):
         raise ValueError("`base` was prepared for other tokens: call base_log_probs with the same ones.")
     scores: list[TokenScores] = []
-    batch_size = batch_size or batch_of(tokens.shape[1], model.config.get_text_config().vocab_size)
+    batch_size = batch_size or batch_of(tokens.shape[1], task_of(model.config).answer_width(model.config))
     starts = range(0, len(tokens), batch_size)
     with inference_only(model):
         for start in progress.track(starts, "comparing with the original", len(starts)):
@@ -72,16 +65,17 @@ def evaluate(
     return _report(scores, tokens)
 
 
-def batch_of(seq_len: int, vocab_size: int) -> int:
-    """Windows of which the packed weights are dequantized once: as many as their logits allow, four at most."""
-    return max(1, min(MOST_WINDOWS, MOST_LOGITS_BYTES // (4 * seq_len * vocab_size)))
+def batch_of(seq_len: int, answer_width: int) -> int:
+    """Windows of which the packed weights are dequantized once: as many as their answers allow, four at most."""
+    return max(1, min(MOST_WINDOWS, MOST_LOGITS_BYTES // (4 * seq_len * answer_width)))
 
 
-def score_window(logits: Tensor, base: BaseWindow) -> TokenScores:
+def score_window(logits: Tensor, base: BaseWindow, targets: Tensor) -> TokenScores:
     """Score one window, a slice of tokens at a time.
 
     Args:
-        logits: the compressed model's, [seq_len - 1, vocab], finite, any float dtype and device.
+        logits: the compressed model's, [scored, vocab], finite, any float dtype and device.
+        targets: the tokens that came, int64 [scored].
     Raises:
         CheckpointError: the vocabularies differ.
     """
@@ -93,19 +87,33 @@ def score_window(logits: Tensor, base: BaseWindow) -> TokenScores:
             "checkpoint was made from as the base."
         )
     nll, kl_divergence = [], []
-    slices = (part.split(SLICE_TOKENS) for part in (logits, base.log_probs, base.tokens[1:]))
-    for rows, base_rows, targets in zip(*slices, strict=True):
+    slices = (part.split(SLICE_TOKENS) for part in (logits, base.log_probs, targets))
+    for rows, base_rows, wanted in zip(*slices, strict=True):
         log_q = torch.log_softmax(rows.double(), dim=-1)
         rounded = base_rows.to(rows.device).double()
         log_p = torch.log_softmax(rounded, dim=-1)  # probabilities that sum to 1 again
-        nll.append(-log_q.gather(-1, targets.to(rows.device)[:, None])[:, 0])
+        nll.append(-log_q.gather(-1, wanted.to(rows.device)[:, None])[:, 0])
         kl_divergence.append((log_p.exp() * (log_p - log_q)).sum(dim=-1))
-    return TokenScores(
-        nll=torch.cat(nll).cpu().numpy(),
-        base_nll=-base.token_log_probs.numpy(),
-        kl_divergence=_without_rounding(torch.cat(kl_divergence).cpu().numpy()),
-        top1_agreement=(logits.argmax(dim=-1).cpu() == base.top_tokens).double().numpy(),
-    )
+    return {
+        "nll": torch.cat(nll).cpu().numpy(),
+        "base_nll": -base.token_log_probs.numpy(),
+        "kl_divergence": _without_rounding(torch.cat(kl_divergence).cpu().numpy()),
+        "top1_agreement": (logits.argmax(dim=-1).cpu() == base.top_tokens).double().numpy(),
+    }
+
+
+def score_features(features: Tensor, base: BaseFeatures, task: Features) -> TokenScores:
+    """Score one window of an encoder, whose features are [scored, width]."""
+    before, after = base.features, features.float().cpu()
+    if before.shape != after.shape:
+        raise CheckpointError(
+            f"The compressed model has {after.shape[-1]} features a token and the original {before.shape[-1]}, so they "
+            "cannot be compared. Name the model that this checkpoint was made from as the base."
+        )
+    return {
+        "kl_divergence": task.divergences(before, after).numpy(),
+        "cosine_similarity": torch.cosine_similarity(before.double(), after.double(), dim=-1).numpy(),
+    }
 
 
 def sample_text(
@@ -139,12 +147,25 @@ def sample_text(
             num_beams=1,
             pad_token_id=pad_token_id,
         )
-    return str(tokenizer.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True))
+    num_read = 0 if model.config.is_encoder_decoder else input_ids.shape[1]
+    return str(tokenizer.decode(output[0, num_read:], skip_special_tokens=True))
 
 
 def _score_batch(model: PreTrainedModel, base: BaseLogits, batch: Tensor, start: int) -> list[TokenScores]:
-    logits = next_token_logits(model, batch, "the compressed model", first_window=start)
-    return [score_window(window, base.window(start + offset)) for offset, window in enumerate(logits)]
+    answers = answers_to(model, batch, "the compressed model", first_window=start)
+    task, scores = task_of(model.config), []
+    for offset, (tokens, answer) in enumerate(zip(batch.cpu(), answers, strict=True)):
+        window = base.window(start + offset)
+        if isinstance(task, Predictions) and isinstance(window, BaseWindow):
+            scores.append(score_window(answer, window, task.targets(tokens[None])[0]))
+        elif isinstance(task, Features) and isinstance(window, BaseFeatures):
+            scores.append(score_features(answer, window, task))
+        else:
+            raise CheckpointError(
+                "One of the compressed model and its original is an encoder and the other is not, so their answers "
+                "cannot be compared. Name the model that this checkpoint was made from as the base."
+            )
+    return scores
 
 
 def _without_rounding(kl_divergence: np.ndarray) -> np.ndarray:
@@ -157,17 +178,22 @@ def _report(scores: list[TokenScores], tokens: Tensor) -> EvalReport:
     num_windows, seq_len = tokens.shape
 
     def estimate(name: str) -> Estimate:
-        return Estimate.of_windows([float(getattr(window, name).mean()) for window in scores])
+        return Estimate.of_windows([float(window[name].mean()) for window in scores])
 
-    kl_divergence = np.concatenate([window.kl_divergence for window in scores])
+    kl_divergence = np.concatenate([window["kl_divergence"] for window in scores])
+    common: dict[str, Any] = {
+        "kl_divergence": estimate("kl_divergence"),
+        "kl_p99": float(np.quantile(kl_divergence, 0.99)),
+        "num_tokens": len(kl_divergence),
+        "num_windows": num_windows,
+        "seq_len": seq_len,
+        "tokens_sha256": tokens_sha256(tokens),
+    }
+    if "cosine_similarity" in scores[0]:
+        return EvalReport(**common, cosine_similarity=estimate("cosine_similarity"))
     return EvalReport(
+        **common,
         perplexity=estimate("nll").to_perplexity(),
         base_perplexity=estimate("base_nll").to_perplexity(),
-        kl_divergence=estimate("kl_divergence"),
-        kl_p99=float(np.quantile(kl_divergence, 0.99)),
         top1_agreement=estimate("top1_agreement"),
-        num_tokens=num_windows * (seq_len - 1),
-        num_windows=num_windows,
-        seq_len=seq_len,
-        tokens_sha256=tokens_sha256(tokens),
     )

@@ -45,15 +45,17 @@ def evaluate_folder(
     made_from = json.loads((folder / "recipe.json").read_text()).get("model_sha256")
     if made_from != original.digest:
         progress.say(f"Note: {folder} was made from another model than {base} (its files differ).")
+    tokenizer = original.tokenizer()
     windows = token_windows(
         dataset,
-        original.tokenizer(),
+        tokenizer,
         num_windows=num_windows,
         seq_len=seq_len,
         seed=None,
         revision=dataset_revision,
         split="test",
         default="evaluation",
+        ends=original.task.ends(tokenizer),
     )
     check_vocabulary(windows, original.config.get_text_config().vocab_size)
     logits = base_log_probs(

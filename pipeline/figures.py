@@ -15,9 +15,9 @@ from pipeline.allocation import Plan
 from pipeline.command import compress_command
 from pipeline.costs import CostTable
 from pipeline.model import Matrix, Model
-from pipeline.model_config import auto_class
 from pipeline.origin import model_name, read_origin
 from pipeline.recovery_report import RecoveryReport
+from pipeline.task import auto_class
 from solvers import AllocationProblem, pareto
 
 FORMAT_VERSION = 1

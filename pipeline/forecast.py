@@ -91,8 +91,8 @@ class _Facts:
         return free_bytes(torch.device("cpu")) - LATER_BYTES
 
     @property
-    def vocab_size(self) -> int:
-        return self.run.model.config.get_text_config().vocab_size
+    def answer_width(self) -> int:
+        return self.run.model.task.answer_width(self.run.model.config)
 
     @property
     def metric(self):
@@ -123,12 +123,12 @@ class _Facts:
         held = [nbytes + sums + kept for nbytes, sums in zip(weights, layers, strict=True)]
         if kind.of_input_alone:
             at_once = max(held)
-            loss = loss_bytes(seq_len, self.vocab_size, is_drawn=True) if kind.scaled_by_divergence else 0
+            loss = loss_bytes(seq_len, self.answer_width, is_drawn=True) if kind.scaled_by_divergence else 0
         else:
             around = HEAP_BYTES + memory.around_bytes
             tail = tail_within(tail_room(max(0, free_bytes(self.device) - around)), held)
             at_once = sum(held[tail.start : tail.stop])
-            loss = loss_bytes(seq_len, self.vocab_size, is_drawn=kind.labels_are_drawn)
+            loss = loss_bytes(seq_len, self.answer_width, is_drawn=kind.labels_are_drawn)
         windows = 3 * part  # read, passed, and stacked to be written
         network = HEAP_BYTES + memory.around_bytes + at_once + windows + loss
         if kind.labels_are_drawn:
@@ -174,7 +174,7 @@ class _Facts:
         run = self.run
         assert run.texts.recovery is not None
         seq_len = run.texts.recovery.tokens.shape[1]
-        logits = FLOAT32_BYTES * seq_len * self.vocab_size
+        logits = FLOAT32_BYTES * seq_len * self.answer_width
         itemsize = 2 if run.recovery_settings.compute == "bfloat16" else 4
         dense = itemsize * run.model.num_matrix_params
         features = sum(sum(matrix.shape) for matrix in run.model.matrices)
@@ -195,11 +195,11 @@ class _Facts:
         run = self.run
         assert run.texts.evaluation is not None
         seq_len = run.texts.evaluation.tokens.shape[1]
-        num_logits, batch = seq_len * self.vocab_size, batch_of(seq_len, self.vocab_size)
+        num_logits, batch = seq_len * self.answer_width, batch_of(seq_len, self.answer_width)
         original = self._original(seq_len) + (FLOAT32_BYTES + LOG_PROB_BYTES) * num_logits
         kept = round(self.memory.kept_bytes_a_token * seq_len)
         scored = self.packed + batch * (FLOAT32_BYTES * num_logits + kept) + LOG_PROB_BYTES * num_logits
-        scored += SLICE_BYTES * SLICE_TOKENS * self.vocab_size
+        scored += SLICE_BYTES * SLICE_TOKENS * self.answer_width
         samples = self._loaded + HEAP_BYTES if self._is_whole else 0
         return self._stage("evaluate", self.seconds.evaluate(), max(original, scored, samples), self._moved)
 

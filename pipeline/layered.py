@@ -5,7 +5,7 @@
     for index in range(network.num_blocks):
         with network.block(index):                  # its weights are read now, and let go at the end
             hidden = network.through(index, tokens, hidden)
-    logits = network.head(tokens, hidden)
+    answer = network.head(tokens, hidden)
 
 What happens between the blocks (masks, positions, what an architecture passes to each) is the network's own code: its
 forward pass runs with blocks that do nothing but say what they were called with, or give back what they are told to.
@@ -24,6 +24,7 @@ from pipeline.errors import ModelError
 from pipeline.model import Matrix, Model
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import block_names, build_skeleton, stacks_of
+from pipeline.task import Task
 from pipeline.unloaded import MergedError, Unloaded
 
 NUM_PROBE_TOKENS = 4
@@ -39,6 +40,11 @@ class Network(Protocol):
     @property
     def network(self) -> nn.Module:
         """Its modules, for hooks."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """What it is asked, and what of its answer counts."""
         ...
 
     @property
@@ -76,7 +82,7 @@ class Network(Protocol):
         ...
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The logits [windows, seq_len, vocab] for the last block's output."""
+        """The answer [windows, scored, n] (task.py) for the last block's output."""
         ...
 
 
@@ -105,7 +111,7 @@ class LayeredNetwork:
     """
 
     def __init__(self, model: Model, device: str) -> None:
-        self.device = torch.device(device)
+        self.device, self.task = torch.device(device), model.task
         self._names, self._num_outputs = blocks_of(model)
         self.num_blocks = len(self._names)
         self._held: Unloaded | None = None
@@ -158,10 +164,10 @@ class LayeredNetwork:
         return output[0] if isinstance(output, tuple) else output
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """The logits [windows, seq_len, vocab] for the last block's output."""
+        """The answer [windows, scored, n] (task.py) for the last block's output."""
         self._reach, self._final = None, hidden
         try:
-            return self.network(input_ids=tokens, use_cache=False).logits
+            return self.task.answer(self.network, self.task.inputs(tokens))
         finally:
             self._final = None
 
@@ -169,7 +175,7 @@ class LayeredNetwork:
         self._reach = index
         try:
             with torch.no_grad():
-                self.network(input_ids=tokens, use_cache=False)
+                self.task.answer(self.network, self.task.inputs(tokens))
         except _ReachedError as reached:
             return reached.args_and_kwargs
         finally:
@@ -197,12 +203,12 @@ class LayeredNetwork:
 
 
 class WholeNetwork:
-    """A network that cannot be run block by block, as a single block that gives the logits. In memory as a whole."""
+    """A network that cannot be run block by block, as a single block that gives the answer. In memory as a whole."""
 
     num_blocks = 1
 
     def __init__(self, model: Model, device: str) -> None:
-        self.device = torch.device(device)
+        self.device, self.task = torch.device(device), model.task
         self.network = model.load(device)
         self.network.requires_grad_(False)
         self._num_layers = 1 + max(matrix.layer for matrix in model.matrices)
@@ -221,7 +227,7 @@ class WholeNetwork:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """See Network."""
-        return self.network.get_input_embeddings()(tokens)
+        return self.network.get_input_embeddings()(self.task.fed(tokens))
 
     def block(self, index: int) -> AbstractContextManager[None]:
         """See Network."""
@@ -229,7 +235,7 @@ class WholeNetwork:
 
     def through(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
         """See Network."""
-        return self.network(inputs_embeds=hidden, use_cache=False).logits
+        return self.task.answer(self.network, self.task.embedded_inputs(hidden))
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """See Network."""
@@ -265,7 +271,7 @@ def blocks_of(model: Model) -> tuple[list[str], int | None]:
     try:
         with quiet_transformers(), torch.no_grad():
             tokens = torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.long, device="meta")
-            skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            skeleton(**model.task.probe_inputs(tokens))
     except Exception as error:  # whatever an architecture does that meta tensors cannot
         raise NotLayeredError(f"{model.spec} cannot be probed without weights: {error}") from error
     stacks = dict.fromkeys(blocks[name][0] for name, _, _ in calls)  # text calls none of those for images

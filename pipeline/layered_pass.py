@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.atomic import replace_file
 from pipeline.errors import NonFiniteError
@@ -148,18 +148,9 @@ def gradient_file(index: int) -> str:
     return f"gradient-{index:03d}.safetensors"
 
 
-def drawn_labels(logits: Tensor, seed: int) -> Tensor:
-    """A label for each row of logits, drawn from the model's own prediction (on the CPU, alike for every device)."""
-    generator = torch.Generator().manual_seed(seed)
-    points = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
-    return torch.searchsorted(cumulative, points * cumulative[:, -1:])[:, 0].clamp_max(logits.shape[1] - 1)
-
-
 def _loss(network: Network, window: Tensor, hidden: Tensor, index: int, label_seed: int | None) -> Tensor:
-    logits = network.head(window[None], hidden)[0, :-1].float()
-    labels = window[1:] if label_seed is None else drawn_labels(logits.detach(), label_seed + index)
-    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    answer = network.head(window[None], hidden)[0].float()
+    loss = network.task.loss(answer, window, None if label_seed is None else label_seed + index)
     if not math.isfinite(loss.item()):
         raise NonFiniteError(
             f"The loss of calibration window {index} is {loss.item()}. The model overflows or its weights "
@@ -168,9 +159,9 @@ def _loss(network: Network, window: Tensor, hidden: Tensor, index: int, label_se
     return loss
 
 
-def loss_bytes(num_tokens: int, vocab_size: int, is_drawn: bool) -> int:
+def loss_bytes(num_tokens: int, answer_width: int, is_drawn: bool) -> int:
     """What a loss takes: logits, log-probabilities and gradients, or logits and doubles to draw labels from."""
-    return num_tokens * vocab_size * (28 if is_drawn else 20)
+    return num_tokens * answer_width * (28 if is_drawn else 20)
 
 
 def _check_finite(output: Tensor, block: str, window: int) -> None:

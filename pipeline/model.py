@@ -1,4 +1,4 @@
-"""The noun of the whole pipeline: a causal language model in a folder of safetensors, opened lazily.
+"""The noun of the whole pipeline: a language model in a folder of safetensors, opened lazily.
 
 model = open_model("demo")             # headers only: seconds and no memory for a model of any size
 for matrix in model.matrices: ...      # what can be compressed; model.skipped says why the rest cannot
@@ -23,13 +23,14 @@ from transformers import AutoTokenizer
 from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
 from pipeline.experts import PiecedTensor, expert_tensors
-from pipeline.model_config import auto_class, read_config
+from pipeline.model_config import read_config
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.shards import TensorInfo, read_folder
 from pipeline.sources import EXTRA_FILES, find_source
 from pipeline.stored_names import StoredNames, match_names
 from pipeline.structure import Structure, build_skeleton, read_structure
+from pipeline.task import Task, auto_class, task_of
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
@@ -106,6 +107,11 @@ class Model:
     skipped: tuple[Skipped, ...] = field(repr=False)
     ties: dict[str, str] = field(repr=False)
     experts_apart: bool = field(default=False, repr=False)
+
+    @cached_property
+    def task(self) -> Task:
+        """What it is asked, and what of its answer counts."""
+        return task_of(self.config)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -253,7 +259,7 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
     if not matrices:
         raise ModelError(
             f"{spec} ({type(skeleton).__name__}) has no compressible matrix: no linear layer inside repeated "
-            "blocks that is stored as one 2-D tensor. Choose a decoder-only language model."
+            "blocks that is stored as one 2-D tensor. Choose a transformer that reads text."
         )
     return Model(
         spec=spec,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from pipeline.errors import ModelError
 from pipeline.quiet import first_line, quiet_transformers
@@ -47,13 +47,6 @@ def read_config(path: Path) -> "PretrainedConfig":
             f"{raw.get('model_type')!r}): {first_line(error)} Update transformers if the model is newer. "
             "Code that comes with a model is never run, so a model that needs its own code cannot be opened."
         ) from error
-
-
-def auto_class(config: "PretrainedConfig") -> Any:
-    """transformers' class that builds and loads language models of `config`, or models of images and text."""
-    is_of_images = type(config) in AutoModelForImageTextToText._model_mapping
-    has_text_alone = type(config) in AutoModelForCausalLM._model_mapping
-    return AutoModelForImageTextToText if is_of_images and not has_text_alone else AutoModelForCausalLM
 
 
 def _refuse_quantized(config_path: Path, raw: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pipeline.layered import NotLayeredError, blocks_of
 from pipeline.model import Model
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import block_names, build_skeleton
+from pipeline.task import task_of
 
 FLOAT32_BYTES = 4
 NUM_PROBE_TOKENS = 32
@@ -91,7 +92,7 @@ def _kept_bytes_a_token(skeleton: PreTrainedModel, names: list[str]) -> float:
         block.register_forward_hook(leave)
     tokens = torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.long, device="meta")
     with quiet_transformers(), torch.enable_grad(), saved_tensors_hooks(keep, lambda tensor: tensor):
-        skeleton(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+        skeleton(**task_of(skeleton.config).probe_inputs(tokens))
     most = max(sum(tensor.untyped_storage().nbytes() // tensor.itemsize for tensor in each.values())
                for each in kept.values())  # fmt: skip
     return FLOAT32_BYTES * most / NUM_PROBE_TOKENS

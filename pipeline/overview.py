@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 
+from pipeline.auto_classes import known_class
 from pipeline.budget import human_bytes
 from pipeline.card_header import card_header
 from pipeline.eval_report import EvalReport
@@ -15,6 +16,12 @@ from registry.artifact import FileEntry
 from registry.publication import MANIFEST, REPORT_FOLDER, Manifest
 
 _REPORT = f"{REPORT_FOLDER}/report.json"
+_COLUMNS = {
+    "perplexity": "perplexity",
+    "kld": "KL divergence, nats/token",
+    "top1": "top-1, %",
+    "cosine": "cosine similarity",
+}
 
 
 def branch_overview(repo_id: str) -> Overview:
@@ -40,7 +47,9 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
     evaluation = largest.evaluation
     body = markdown_template("overview.md.j2", bytes=human_bytes).render(
         base_model=base_model,
-        base_perplexity=EvalReport.from_json(evaluation["report"]).base_perplexity.mean if evaluation else None,
+        auto=known_class(largest.report),
+        columns=[(figure, title) for figure, title in _COLUMNS.items() if any(figure in row for row in rows)],
+        originals=_originals(EvalReport.from_json(evaluation["report"])) if evaluation else {},
         name=model_name(largest.recipe["model"], base_model),
         original_bytes=rows[-1].get("original_bytes"),
         repo_id=repo_id,
@@ -54,6 +63,12 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
         header.license_link = None  # a file of the branch
     header.tags = [tag for tag in header.tags or [] if not tag.endswith("-bit")]
     return f"---\n{header.to_yaml()}\n---\n\n{body}"
+
+
+def _originals(quality: EvalReport) -> dict[str, float]:
+    """What the original has, in the columns' units."""
+    perplexity = {"perplexity": quality.base_perplexity.mean} if quality.base_perplexity else {}
+    return perplexity | {"kld": 0.0, "top1": 100.0, "cosine": 1.0}
 
 
 def _figures(branch: str, facts: VersionFacts) -> dict[str, float]:

@@ -12,9 +12,9 @@ from pipeline.allocation import Plan
 from pipeline.decompose import read_matrix
 from pipeline.errors import CheckpointError
 from pipeline.model import Model
-from pipeline.model_config import auto_class
 from pipeline.output import check_compressed
 from pipeline.quiet import quiet_transformers
+from pipeline.task import auto_class
 from pipeline.unloaded import MergedError, Unloaded
 from quantizers import QuantizedLinear
 

@@ -9,6 +9,7 @@ Every finished checkpoint in the folder takes part, also those of earlier comman
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -57,7 +58,7 @@ def compare(out: Path) -> dict[str, Any]:
         "num_matrix_params": first["num_matrix_params"],
         "original": {
             "size_bytes": first["sizes"]["folder"]["original"],
-            "perplexity": first["evaluation"]["report"]["base_perplexity"] if first["evaluation"] else None,
+            "perplexity": first["evaluation"]["report"].get("base_perplexity") if first["evaluation"] else None,
         },
         "text": first["evaluation"]["text"] if first["evaluation"] else None,
         "recipe": {key: value for key, value in first["recipe"].items() if key != "budget"},
@@ -73,10 +74,23 @@ def quality_rows(content: dict[str, Any]) -> list[dict[str, Any]]:
         | {
             "link": f"{quote(point['folder'])}/report/index.html",
             "share": f"{point['size_bytes'] / content['original']['size_bytes']:.1%}",
-            "quality": _in_words(point) if point["perplexity"] else ("", "", ""),
+            "quality": [format_estimate(point[measure]) for measure, _, _, format_estimate in quality_columns(content)],
         }
         for point in content["points"]
     ]
+
+
+def quality_columns(content: dict[str, Any]) -> list[tuple[str, str, str, Callable[[dict[str, Any]], str]]]:
+    """Name, title, what the original has, and how an estimate is put in words; none where nothing was measured."""
+    perplexity = content["original"]["perplexity"]
+    base = Estimate(**perplexity).text() if perplexity else ""
+    columns = [
+        ("perplexity", "perplexity", base, lambda found: Estimate(**found).text()),
+        ("kl_divergence", "KL divergence (nats/token)", "0", lambda found: Estimate(**found).text(".3g")),
+        ("top1_agreement", "top-1 agreement (%)", "100", lambda found: Estimate(**found).to_percent().text()),
+        ("cosine_similarity", "cosine similarity", "1", lambda found: Estimate(**found).text(".5g")),
+    ]
+    return [column for column in columns if content["points"][0].get(column[0])]
 
 
 def render_comparison(content: dict[str, Any], picture: dict[str, str]) -> str:
@@ -85,20 +99,21 @@ def render_comparison(content: dict[str, Any], picture: dict[str, str]) -> str:
     Args:
         picture: {"light": data URL, "dark": data URL}.
     """
-    perplexity = content["original"]["perplexity"]
     return render(
         "pareto.html.j2",
         f=content,
         picture=picture,
         rows=quality_rows(content),
         error_name=error_name(content),
-        base_perplexity=Estimate(**perplexity).text() if perplexity else None,
+        columns=[title for _, title, _, _ in quality_columns(content)],
+        originals=[original for _, _, original, _ in quality_columns(content)],
     )
 
 
 def _point(folder: str, report: dict[str, Any]) -> dict[str, Any]:
     evaluation = report["evaluation"]["report"] if report["evaluation"] else {}
-    measures = ("perplexity", "kl_divergence", "kl_p99", "top1_agreement")
+    measures = ["perplexity", "kl_divergence", "kl_p99", "top1_agreement"]
+    measures += ["cosine_similarity"] * ("cosine_similarity" in evaluation)
     return {
         "budget": report["budget"],
         "folder": folder,
@@ -108,10 +123,3 @@ def _point(folder: str, report: dict[str, Any]) -> dict[str, Any]:
         "lower_bound": report["certificate"]["lower_bound"],
         "checkpoint_digest": report["checkpoint_digest"],
     } | {measure: evaluation.get(measure) for measure in measures}
-
-
-def _in_words(point: dict[str, Any]) -> tuple[str, str, str]:
-    perplexity, divergence, agreement = (
-        Estimate(**point[measure]) for measure in ("perplexity", "kl_divergence", "top1_agreement")
-    )
-    return perplexity.text(), divergence.text(".3g"), agreement.to_percent().text()

@@ -12,7 +12,7 @@ HEIGHT_INCHES = 4.0
 
 
 def draw_pareto(content: dict[str, Any], theme: Theme) -> "Figure":
-    """KL divergence and perplexity beside the original's; the predicted cost where nothing was measured.
+    """KL divergence, and perplexity or cosine similarity beside the original's; the predicted cost if nothing is known.
 
     Args:
         content: as of pareto.json.
@@ -20,11 +20,14 @@ def draw_pareto(content: dict[str, Any], theme: Theme) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES), layout="constrained")
-    if content["original"]["perplexity"] is None:
+    if content["points"][0]["kl_divergence"] is None:
         _draw(figure.subplots(), content, "predicted_cost", f"{error_name(content)}, predicted", theme)
         return figure
     left, right = figure.subplots(1, 2)
     _draw(left, content, "kl_divergence", "KL divergence (nats per token)", theme)
+    if content["original"]["perplexity"] is None:
+        _draw(right, content, "cosine_similarity", "Cosine similarity of the features", theme)
+        return figure
     _draw(right, content, "perplexity", "Perplexity", theme)
     right.axhline(content["original"]["perplexity"]["mean"], color=theme.muted, linestyle="--", label="original")
     right.legend(loc="upper right")

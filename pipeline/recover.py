@@ -27,7 +27,8 @@ from pipeline.progress import SILENT, Progress
 from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
 from pipeline.recovery_settings import Compute, RecoverySettings
 from pipeline.recovery_state import Check, RecoveryState
-from pipeline.teacher import TeacherWindow, TeacherWindows, head_inputs
+from pipeline.task import Predictions, Task, task_of
+from pipeline.teacher import TeacherFeatures, TeacherWindow, TeacherWindows, head_inputs
 from pipeline.trainable import opened_for_training
 from quantizers import QuantizedLinear
 
@@ -90,7 +91,7 @@ def recover(
     from its last save and ends with the same result.
 
     Args:
-        network: a packed causal language model, on any device.
+        network: a packed language model, on any device.
         teacher: the original's answers to two windows or more, with `settings.num_top` tokens told apart, and with what
             its head reads where `settings.hidden_weight` is not 0.
         work: an existing folder, kept by the caller over kills.
@@ -127,6 +128,10 @@ class _Training:
     settings: RecoverySettings
     as_stored: AsStored
     state: RecoveryState
+
+    @property
+    def task(self) -> Task:
+        return task_of(self.network.config)
 
     def run(self, progress: Progress) -> None:
         state, settings = self.state, self.settings
@@ -169,23 +174,32 @@ class _Training:
         return chosen
 
     def loss(self, index: int) -> Tensor:
-        logits, hidden, window = self.answer(index)
-        weights = self.settings
+        weights, task = self.settings, self.task
+        window = self.teacher.window(index, self.network.device)
+        if not isinstance(window, TeacherWindow):
+            return weights.kl_weight * self.divergence(window)
+        assert isinstance(task, Predictions)
+        with head_inputs(self.network) as seen:
+            logits = self.answer(window.tokens)
         loss = weights.kl_weight * mean_kl(logits, window)
         if weights.hidden_weight:
-            loss = loss + weights.hidden_weight * hidden_error(hidden, window)
+            loss = loss + weights.hidden_weight * hidden_error(task.scored(seen[-1])[0], window)
         if weights.ce_weight:
-            loss = loss + weights.ce_weight * next_token_loss(logits, window)
+            loss = loss + weights.ce_weight * next_token_loss(logits, task.targets(window.tokens[None])[0])
         return loss
 
-    def answer(self, index: int) -> tuple[Tensor, Tensor, TeacherWindow]:
-        """The network's logits and head inputs [seq_len - 1, ...] for a window, and the original's answer."""
-        device = self.network.device
-        window = self.teacher.window(index, device)
-        in_bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=self.settings.compute == "bfloat16")
-        with in_bfloat16, head_inputs(self.network) as seen:
-            logits = self.network(input_ids=window.tokens[None], use_cache=False).logits
-        return logits[0, :-1], seen[-1][0, :-1], window
+    def divergence(self, window: TeacherWindow | TeacherFeatures) -> Tensor:
+        """From the original's answer to a window, in nats a token."""
+        answer = self.answer(window.tokens)
+        if isinstance(window, TeacherWindow):
+            return mean_kl(answer, window)
+        return self.task.divergences(window.features, answer.float()).mean().float()
+
+    def answer(self, tokens: Tensor) -> Tensor:
+        """The network's answer [scored, n] to a window."""
+        is_low, device_type = self.settings.compute == "bfloat16", self.network.device.type
+        with torch.autocast(device_type, torch.bfloat16, enabled=is_low):
+            return self.task.answer(self.network, self.task.inputs(tokens[None]))[0]
 
     def move(self, step: int) -> None:
         """One step of AdamW on the masters with the live parameters' gradients, which are used up."""
@@ -219,8 +233,7 @@ class _Training:
         total = 0.0
         first = len(self.teacher) - self.settings.num_held_out(len(self.teacher))
         for index in range(first, len(self.teacher)):
-            logits, _, window = self.answer(index)
-            total += mean_kl(logits, window).item()
+            total += self.divergence(self.teacher.window(index, self.network.device)).item()
         kl = total / (len(self.teacher) - first)
         if not math.isfinite(kl):
             raise self.diverged(f"The divergence on the held-out windows is {kl}", self.state.step)

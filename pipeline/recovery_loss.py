@@ -5,7 +5,8 @@
     + ce_weight * cross-entropy of the next token   (LREC in INT2.1, arXiv:2306.08162)
 
 Merging the unlikely tokens into one bucket keeps the first term a divergence: it is never negative, zero where the
-two agree, and never above the divergence over all tokens.
+two agree, and never above the divergence over all tokens. An encoder has no head and no next token: of its features
+the divergence alone counts (pipeline/task.py).
 """
 
 import torch
@@ -38,7 +39,7 @@ def coarse_kl(logits: Tensor, top_tokens: Tensor, log_probs: Tensor) -> Tensor:
 def mean_kl(logits: Tensor, teacher: TeacherWindow) -> Tensor:
     """The mean of `coarse_kl` over a window.
 
-    `logits` is [seq_len - 1, vocab]. Each slice is computed again for its gradient.
+    `logits` is [scored, vocab]. Each slice is computed again for its gradient.
     """
     slices = (part.split(SLICE_TOKENS) for part in (logits, teacher.top_tokens, teacher.log_probs))
     parts = [checkpoint(coarse_kl, *rows, use_reentrant=False) for rows in zip(*slices, strict=True)]
@@ -46,12 +47,12 @@ def mean_kl(logits: Tensor, teacher: TeacherWindow) -> Tensor:
 
 
 def hidden_error(hidden: Tensor, teacher: TeacherWindow) -> Tensor:
-    """|h - H|^2 / |H|^2 over a window; `hidden` is [seq_len - 1, width]."""
+    """|h - H|^2 / |H|^2 over a window; `hidden` is [scored, width]."""
     assert teacher.hidden is not None
     wanted = teacher.hidden.float()
     return (hidden.float() - wanted).square().mean() / wanted.square().mean()
 
 
-def next_token_loss(logits: Tensor, teacher: TeacherWindow) -> Tensor:
-    """Mean cross-entropy of the tokens that came, in nats."""
-    return nn.functional.cross_entropy(logits.float(), teacher.tokens[1:])
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of the tokens that came, `targets` [scored], in nats."""
+    return nn.functional.cross_entropy(logits.float(), targets)

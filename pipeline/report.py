@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.atomic import replace_file, write_json
+from pipeline.auto_classes import GENERATING, known_class
 from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.charts import DARK, LIGHT, PICTURES, error_name, png
@@ -47,6 +48,8 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
         "report.html.j2",
         f=content,
         pictures=pictures,
+        auto=known_class(content),
+        generates=known_class(content) in GENERATING,
         error_name=error_name(content),
         rows=before_after(content),
         recipe=_recipe_rows(content["recipe"]),

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from pipeline.allocation import Plan, allocate_to_budget, offered_choices
 from pipeline.atomic import write_json
-from pipeline.audit import audit, fixed_logits
+from pipeline.audit import audit, fixed_answer
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget
 from pipeline.calibration import TokenWindows
@@ -331,7 +331,7 @@ class Run:
             in_memory = packed_model(
                 self.model, self.results.plan(plan), self.results.matrix_path(matrices), self.results.kept(matrices)
             )
-            expected = fixed_logits(in_memory)
+            expected = fixed_answer(in_memory)
             del in_memory  # one copy at a time
             audit(staged, expected)
         output.finish()
@@ -349,7 +349,9 @@ class Run:
             report = evaluate(network, original, windows.tokens, progress=self.progress)
             original.release()
             samples: dict[str, str | None] = {"compressed": None, "original": None}
-            if is_whole(self.model, self.device):  # else all of it would be read, or dequantized, for every token
+            if self.model.task.generates and is_whole(
+                self.model, self.device
+            ):  # else all of it would be read, or dequantized, for every token
                 unpack(network)
                 samples["compressed"] = self._sample("compressed", network)
                 del network

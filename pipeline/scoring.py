@@ -1,7 +1,4 @@
-"""Run a causal language model over token windows, as a measurement: the model is left as it was.
-
-A window of `seq_len` tokens scores `seq_len - 1` of them: position t predicts token t + 1.
-"""
+"""Run a model over token windows, as a measurement: the model is left as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import CalibrationError, NonFiniteError
+from pipeline.task import task_of
 
 
 @contextmanager
@@ -26,8 +24,8 @@ def inference_only(model: PreTrainedModel) -> Iterator[None]:
             module.training = was_training
 
 
-def next_token_logits(model: PreTrainedModel, tokens: Tensor, name: str, *, first_window: int) -> Tensor:
-    """The logits [windows, seq_len - 1, vocab] of one batch, in the model's dtype and on its device.
+def answers_to(model: PreTrainedModel, tokens: Tensor, name: str, *, first_window: int) -> Tensor:
+    """The answers [windows, scored, n] (task.py) to one batch, in the model's dtype and on its device.
 
     Call inside `inference_only`.
 
@@ -38,19 +36,20 @@ def next_token_logits(model: PreTrainedModel, tokens: Tensor, name: str, *, firs
     Raises:
         NonFiniteError: names the model, the window and the position.
     """
-    logits = model(input_ids=tokens.to(model.device), use_cache=False).logits[:, :-1]
-    for offset, window in enumerate(logits):
+    task = task_of(model.config)
+    answers = task.answer(model, task.inputs(tokens.to(model.device)))
+    for offset, window in enumerate(answers):
         finite = torch.isfinite(window.sum(dim=-1, dtype=torch.float32))  # which a NaN or an infinity survives
         if not finite.all():  # or the sum alone overflows
             finite = torch.isfinite(window).all(dim=-1)
         if not finite.all():
             position = int((~finite).nonzero()[0])
             raise NonFiniteError(
-                f"The logits of {name} are not finite in window {first_window + offset}, first at token "
+                f"What {name} answers is not finite in window {first_window + offset}, first at token "
                 f"{position}. Its weights or its arithmetic are broken: look for NaN or infinite weights, "
                 "and use float32 or bfloat16 where it runs in float16."
             )
-    return logits
+    return answers
 
 
 def require_windows(tokens: Tensor) -> Tensor:

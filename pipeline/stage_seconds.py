@@ -68,7 +68,7 @@ class StageSeconds:
         if kind.scaled_by_divergence:  # a pass from there to the end for every matrix, of two windows
             seconds += len(matrices) * run.texts.calibration.tokens.shape[1] * self._pass_flops / self._flops
         if kind.labels_are_drawn:
-            seconds += DRAW_SECONDS * num_tokens * run.model.config.get_text_config().vocab_size
+            seconds += DRAW_SECONDS * num_tokens * run.model.task.answer_width(run.model.config)
             seconds += QUANTIZE_FACTOR_SECONDS * self._cubes * self._slowness
         return seconds
 
@@ -111,9 +111,11 @@ class StageSeconds:
         run = self.run
         assert run.texts.evaluation is not None
         windows, seq_len = run.texts.evaluation.tokens.shape
-        vocab_size = run.model.config.get_text_config().vocab_size
-        passes = 2 * windows * seq_len * self._pass_flops / self._flops + SCORE_SECONDS * windows * seq_len * vocab_size
-        dequantized = math.ceil(windows / batch_of(seq_len, vocab_size)) + 1
+        answer_width = run.model.task.answer_width(run.model.config)
+        passes = (
+            2 * windows * seq_len * self._pass_flops / self._flops + SCORE_SECONDS * windows * seq_len * answer_width
+        )
+        dequantized = math.ceil(windows / batch_of(seq_len, answer_width)) + 1
         dequantizing = DEQUANTIZE_SECONDS * dequantized * run.model.num_matrix_params
         return passes + dequantizing + 2 * SAMPLE_TOKENS * SAMPLE_SECONDS * run.model.num_params + START_SECONDS
 

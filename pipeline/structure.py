@@ -14,8 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import ModelError
-from pipeline.model_config import auto_class
 from pipeline.quiet import first_line, quiet_transformers
+from pipeline.task import auto_class, task_of
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def build_skeleton(config: "PretrainedConfig", *, experts_apart: bool = False) -
     Args:
         experts_apart: each expert of a mixture as layers of its own (quantizers/experts.py).
     Raises:
-        ModelError: transformers knows no causal language model for this config.
+        ModelError: transformers knows no language model for this config.
     """
     try:
         # bfloat16, because some fused kernels have a meta implementation for it alone
@@ -76,7 +76,7 @@ def build_skeleton(config: "PretrainedConfig", *, experts_apart: bool = False) -
             model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
         raise ModelError(
-            f"transformers cannot build a causal language model for model_type "
+            f"transformers cannot build a language model for model_type "
             f"{getattr(config, 'model_type', '?')!r}: {first_line(error)} Check config.json, or update "
             "transformers; code that comes with a model is never run."
         ) from error
@@ -92,7 +92,7 @@ def read_structure(model: "PreTrainedModel") -> Structure:
     linears: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
     }
-    groups = _groups_by_forward(model, linears) or _groups_by_name(linears)
+    groups = _groups_by_forward(model, linears, layers) or _groups_by_name(linears)
     group_of = {module: _group_name(members) for members in groups for module in members}
     shared = set(ties) | set(ties.values())
     sites = [
@@ -130,12 +130,17 @@ def block_names(model: nn.Module) -> list[str]:
     return [f"{stack}.{name}" for stack in stacks_of(model) for name, _ in model.get_submodule(stack).named_children()]
 
 
-def _layers_of_blocks(model: nn.Module) -> dict[str, int]:
-    """Module name -> index of the block it is in, for every module inside an outermost stack of blocks."""
-    layers = {}
+def _layers_of_blocks(model: "PreTrainedModel") -> dict[str, int]:
+    """Module name -> index of the block it is in, for every module inside an outermost stack of blocks.
+
+    A decoder's blocks are counted on after the encoder's.
+    """
+    layers, first = {}, 0
     for stack in stacks_of(model):
-        for index, block in enumerate(model.get_submodule(stack).children()):
-            layers.update({f"{stack}.{index}.{name}": index for name, _ in block.named_modules() if name})
+        blocks = list(model.get_submodule(stack).children())
+        for index, block in enumerate(blocks):
+            layers.update({f"{stack}.{index}.{name}": first + index for name, _ in block.named_modules() if name})
+        first += len(blocks) if model.config.is_encoder_decoder else 0
     return layers
 
 
@@ -145,8 +150,10 @@ def _is_stack(model: nn.Module, modules: nn.ModuleList) -> bool:
     return len(modules) > 0 and (len({type(block) for block in modules}) == 1 or len(modules) == num_layers)
 
 
-def _groups_by_forward(model: nn.Module, linears: dict[str, nn.Module]) -> list[list[str]]:
-    """The called linear layers, together where they read the same tensors; empty if meta cannot run."""
+def _groups_by_forward(
+    model: "PreTrainedModel", linears: dict[str, nn.Module], layers: dict[str, int]
+) -> list[list[str]]:
+    """The called linear layers, together where those of a block read the same tensors; empty if meta cannot run."""
     inputs: dict[str, list[Any]] = defaultdict(list)  # holds the tensors, so that no id is used twice
 
     def remember(name: str) -> Any:
@@ -156,16 +163,16 @@ def _groups_by_forward(model: nn.Module, linears: dict[str, nn.Module]) -> list[
     try:
         tokens = torch.zeros(1, NUM_PROBE_TOKENS, dtype=torch.long, device="meta")
         with quiet_transformers(), torch.no_grad():
-            model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
+            model(**task_of(model.config).probe_inputs(tokens))
     except Exception:  # whatever an architecture does that meta tensors cannot: the fallback knows less
         return []
     finally:
         for handle in handles:
             handle.remove()
-    by_input: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    by_input: dict[tuple[int | None, ...], list[str]] = defaultdict(list)
     for name in linears:
         if name in inputs:
-            by_input[tuple(id(tensor) for tensor in inputs[name])].append(name)
+            by_input[layers.get(name), *map(id, inputs[name])].append(name)
     return list(by_input.values())
 
 

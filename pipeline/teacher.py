@@ -1,10 +1,13 @@
 """What the original says about each calibration window, cut down to its likeliest tokens: computed once, kept on disk.
 
     folder/window-00003.safetensors
-        tokens       int64   [seq_len]             the window; a file of other tokens is not used
-        top_tokens   int32   [seq_len - 1, k]      the likeliest next tokens, likeliest first
-        log_probs    float16 [seq_len - 1, k + 1]  theirs, and in the last column that of all other tokens together
-        hidden       float16 [seq_len - 1, width]  what the output head reads, if it was asked for
+        tokens       int64   [seq_len]          the window; a file of other tokens is not used
+        top_tokens   int32   [scored, k]        the likeliest tokens, likeliest first
+        log_probs    float16 [scored, k + 1]    theirs, and in the last column that of all other tokens together
+        hidden       float16 [scored, width]    what the output head reads, if it was asked for
+    or, of an encoder (task.py):
+        tokens       int64   [seq_len]
+        features     float32 [seq_len, width]
 
 With k = 64 a token costs 386 bytes where all probabilities of 49,152 tokens would cost 98 KB.
 """
@@ -23,7 +26,8 @@ from transformers import PreTrainedModel
 
 from pipeline.atomic import replace_file
 from pipeline.progress import SILENT, Progress
-from pipeline.scoring import inference_only, next_token_logits
+from pipeline.scoring import answers_to, inference_only
+from pipeline.task import Predictions, task_of
 
 SLICE_TOKENS = 64  # positions in float64 at a time
 
@@ -36,6 +40,14 @@ class TeacherWindow:
     top_tokens: Tensor
     log_probs: Tensor
     hidden: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherFeatures:
+    """An original encoder's answer, alike."""
+
+    tokens: Tensor
+    features: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +65,11 @@ class TeacherWindows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def window(self, index: int, device: torch.device) -> TeacherWindow:
+    def window(self, index: int, device: torch.device) -> TeacherWindow | TeacherFeatures:
         """The answer to window `index`."""
         stored = load_file(self.file(window_file(index)), device=str(device))
+        if "features" in stored:
+            return TeacherFeatures(**stored)
         return TeacherWindow(stored["tokens"], stored["top_tokens"], stored["log_probs"], stored.get("hidden"))
 
 
@@ -96,7 +110,7 @@ def head_inputs(network: PreTrainedModel) -> Iterator[list[Tensor]]:
     """A list to which every forward pass inside the block adds what the output head read, [windows, seq_len, width]."""
     seen: list[Tensor] = []
     head = network.get_output_embeddings()
-    assert isinstance(head, nn.Module), "a causal language model has an output head"
+    assert isinstance(head, nn.Module), "a model that predicts tokens has an output head"
     handle = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         yield seen
@@ -125,13 +139,17 @@ def coarsened(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor]:
 
 
 def _ask(teacher: PreTrainedModel, tokens: Tensor, index: int, num_top: int, with_hidden: bool) -> dict[str, Tensor]:
+    task = task_of(teacher.config)
+    if not isinstance(task, Predictions):
+        (features,) = answers_to(teacher, tokens[None], "the original model", first_window=index)
+        return {"tokens": tokens.cpu(), "features": features.float().cpu().contiguous()}
     with head_inputs(teacher) as seen:
-        (logits,) = next_token_logits(teacher, tokens[None], "the original model", first_window=index)
+        (logits,) = answers_to(teacher, tokens[None], "the original model", first_window=index)
     top_tokens, log_probs = coarsened(logits, num_top)
     answer = {"tokens": tokens, "top_tokens": top_tokens, "log_probs": log_probs}
     if with_hidden:
         largest = torch.finfo(torch.float16).max
-        answer["hidden"] = seen[-1][0, :-1].float().clamp(-largest, largest).half()
+        answer["hidden"] = task.scored(seen[-1])[0].float().clamp(-largest, largest).half()
     return {name: tensor.cpu().contiguous() for name, tensor in answer.items()}
 
 
@@ -140,7 +158,8 @@ def _is_there(path: Path, tokens: Tensor, with_hidden: bool) -> bool:
         stored = load_file(path)
     except (OSError, SafetensorError):
         return False
-    return torch.equal(stored["tokens"], tokens.cpu()) and ("hidden" in stored or not with_hidden)
+    is_whole = "features" in stored or "hidden" in stored or not with_hidden
+    return is_whole and torch.equal(stored["tokens"], tokens.cpu())
 
 
 def window_file(index: int) -> str:

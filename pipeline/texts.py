@@ -43,6 +43,7 @@ class Texts:
                 seq_len=recipe.seq_len,
                 seed=recipe.seed,
                 revision=recipe.dataset_revision,
+                ends=model.task.ends(tokenizer()),
             )
             check_vocabulary(windows, vocab_size)
             if len(windows) < num_windows:
@@ -67,6 +68,7 @@ class Texts:
                 revision=recipe.eval_dataset_revision,
                 split="test",
                 default="evaluation",
+                ends=model.task.ends(tokenizer()),
             )
             check_vocabulary(evaluation, vocab_size)
         return Texts(calibration, recovery, evaluation)

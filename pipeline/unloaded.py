@@ -20,9 +20,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from pipeline.errors import ModelError
 from pipeline.memory import free_bytes
 from pipeline.model import Model
-from pipeline.model_config import auto_class, read_config
+from pipeline.model_config import read_config
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import block_names, build_skeleton
+from pipeline.task import auto_class
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ FIGURES = {
     "perplexity": "perplexity",
     "perplexity_ratio": "perplexity over the original's",
     "top1": "top-1 agreement with the original, %",
+    "cosine": "cosine similarity of an encoder's features with the original's",
     "bits_per_param": "bits per parameter of the compressed matrices",
     "size_bytes": "bytes of all files",
 }
@@ -118,14 +119,20 @@ def settings_of(artifact: "Artifact", key: str = "settings") -> dict[str, Any]:
 
 
 def _quality(evaluation: dict[str, Any]) -> dict[str, float]:
-    quality = EvalReport.from_json(evaluation["report"])
-    return {
-        "kld": quality.kl_divergence.mean,
-        "kld_p99": quality.kl_p99,
-        "perplexity": quality.perplexity.mean,
-        "perplexity_ratio": quality.perplexity.mean / quality.base_perplexity.mean,
-        "top1": quality.top1_agreement.to_percent().mean,
-    }
+    return figures_of_quality(EvalReport.from_json(evaluation["report"]))
+
+
+def figures_of_quality(quality: EvalReport) -> dict[str, float]:
+    """By the names of `FIGURES`."""
+    found = {"kld": quality.kl_divergence.mean, "kld_p99": quality.kl_p99}
+    if quality.perplexity and quality.base_perplexity:
+        found["perplexity"] = quality.perplexity.mean
+        found["perplexity_ratio"] = quality.perplexity.mean / quality.base_perplexity.mean
+    if quality.top1_agreement:
+        found["top1"] = quality.top1_agreement.to_percent().mean
+    if quality.cosine_similarity:
+        found["cosine"] = quality.cosine_similarity.mean
+    return found
 
 
 def _report_of(registry: "Registry", version: "Version") -> dict[str, Any]:

@@ -48,6 +48,11 @@ class TrainableLinear(nn.Module):
         self.dense: Tensor | None
         self.register_buffer("dense", dense, persistent=False)
 
+    @property
+    def weight(self) -> Float32[Tensor, "out in"]:
+        """Shape and dtype alone, on the meta device: T5 asks its layers for them."""
+        return torch.empty(self.layer.out_features, self.layer.in_features, device="meta")
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product, in the dtype of `x` or of autocast."""
         y = self.layer.quantized_product(x) if self.dense is None else nn.functional.linear(x, self.dense)

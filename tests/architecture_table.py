@@ -11,7 +11,7 @@ from tests.models import save_model
 HEAD = """# Architectures
 
 Each row is a tiny random model of transformers' own class, which the tests compress, load anew, and compare with what
-was planned (`tests/pipeline/test_architectures.py`). Other models that answer text with logits are taken apart alike:
+was planned (`tests/pipeline/test_architectures.py`). Other models that read text are taken apart alike:
 every linear layer that text calls in the repeated blocks is a matrix; what is for images stays as it is.
 `bitsmith inspect MODEL` lists what is left, and why.
 
@@ -22,7 +22,7 @@ and head.
 | --- | --- | --- | --- | --- |
 """
 FOR_IMAGES = ("vision_tower", "visual", "multi_modal_projector")
-PLAIN = ("norm", "bias", "embedding", "output head")  # left in every model, and no matrix
+PLAIN = ("norm", "bias", "embedding", "output head", "tied to")  # left in every model, and no matrix
 
 
 def row(model: Model) -> str:
@@ -56,7 +56,8 @@ def _place(name: str) -> str:
 
 
 def _in_block(name: str) -> str:
-    return name.rpartition("layers.")[2].partition(".")[2] or name
+    before, _, within = name.partition(".layers.")
+    return within.partition(".")[2] or before
 
 
 def main() -> None:

@@ -141,6 +141,38 @@ CAUSAL |= {
         },
     ),
 }  # fmt: skip
+_SMALL_T5: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4,
+    "decoder_start_token_id": 2, "pad_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+CAUSAL |= {
+    "bert": ("BertConfig", "BertForMaskedLM", _WIDTHS),
+    "roberta": ("RobertaConfig", "RobertaModel", _WIDTHS),
+    "distilbert": (
+        "DistilBertConfig",
+        "DistilBertForSequenceClassification",
+        {"vocab_size": VOCAB_SIZE, "dim": 32, "hidden_dim": 48, "n_layers": 3, "n_heads": 4, "pad_token_id": 2},
+    ),
+    "mpnet": ("MPNetConfig", "MPNetModel", _WIDTHS),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        _WIDTHS | {"cls_token_id": 0, "sep_token_id": 1, "local_attention": 8},
+    ),
+    "electra": ("ElectraConfig", "ElectraModel", _WIDTHS | {"embedding_size": 16}),
+    "t5": ("T5Config", "T5ForConditionalGeneration", _SMALL_T5 | {"num_layers": 2}),
+    "bart": (
+        "BartConfig",
+        "BartForConditionalGeneration",
+        {
+            "vocab_size": VOCAB_SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+            "decoder_ffn_dim": 48, "max_position_embeddings": 128, "pad_token_id": 2, "bos_token_id": 0,
+            "eos_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": 1,
+        },
+    ),
+}  # fmt: skip
+ENCODER_DECODERS = ("t5", "bart")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
 

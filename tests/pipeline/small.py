@@ -33,7 +33,7 @@ def be_quick(set_attribute: Callable[[object, str, Any], None] = setattr) -> Non
     """
     from pipeline import audit, figures, report, run
 
-    set_attribute(audit, "logits_in_fresh_process", lambda folder: audit.fixed_logits(audit.load_checked(folder)))
+    set_attribute(audit, "answer_in_fresh_process", lambda folder: audit.fixed_answer(audit.load_checked(folder)))
     set_attribute(run, "SAMPLE_TOKENS", 4)
     set_attribute(report, "png", lambda draw, content, theme: f"{draw.__name__} on {theme.surface}".encode())
     set_attribute(figures, "NUM_CURVE_BUDGETS", 3)

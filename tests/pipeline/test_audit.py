@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.audit import NUM_TOKENS, audit, fixed_logits, logits_in_fresh_process
+from pipeline.audit import NUM_TOKENS, answer_in_fresh_process, audit, fixed_answer
 from pipeline.compress import compress
 from pipeline.errors import CheckpointError
 from pipeline.packed import load_packed
@@ -30,21 +30,21 @@ def copy(folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
-def test_a_sound_folder_gives_the_logits_of_the_model_in_memory(folder: Path) -> None:
+def test_a_sound_folder_gives_the_answer_of_the_model_in_memory(folder: Path) -> None:
     """That it passes is seen when `folder` is made."""
-    reloaded, in_memory = logits_in_fresh_process(folder), fixed_logits(load_packed(folder))
-    assert reloaded.shape == (NUM_TOKENS, VOCAB_SIZE)
+    reloaded, in_memory = answer_in_fresh_process(folder), fixed_answer(load_packed(folder))
+    assert reloaded.shape == (NUM_TOKENS - 1, VOCAB_SIZE)
     assert reloaded.std() > 0
     torch.testing.assert_close(reloaded, in_memory)
 
 
-def test_changed_codes_change_the_logits(folder: Path, copy: Path) -> None:
+def test_changed_codes_change_the_answer(folder: Path, copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     name = next(name for name in tensors if name.endswith("down_proj.weight_packed"))
     tensors[name] = ~tensors[name]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="gives other logits"):
-        audit(copy, fixed_logits(load_packed(folder)))
+    with pytest.raises(CheckpointError, match="gives another answer"):
+        audit(copy, fixed_answer(load_packed(folder)))
 
 
 def test_a_missing_tensor_is_named(folder: Path, copy: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_missing_tensor_is_named(folder: Path, copy: Path) -> None:
     del tensors[name]
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=name):
-        audit(copy, fixed_logits(load_packed(folder)))
+        audit(copy, fixed_answer(load_packed(folder)))
 
 
 def test_a_plan_that_names_other_sizes_is_caught(folder: Path, copy: Path) -> None:
@@ -62,4 +62,4 @@ def test_a_plan_that_names_other_sizes_is_caught(folder: Path, copy: Path) -> No
     plan["matrices"][first]["size_bits"] += 32
     (copy / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(CheckpointError, match=first):
-        audit(copy, fixed_logits(load_packed(folder)))
+        audit(copy, fixed_answer(load_packed(folder)))

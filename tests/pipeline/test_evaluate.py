@@ -408,25 +408,27 @@ def test_float16_holds_flat_and_peaked_distributions(scale):
     generator = torch.Generator().manual_seed(3)
     vocab_size = 5000
     logits = scale * torch.randn(64, vocab_size, generator=generator)
-    window = summarize(torch.randint(0, vocab_size, (65,), generator=generator), logits)
-    scores = score_window(logits, window)
-    assert (scores.kl_divergence >= 0).all()
-    assert scores.kl_divergence.max() < 1e-5
-    assert (scores.top1_agreement == 1).all()
+    tokens = torch.randint(0, vocab_size, (65,), generator=generator)
+    window = summarize(tokens, logits, tokens[1:])
+    scores = score_window(logits, window, tokens[1:])
+    assert (scores["kl_divergence"] >= 0).all()
+    assert scores["kl_divergence"].max() < 1e-5
+    assert (scores["top1_agreement"] == 1).all()
 
     moved = logits + 0.5 * torch.randn(logits.shape, generator=generator)
     exact = torch.nn.functional.kl_div(
         moved.double().log_softmax(-1), logits.double().log_softmax(-1), reduction="none", log_target=True
     ).sum(-1)
-    np.testing.assert_allclose(score_window(moved, window).kl_divergence, exact, rtol=5e-3, atol=1e-5)
+    np.testing.assert_allclose(score_window(moved, window, tokens[1:])["kl_divergence"], exact, rtol=5e-3, atol=1e-5)
 
 
 def test_tokens_that_tie_after_the_rounding_keep_their_order():
     logits = torch.zeros(1, 10)
     logits[0, 3], logits[0, 7] = 1.0, 1.0 + 1e-5
-    window = summarize(torch.tensor([0, 1]), logits)
+    tokens = torch.tensor([0, 1])
+    window = summarize(tokens, logits, tokens[1:])
     assert window.log_probs[0, 3] == window.log_probs[0, 7]
-    assert score_window(logits, window).top1_agreement == [1.0]
+    assert score_window(logits, window, tokens[1:])["top1_agreement"] == [1.0]
 
 
 @pytest.fixture(scope="module")

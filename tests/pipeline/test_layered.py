@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline import layered
 from pipeline.layered import LayeredNetwork, NotLayeredError
 from pipeline.model import Model, open_model
-from tests.architectures import CAUSAL, build_causal
+from tests.architectures import CAUSAL, ENCODER_DECODERS, build_causal
 from tests.models import VOCAB_SIZE, save_model
 
 
@@ -17,12 +17,18 @@ def _tokens() -> Tensor:
     return torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("model_type", CAUSAL)
-def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
+def _answer(model: Model, tokens: Tensor) -> Tensor:
+    """Of the loaded model; with its keys and values kept, as a user would run it."""
+    inputs = {name: value for name, value in model.task.inputs(tokens).items() if name != "use_cache"}
+    return model.task.answer(model.load(), inputs)
+
+
+@pytest.mark.parametrize("model_type", [name for name in CAUSAL if name not in ENCODER_DECODERS])
+def test_answers_are_those_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
     model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
     tokens = _tokens()
     with torch.no_grad():
-        expected = model.load()(input_ids=tokens).logits
+        expected = _answer(model, tokens)
         network = LayeredNetwork(model, "cpu")
         assert network.num_blocks == 3
         assert not network.is_whole
@@ -30,8 +36,22 @@ def test_logits_are_those_of_the_whole_model(model_type: str, tmp_path: Path) ->
         for index in range(network.num_blocks):
             with network.block(index):
                 hidden = network.through(index, tokens, hidden)
-        logits = network.head(tokens, hidden)
-    assert torch.equal(logits, expected)
+        answer = network.head(tokens, hidden)
+    assert torch.equal(answer, expected)
+
+
+@pytest.mark.parametrize("model_type", ENCODER_DECODERS)
+def test_an_encoder_decoder_is_one_block(model_type: str, tmp_path: Path) -> None:
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
+    said: list[str] = []
+    network = layered.open_network(model, "cpu", said.append)
+    assert "has 2 stacks of blocks" in said[0]
+    tokens = _tokens()
+    with torch.no_grad(), network.block(0):
+        answer = network.head(tokens, network.through(0, tokens, network.embed(tokens)))
+        expected = _answer(model, tokens)
+    torch.testing.assert_close(answer, expected)
+    assert {matrix.layer for matrix in model.matrices} == set(network.layers(0))
 
 
 def test_a_network_that_is_more_than_its_blocks_is_one_block(
@@ -48,8 +68,8 @@ def test_a_network_that_is_more_than_its_blocks_is_one_block(
     assert said == ["The whole model is held in memory: it changes what a block gives"]
     tokens = _tokens()
     with torch.no_grad(), network.block(0):
-        logits = network.head(tokens, network.through(0, tokens, network.embed(tokens)))
-        assert torch.equal(logits, model.load()(input_ids=tokens).logits)
+        answer = network.head(tokens, network.through(0, tokens, network.embed(tokens)))
+        assert torch.equal(answer, model.load()(input_ids=tokens).logits[:, :-1])
     assert {matrix.layer for matrix in model.matrices} <= set(network.layers(0))
 
 

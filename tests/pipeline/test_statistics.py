@@ -3,16 +3,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import curvature_scale, divergence_scale, part_sums, summed_parts, tail
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
 from pipeline.layered import LayeredNetwork, open_network
-from pipeline.layered_pass import drawn_labels
 from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
+from pipeline.task import NextToken, drawn_labels
 from quantizers import weighted_error
 from tests.models import build_llama, save_model
 from tests.pipeline.small import SMALL
@@ -161,13 +161,13 @@ def test_the_scale_of_kl_is_the_divergence_of_a_disturbed_model(folder: str, req
     window = windows_of(model).tokens[-1:]
     network = model.load()
     with torch.no_grad():
-        before = network(window).logits.double().log_softmax(dim=-1)
+        before = network(window).logits[:, :-1].double().log_softmax(dim=-1)
         for number, matrix in enumerate(model.matrices):
             error = divergence_scale._error(model, matrix, 7 + number)
             weight = network.get_parameter(matrix.name)
             kept = weight.clone()
             weight += error.T if matrix.transposed else error
-            after = network(window).logits.double().log_softmax(dim=-1)
+            after = network(window).logits[:, :-1].double().log_softmax(dim=-1)
             weight.copy_(kept)
             divergence = float((before.exp() * (before - after)).sum(dim=-1).mean())
             assert weighted_error(error, found.of(matrix)) == pytest.approx(divergence, rel=2e-2)
@@ -185,15 +185,15 @@ def test_divergences_that_are_known_are_not_measured_again(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = open_model(str(tiny_model_dir))
-    real, measured = divergence_scale._divergence, []
+    real, measured = NextToken.divergences, []
 
-    def stop_in_second_block(*args: Any) -> float:
+    def stop_in_second_block(*args: Any) -> Tensor:
         measured.append(args)
         if len(measured) == 9:
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(divergence_scale, "_divergence", stop_in_second_block)
+    monkeypatch.setattr(NextToken, "divergences", stop_in_second_block)
     with pytest.raises(KeyboardInterrupt):
         collect(model, tmp_path / "cut", "kl")
     resumed = collect(model, tmp_path / "cut", "kl")

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline import unloaded
 from pipeline.layered import LayeredNetwork
 from pipeline.model import open_model
+from pipeline.task import task_of
 from pipeline.unloaded import MergedError, Unloaded, original_network, streamed
 from tests.architectures import CAUSAL, build_causal
 from tests.models import VOCAB_SIZE, build_llama, save_model
@@ -19,17 +20,18 @@ from tests.models import VOCAB_SIZE, build_llama, save_model
 TOKENS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def _logits(network: Any) -> Tensor:
+def _answer(network: Any) -> Tensor:
+    task = task_of(network.config)
     with torch.inference_mode():
-        return network(input_ids=TOKENS, use_cache=False).logits
+        return task.answer(network, task.inputs(TOKENS))
 
 
 @pytest.mark.parametrize("model_type", CAUSAL)
-def test_a_streamed_network_gives_the_loaded_one_s_logits(model_type: str, tmp_path: Path) -> None:
+def test_a_streamed_network_gives_the_loaded_one_s_answer(model_type: str, tmp_path: Path) -> None:
     model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
     network = streamed(model, "cpu")
-    assert torch.equal(_logits(network), _logits(model.load()))
-    assert torch.equal(_logits(network), _logits(network))
+    assert torch.equal(_answer(network), _answer(model.load()))
+    assert torch.equal(_answer(network), _answer(network))
 
 
 def test_merged_weights_are_loaded_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +41,7 @@ def test_merged_weights_are_loaded_as_a_whole(tmp_path: Path, monkeypatch: pytes
     model = open_model(str(save_model(build_causal("mixtral"), tmp_path / "model")))
     with pytest.raises(MergedError, match="made from several tensors"):
         streamed(model, "cpu")
-    assert torch.equal(_logits(original_network(model, "cpu")), _logits(model.load()))
+    assert torch.equal(_answer(original_network(model, "cpu")), _answer(model.load()))
     assert LayeredNetwork(model, "cpu").is_whole
 
 
@@ -54,7 +56,7 @@ def test_no_two_blocks_are_there_at_once(tmp_path: Path, monkeypatch: pytest.Mon
         return {int(name.partition(".")[0]) for name in names}
 
     assert there() == set()
-    _logits(network)
+    _answer(network)
     assert seen == [(number, {number}) for number in range(4)]
     assert there() == set()
 
@@ -85,7 +87,7 @@ def test_a_network_is_let_go_at_once(make, tiny_model_dir: Path) -> None:
     """Not at some later time, when the garbage collector finds modules that refer to one another."""
     made = make(open_model(str(tiny_model_dir)), "cpu")
     network = made.network if isinstance(made, LayeredNetwork) else made
-    _logits(network) if make is streamed else made.embed(TOKENS)
+    _answer(network) if make is streamed else made.embed(TOKENS)
     remembered = weakref.ref(network)
     gc.disable()
     try:

@@ -1,0 +1,276 @@
+"""What a model is asked for a window of tokens, and what of its answer counts: by the kind of the model.
+
+    decoder            each token of the window is predicted from those before it
+    encoder-decoder    the encoder reads the first half of the window, the decoder predicts the second half
+    encoder            the features of every token, taken as the mean of a normal distribution whose variance is the
+                       mean square of the window's features; no head is asked
+
+Of two answers to a window, the divergence is KL in nats a token: of the predictions, or of the normal distributions,
+|before - after|^2 / (2 variance) summed over a token's features, which is half of the width times the relative error.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+ENCODER_CLASSES: tuple[Any, ...] = (
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoModelForQuestionAnswering,
+    AutoModelForMultipleChoice,
+    AutoModel,
+    AutoModelForTextEncoding,  # the encoder of an encoder-decoder, alone
+)
+
+
+class Task(ABC):
+    """How windows [windows, seq_len] become a forward pass, and the answer [windows, scored, n] that is taken from it.
+
+    Attributes:
+        generates: can the model write text?
+    """
+
+    generates: ClassVar[bool] = True
+
+    def fed(self, tokens: Tensor) -> Tensor:
+        """The ids that are embedded, [windows, seq_len]."""
+        return tokens
+
+    @abstractmethod
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """What the network is called with."""
+
+    @abstractmethod
+    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        """The same, for the embeddings [windows, seq_len, width] of what is `fed`."""
+
+    def probe_inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """The same on the meta device, where nothing can depend on values."""
+        return self.inputs(tokens)
+
+    @abstractmethod
+    def answer_width(self, config: "PretrainedConfig") -> int:
+        """n."""
+
+    @abstractmethod
+    def answer(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """Run the network."""
+
+    @abstractmethod
+    def loss(self, answer: Tensor, window: Tensor, label_seed: int | None) -> Tensor:
+        """The loss of one window's `answer` [scored, n] in nats, summed over its tokens.
+
+        Args:
+            label_seed: labels are drawn from the answer itself; None takes the text's own, where it has any.
+        """
+
+    @abstractmethod
+    def divergences(self, before: Tensor, after: Tensor) -> Tensor:
+        """float64 [scored]: KL of two float32 answers [scored, n] to a window, exact also where they hardly differ."""
+
+    def ends(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:
+        """Ids that stand before and after the text of every window."""
+        return None
+
+
+class Predictions(Task):
+    """The answer is logits over the vocabulary."""
+
+    @abstractmethod
+    def scored(self, tensor: Tensor) -> Tensor:
+        """Of a tensor [windows, positions, ...], what stands at the positions that predict."""
+
+    @abstractmethod
+    def targets(self, tokens: Tensor) -> Tensor:
+        """Of [windows, seq_len], the tokens that are predicted."""
+
+    def answer_width(self, config: "PretrainedConfig") -> int:
+        """See Task."""
+        return int(config.get_text_config().vocab_size)
+
+    def answer(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """See Task."""
+        return self.scored(network(**inputs).logits)
+
+    def loss(self, answer: Tensor, window: Tensor, label_seed: int | None) -> Tensor:
+        """See Task."""
+        labels = self.targets(window[None])[0] if label_seed is None else drawn_labels(answer.detach(), label_seed)
+        return nn.functional.cross_entropy(answer, labels, reduction="sum")
+
+    def divergences(self, before: Tensor, after: Tensor) -> Tensor:
+        """See Task. With d = after - before less its mean under the first prediction p, log(1 + sum of p (e^d - 1))."""
+        p, change = before.softmax(dim=-1), after - before
+        change -= (p * change).sum(dim=-1, keepdim=True, dtype=torch.float64).float()
+        return (p * change.expm1_()).sum(dim=-1, dtype=torch.float64).log1p()
+
+
+class NextToken(Predictions):
+    """See the module: a decoder."""
+
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """See Task."""
+        return {"input_ids": tokens, "use_cache": False}
+
+    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        """See Task."""
+        return {"inputs_embeds": hidden, "use_cache": False}
+
+    def probe_inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """See Task: without a mask, transformers looks for packed texts."""
+        return self.inputs(tokens) | {"attention_mask": torch.ones_like(tokens)}
+
+    def scored(self, tensor: Tensor) -> Tensor:
+        """See Predictions: nothing predicts the first token, and the last predicts none."""
+        return tensor[:, :-1]
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """See Predictions."""
+        return tokens[:, 1:]
+
+
+@dataclass(frozen=True)
+class Continuation(Predictions):
+    """See the module: an encoder-decoder, whose decoder begins with the token `start`."""
+
+    start: int
+
+    def fed(self, tokens: Tensor) -> Tensor:
+        """See Task: what the encoder reads, then what the decoder reads."""
+        first = torch.full_like(tokens[:, :1], self.start)
+        half = tokens.shape[1] // 2
+        return torch.cat([tokens[:, :half], first, tokens[:, half:-1]], dim=1)
+
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """See Task."""
+        read, begun = self._halves(self.fed(tokens))
+        return {"input_ids": read, "decoder_input_ids": begun, "use_cache": False}
+
+    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        """See Task."""
+        read, begun = self._halves(hidden)
+        return {"inputs_embeds": read, "decoder_inputs_embeds": begun, "use_cache": False}
+
+    def scored(self, tensor: Tensor) -> Tensor:
+        """See Predictions."""
+        return tensor
+
+    def targets(self, tokens: Tensor) -> Tensor:
+        """See Predictions."""
+        return self._halves(tokens)[1]
+
+    def _halves(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        half = tensor.shape[1] // 2
+        return tensor[:, :half], tensor[:, half:]
+
+
+class Features(Task):
+    """See the module: an encoder."""
+
+    generates = False
+
+    def inputs(self, tokens: Tensor) -> dict[str, Any]:
+        """See Task."""
+        return {"input_ids": tokens}
+
+    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
+        """See Task."""
+        return {"inputs_embeds": hidden}
+
+    def answer_width(self, config: "PretrainedConfig") -> int:
+        """See Task."""
+        return int(config.hidden_size)
+
+    def answer(self, network: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """See Task."""
+        encoder: Any = network.base_model
+        return encoder(**inputs).last_hidden_state
+
+    def loss(self, answer: Tensor, window: Tensor, label_seed: int | None) -> Tensor:
+        """See Task. No text says what features are right, so that labels are always drawn."""
+        generator = torch.Generator().manual_seed(label_seed or 0)
+        noise = torch.randn(answer.shape, generator=generator).to(answer.device)
+        deviation = variance_of(answer.detach()).float().sqrt()
+        label = answer.detach() + deviation * noise
+        return ((answer - label) / deviation).square().sum() / 2
+
+    def divergences(self, before: Tensor, after: Tensor) -> Tensor:
+        """See Task."""
+        return (after - before).square().sum(dim=-1, dtype=torch.float64) / (2 * variance_of(before))
+
+    def ends(self, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, int] | None:
+        """See Task: what an encoder was trained to find around a text, as far as its tokenizer has it."""
+        first, last = tokenizer.cls_token_id, tokenizer.sep_token_id
+        return (first, last) if isinstance(first, int) and isinstance(last, int) else None
+
+
+def variance_of(features: Tensor) -> Tensor:
+    """float64, no dimensions: the mean square of a window's features."""
+    return features.double().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def drawn_labels(logits: Tensor, seed: int) -> Tensor:
+    """A label for each row of logits, drawn from the model's own prediction (on the CPU, alike for every device)."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)
+    return torch.searchsorted(cumulative, points * cumulative[:, -1:])[:, 0].clamp_max(logits.shape[1] - 1)
+
+
+def task_of(config: "PretrainedConfig") -> Task:
+    """The task of a model with this config."""
+    if _encoder_class(config) is not None:
+        return Features()
+    if config.is_encoder_decoder and type(config) in AutoModelForSeq2SeqLM._model_mapping:
+        stated = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
+        return Continuation(next((token for token in stated if token is not None), 0))
+    return NextToken()
+
+
+def auto_class(config: "PretrainedConfig") -> Any:
+    """transformers' class that builds and loads models of `config`."""
+    if (encoder := _encoder_class(config)) is not None:
+        return encoder
+    if config.is_encoder_decoder and type(config) in AutoModelForSeq2SeqLM._model_mapping:
+        return AutoModelForSeq2SeqLM
+    is_of_images = type(config) in AutoModelForImageTextToText._model_mapping
+    has_text_alone = type(config) in AutoModelForCausalLM._model_mapping
+    return AutoModelForImageTextToText if is_of_images and not has_text_alone else AutoModelForCausalLM
+
+
+def _encoder_class(config: "PretrainedConfig") -> Any:
+    """Of an encoder, the class with the heads that its files have; None of other models."""
+    kind, named = type(config), next(iter(config.architectures or ()), None)
+    is_encoder = kind in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
+    found = next((auto for auto in ENCODER_CLASSES if named in _class_names(auto, kind)), None)
+    if is_encoder:
+        is_decoder = named in _class_names(AutoModelForCausalLM, kind) or (named is None and config.is_decoder)
+        return None if is_decoder else found or AutoModel
+    return found if found is AutoModelForTextEncoding and config.is_encoder_decoder else None
+
+
+def _class_names(auto: Any, kind: type) -> set[str]:
+    if kind not in auto._model_mapping:
+        return set()
+    classes = auto._model_mapping[kind]
+    return {each.__name__ for each in (classes if isinstance(classes, tuple) else (classes,))}

@@ -1,0 +1,147 @@
+"""What each kind of model is asked, and that encoders and encoder-decoders go all the way like decoders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import PreTrainedConfig
+
+from pipeline.base_logits import base_log_probs
+from pipeline.calibration import token_windows
+from pipeline.compress import Compressed, compress
+from pipeline.errors import CheckpointError
+from pipeline.evaluate import evaluate
+from pipeline.model import open_model
+from pipeline.packed import load_packed
+from pipeline.recipe import Recipe
+from pipeline.task import Continuation, Features, NextToken, auto_class, task_of
+from registry import Registry
+from tests.architectures import build_causal
+from tests.models import build_tokenizer, save_model
+from tests.pipeline.small import SMALL
+
+pytestmark = pytest.mark.usefixtures("quick")
+KINDS = {
+    "BertModel": ("BertConfig", Features, "AutoModel"),
+    "BertForMaskedLM": ("BertConfig", Features, "AutoModelForMaskedLM"),
+    "BertForPreTraining": ("BertConfig", Features, "AutoModelForPreTraining"),
+    "BertLMHeadModel": ("BertConfig", NextToken, "AutoModelForCausalLM"),
+    "DistilBertForSequenceClassification": ("DistilBertConfig", Features, "AutoModelForSequenceClassification"),
+    "MyOwnBert": ("BertConfig", Features, "AutoModel"),
+    "T5ForConditionalGeneration": ("T5Config", Continuation, "AutoModelForSeq2SeqLM"),
+    "T5EncoderModel": ("T5Config", Features, "AutoModelForTextEncoding"),
+    "LlamaForCausalLM": ("LlamaConfig", NextToken, "AutoModelForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("architecture", KINDS)
+def test_the_files_say_what_kind_of_model_it_is(architecture: str) -> None:
+    config_class, task, auto = KINDS[architecture]
+    config = getattr(transformers, config_class)(architectures=[architecture])
+    assert type(task_of(config)) is task
+    assert auto_class(config).__name__ == auto
+
+
+def test_a_bert_that_says_nothing_is_an_encoder() -> None:
+    config: PreTrainedConfig = transformers.BertConfig()
+    assert isinstance(task_of(config), Features)
+
+
+def test_an_encoder_decoder_reads_half_and_predicts_half() -> None:
+    task, tokens = Continuation(start=9), torch.arange(7)[None]
+    inputs = task.inputs(tokens)
+    assert inputs["input_ids"].tolist() == [[0, 1, 2]]
+    assert inputs["decoder_input_ids"].tolist() == [[9, 3, 4, 5]]
+    assert task.targets(tokens).tolist() == [[3, 4, 5, 6]]
+
+
+def test_drawn_features_have_the_curvature_of_the_divergence() -> None:
+    """The mean of squared slopes, halved, is the divergence of a small step."""
+    generator = torch.Generator().manual_seed(0)
+    features, direction = (torch.randn(6, 8, generator=generator) for _ in range(2))
+    task, step = Features(), torch.zeros((), requires_grad=True)
+    slopes = []
+    for seed in range(4000):
+        loss = task.loss(features + step * direction, torch.zeros(6, dtype=torch.long), seed)
+        slopes.append(torch.autograd.grad(loss, step)[0])
+    moved = task.divergences(features, features + 1e-2 * direction).sum() / 1e-4
+    assert float(torch.stack(slopes).square().mean()) / 2 == pytest.approx(float(moved), rel=0.05)
+
+
+def test_windows_of_an_encoder_begin_and_end_as_it_was_trained() -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.cls_token, tokenizer.sep_token = tokenizer.bos_token, tokenizer.eos_token
+    ends = Features().ends(tokenizer)
+    assert ends == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    plain = token_windows(SMALL["dataset"], tokenizer, num_windows=3, seq_len=30, seed=None)
+    found = token_windows(SMALL["dataset"], tokenizer, num_windows=3, seq_len=32, seed=None, ends=ends)
+    assert torch.equal(found.tokens[:, 1:-1], plain.tokens)
+    assert (found.tokens[:, 0] == ends[0]).all()
+    assert (found.tokens[:, -1] == ends[1]).all()
+    assert Features().ends(build_tokenizer()) is None
+    assert NextToken().ends(tokenizer) is None
+
+
+def loud(model_type: str, folder: Path) -> Path:
+    """Its answers depend on its weights."""
+    network = build_causal(model_type)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                weight.normal_(0, 0.15)
+    return save_model(network, folder)
+
+
+@pytest.fixture(scope="module", params=["bert", "t5"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    place = tmp_path_factory.mktemp(request.param)
+    recovery = {"recover": True, "recover_samples": 6, "recover_steps": 20, "recover_learning_rate": 1e-2}
+    settings: dict[str, Any] = SMALL | recovery | {"budget": "3.5bpw", "sensitivity": "kronecker"}
+    recipe = Recipe.of(model=str(loud(request.param, place / "model")), **settings)
+    return compress(recipe, Registry(place / "registry"), place / "out")
+
+
+def test_it_is_measured_recovered_and_reported(done: Compressed) -> None:
+    assert done.evaluation is not None
+    assert done.recovery is not None
+    assert done.evaluation.kl_divergence.mean > 0
+    assert done.recovery.best_kl < done.recovery.start_kl
+    report = json.loads((done.folder / "report" / "report.json").read_text())
+    page = (done.folder / "report" / "index.html").read_text()
+    if report["auto_class"] == "AutoModelForMaskedLM":
+        assert [measure.name for measure in done.evaluation.measures()] == ["kl_divergence", "cosine_similarity"]
+        assert done.evaluation.cosine_similarity is not None
+        assert 0.8 < done.evaluation.cosine_similarity.mean < 1
+        assert "an encoder writes no text" in page
+        assert report["evaluation"]["samples"] == {"compressed": None, "original": None}
+        assert "perplexity" not in page
+    else:
+        assert report["auto_class"] == "AutoModelForSeq2SeqLM"
+        assert [measure.name for measure in done.evaluation.measures()] == [
+            "perplexity",
+            "kl_divergence",
+            "top1_agreement",
+        ]
+        assert done.evaluation.num_tokens == 2 * 16
+        assert isinstance(report["evaluation"]["samples"]["compressed"], str)
+    assert f"from transformers import {report['auto_class']}, AutoTokenizer" in page
+
+
+def test_a_user_loads_it_packed(done: Compressed) -> None:
+    config = transformers.AutoConfig.from_pretrained(done.folder)
+    loaded = auto_class(config).from_pretrained(done.folder, dtype=torch.float32)
+    task, tokens = task_of(config), torch.arange(16)[None]
+    with torch.no_grad():
+        answer = task.answer(loaded, task.inputs(tokens))
+        assert torch.equal(answer, task.answer(load_packed(done.folder), task.inputs(tokens)))
+
+
+def test_an_encoder_is_not_compared_with_a_decoder(tiny_model_dir: Path, tmp_path: Path) -> None:
+    encoder, decoder = open_model(str(loud("bert", tmp_path / "model"))), open_model(str(tiny_model_dir))
+    tokens = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    base = base_log_probs(decoder.load, tokens, cache_dir=tmp_path / "cache", key="decoder")
+    with pytest.raises(CheckpointError, match="is an encoder and the other is not"):
+        evaluate(encoder.load(), base, tokens)
