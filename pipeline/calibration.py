@@ -117,8 +117,14 @@ def tokens_sha256(tokens: Tensor) -> str:
     return hashlib.sha256(struct.pack(f"<{data.ndim}q", *data.shape) + data.tobytes()).hexdigest()
 
 
-def check_vocabulary(windows: TokenWindows, vocab_size: int) -> None:
-    """Raise `CalibrationError` if a token id has no row in an embedding of `vocab_size` rows."""
+def check_fits(windows: TokenWindows, vocab_size: int, num_positions: int | None) -> None:
+    """Raise `CalibrationError` if a model with so many token ids and positions (None: any number) cannot read them."""
+    seq_len = windows.tokens.shape[1]
+    if num_positions is not None and seq_len > num_positions:
+        raise CalibrationError(
+            f"Windows of {seq_len} tokens are longer than the {num_positions} positions that this model knows. Give a "
+            f"smaller --seq-len and --eval-seq-len, at most {num_positions}."
+        )
     largest = int(windows.tokens.max())
     if largest >= vocab_size:
         raise CalibrationError(

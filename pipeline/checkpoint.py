@@ -74,7 +74,7 @@ class Checkpoint:
         """File name -> exact size of every file of the folder."""
         sizes = {name: file.size_bytes for name, file in self.shards.items()}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
-        return sizes | {path.name: path.stat().st_size for path in self.model.extra_files()}
+        return sizes | {name: (self.model.path / name).stat().st_size for name in self.model.extra_files()}
 
     @property
     def size_bytes(self) -> int:
@@ -95,8 +95,9 @@ class Checkpoint:
             matrix_path: module name -> file that `decompose` wrote for it.
             kept: parameter name -> tensor in place of the original's, of its shape and dtype.
         """
-        for path in self.model.extra_files():
-            replace_file(folder / path.name, partial(shutil.copyfile, path))
+        for name in self.model.extra_files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            replace_file(folder / name, partial(shutil.copyfile, self.model.path / name))
         for name, text in self.texts.items():
             replace_file(folder / name, partial(_write_text, text))
         reader = _Reader(self.model, self.plan, matrix_path, kept)

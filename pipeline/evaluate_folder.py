@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from pipeline.base_logits import base_log_probs, cache_key
-from pipeline.calibration import check_vocabulary, token_windows
+from pipeline.calibration import check_fits, token_windows
 from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate
 from pipeline.home import home
@@ -57,7 +57,7 @@ def evaluate_folder(
         default="evaluation",
         ends=original.task.ends(tokenizer),
     )
-    check_vocabulary(windows, original.config.get_text_config().vocab_size)
+    check_fits(windows, original.config.get_text_config().vocab_size, original.num_positions)
     logits = base_log_probs(
         partial(original_network, original, device),
         windows.tokens,

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoTokenizer, TextStreamer
 
+from pipeline.errors import CheckpointError
 from pipeline.packed import load_packed
 from pipeline.quiet import quiet_transformers
+from pipeline.task import task_of
 
 
 def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, device: str) -> None:
@@ -16,8 +18,13 @@ def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, d
     Args:
         chat: send the prompt as a user's message through the tokenizer's chat template.
     Raises:
-        CheckpointError: `folder` is not a sound compressed checkpoint.
+        CheckpointError: `folder` is not a sound compressed checkpoint, or an encoder's.
     """
+    if not task_of(AutoConfig.from_pretrained(folder)).generates:
+        raise CheckpointError(
+            f"The model in {folder} is an encoder: it gives features of a text and continues none. Its card "
+            "and its report say how to load it."
+        )
     network = load_packed(folder, device)
     with quiet_transformers():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)

@@ -95,6 +95,7 @@ class Model:
         matrices: by layer, then in module order.
         skipped: everything else.
         ties: parameter name -> the parameter whose tensor it shares.
+        num_positions: the longest text that it can read, in tokens; None where nothing says so.
         experts_apart: each expert of a mixture is layers of its own, in whatever network is made of the model.
     """
 
@@ -106,6 +107,7 @@ class Model:
     matrices: tuple[Matrix, ...] = field(repr=False)
     skipped: tuple[Skipped, ...] = field(repr=False)
     ties: dict[str, str] = field(repr=False)
+    num_positions: int | None = field(repr=False)
     experts_apart: bool = field(default=False, repr=False)
 
     @cached_property
@@ -144,7 +146,7 @@ class Model:
     @property
     def folder_bytes(self) -> int:
         """What a finished folder is compared with: tensors, config.json, and `extra_files`."""
-        return self.size_bytes + sum(path.stat().st_size for path in (*self.extra_files(), self.path / "config.json"))
+        return self.size_bytes + sum((self.path / name).stat().st_size for name in (*self.extra_files(), "config.json"))
 
     def check_finite(self, progress: Progress = SILENT) -> None:
         """Read every stored tensor once.
@@ -227,10 +229,10 @@ class Model:
                 "into that folder."
             ) from error
 
-    def extra_files(self) -> list[Path]:
-        """What a complete output folder has beside config, weights and README: tokenizer, licence ..."""
+    def extra_files(self) -> list[str]:
+        """Names of what a complete folder has beside config, weights and README: tokenizer, licence ..."""
         paths = {path for pattern in EXTRA_FILES for path in self.path.glob(pattern) if path.is_file()}
-        return sorted(paths)
+        return sorted(path.relative_to(self.path).as_posix() for path in paths)
 
 
 def open_model(spec: str, *, revision: str | None = None, progress: Progress = SILENT) -> Model:
@@ -270,6 +272,7 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
         matrices=matrices,
         skipped=_skipped(structure, names, tensors, {matrix.name for matrix in matrices}),
         ties=structure.ties,
+        num_positions=structure.num_positions,
         experts_apart=bool(experts),
     )
 

@@ -53,6 +53,7 @@ class Structure:
         required: the parameters that a checkpoint must bring.
         reasons: every name in `shapes` that is no site -> why.
         ties: name -> the name whose tensor it shares.
+        num_positions: the longest text that it can read, in tokens; None where nothing says so.
     """
 
     sites: tuple[Site, ...]
@@ -60,6 +61,7 @@ class Structure:
     required: frozenset[str]
     reasons: dict[str, str]
     ties: dict[str, str]
+    num_positions: int | None
 
 
 def build_skeleton(config: "PretrainedConfig", *, experts_apart: bool = False) -> "PreTrainedModel":
@@ -112,7 +114,20 @@ def read_structure(model: "PreTrainedModel") -> Structure:
             if name not in site_names
         },
         ties=ties,
+        num_positions=_num_positions(model),
     )
+
+
+def _num_positions(model: "PreTrainedModel") -> int | None:
+    """RoBERTa and its kin count positions from the padding's on."""
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    learned = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padded = [
+        module.num_embeddings - module.padding_idx - 1
+        for module in learned
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return min([*padded, stated]) if stated else None
 
 
 def stacks_of(model: nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from pipeline.calibration import TokenWindows, check_vocabulary, token_windows
+from pipeline.calibration import TokenWindows, check_fits, token_windows
 from pipeline.model import Model
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -45,7 +45,7 @@ class Texts:
                 revision=recipe.dataset_revision,
                 ends=model.task.ends(tokenizer()),
             )
-            check_vocabulary(windows, vocab_size)
+            check_fits(windows, vocab_size, model.num_positions)
             if len(windows) < num_windows:
                 progress.say(
                     f"The calibration text has {len(windows)} windows of {recipe.seq_len} tokens, fewer than the "
@@ -70,5 +70,5 @@ class Texts:
                 default="evaluation",
                 ends=model.task.ends(tokenizer()),
             )
-            check_vocabulary(evaluation, vocab_size)
+            check_fits(evaluation, vocab_size, model.num_positions)
         return Texts(calibration, recovery, evaluation)

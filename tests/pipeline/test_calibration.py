@@ -19,7 +19,7 @@ from pyarrow import parquet
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.calibration import POOL_FACTOR, TokenWindows, check_vocabulary, token_windows, tokens_sha256
+from pipeline.calibration import POOL_FACTOR, TokenWindows, check_fits, token_windows, tokens_sha256
 from pipeline.errors import CalibrationError
 from tests.models import VOCAB_SIZE, build_tokenizer
 
@@ -301,9 +301,9 @@ def test_no_windows(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_vocabulary_is_checked() -> None:
     windows = TokenWindows(torch.tensor([[1, VOCAB_SIZE]]), "", "a.txt", None, 1)
-    check_vocabulary(windows, VOCAB_SIZE + 1)
+    check_fits(windows, VOCAB_SIZE + 1, None)
     with pytest.raises(CalibrationError, match=rf"Token id {VOCAB_SIZE} from a\.txt .* {VOCAB_SIZE}:"):
-        check_vocabulary(windows, VOCAB_SIZE)
+        check_fits(windows, VOCAB_SIZE, None)
 
 
 # --- the Hub ---

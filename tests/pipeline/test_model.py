@@ -268,11 +268,21 @@ def test_digest_names_the_content(tiny_model_dir: Path, copied: Path) -> None:
 def test_extra_files_complete_a_folder(copied: Path) -> None:
     for name in ("NOTICE", "README.md", "optimizer.pt", "modeling_foo.py"):
         (copied / name).write_text("x")
-    names = [path.name for path in open_model(str(copied)).extra_files()]
+    names = open_model(str(copied)).extra_files()
     assert names == [
         *("LICENSE", "NOTICE", "chat_template.jinja", "generation_config.json"),
         *("tokenizer.json", "tokenizer_config.json"),
     ]
+
+
+def test_extra_files_in_folders_keep_their_places(copied: Path) -> None:
+    """As those of sentence-transformers, whose pooling has a config.json of its own."""
+    (copied / "1_Pooling").mkdir()
+    (copied / "1_Pooling" / "config.json").write_text("{}")
+    (copied / "modules.json").write_text("[]")
+    names = open_model(str(copied)).extra_files()
+    assert {"1_Pooling/config.json", "modules.json"} <= set(names)
+    assert "config.json" not in names
 
 
 def test_tokenizer_round_trip_and_template(tiny_model_dir: Path) -> None:
@@ -577,7 +587,7 @@ def test_gguf_folder_is_complete(gguf_file: Path) -> None:
         "name": "tiny",
         "sha256": sha256,
     }
-    assert "generation_config.json" in [path.name for path in model.extra_files()]
+    assert "generation_config.json" in model.extra_files()
     assert not hasattr(model.config, "quantization_config")
     tokenizer = model.tokenizer()
     assert tokenizer.chat_template == build_tokenizer().chat_template

@@ -12,12 +12,15 @@ from transformers import PreTrainedConfig
 from pipeline.base_logits import base_log_probs
 from pipeline.calibration import token_windows
 from pipeline.compress import Compressed, compress
-from pipeline.errors import CheckpointError
+from pipeline.errors import CalibrationError, CheckpointError
 from pipeline.evaluate import evaluate
+from pipeline.generate import stream_text
 from pipeline.model import open_model
 from pipeline.packed import load_packed
+from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.task import Continuation, Features, NextToken, auto_class, task_of
+from pipeline.texts import Texts
 from registry import Registry
 from tests.architectures import build_causal
 from tests.models import build_tokenizer, save_model
@@ -87,11 +90,11 @@ def test_windows_of_an_encoder_begin_and_end_as_it_was_trained() -> None:
 
 def loud(model_type: str, folder: Path) -> Path:
     """Its answers depend on its weights."""
-    network = build_causal(model_type)
+    network, generator = build_causal(model_type), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, weight in network.named_parameters():
             if weight.dim() == 2 and "embed" not in name:
-                weight.normal_(0, 0.15)
+                weight.normal_(0, 0.3, generator=generator)
     return save_model(network, folder)
 
 
@@ -100,7 +103,10 @@ def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     place = tmp_path_factory.mktemp(request.param)
     recovery = {"recover": True, "recover_samples": 6, "recover_steps": 20, "recover_learning_rate": 1e-2}
     settings: dict[str, Any] = SMALL | recovery | {"budget": "3.5bpw", "sensitivity": "kronecker"}
-    recipe = Recipe.of(model=str(loud(request.param, place / "model")), **settings)
+    model = loud(request.param, place / "model")
+    (model / "1_Pooling").mkdir()
+    (model / "1_Pooling" / "config.json").write_text('{"pooling_mode": "mean"}')
+    recipe = Recipe.of(model=str(model), **settings)
     return compress(recipe, Registry(place / "registry"), place / "out")
 
 
@@ -137,6 +143,39 @@ def test_a_user_loads_it_packed(done: Compressed) -> None:
     with torch.no_grad():
         answer = task.answer(loaded, task.inputs(tokens))
         assert torch.equal(answer, task.answer(load_packed(done.folder), task.inputs(tokens)))
+
+
+def test_what_lies_in_folders_beside_the_model_keeps_its_place(done: Compressed) -> None:
+    assert json.loads((done.folder / "1_Pooling" / "config.json").read_text()) == {"pooling_mode": "mean"}
+    assert json.loads((done.folder / "config.json").read_text())["model_type"] in ("bert", "t5")
+
+
+def test_an_encoder_continues_no_text(done: Compressed, capsys: pytest.CaptureFixture[str]) -> None:
+    if auto_class(transformers.AutoConfig.from_pretrained(done.folder)).__name__ == "AutoModelForMaskedLM":
+        with pytest.raises(CheckpointError, match="is an encoder"):
+            stream_text(done.folder, "Once", max_new_tokens=3, chat=False, device="cpu")
+    else:
+        stream_text(done.folder, "Once", max_new_tokens=3, chat=False, device="cpu")
+        assert capsys.readouterr().out.endswith("\n")
+
+
+@pytest.mark.parametrize(("model_type", "most"), [("bert", 128), ("roberta", 125), ("t5", None), ("gpt2", 128)])
+def test_windows_that_are_longer_than_the_model_reads_are_refused(
+    model_type: str, most: int | None, tmp_path: Path
+) -> None:
+    """RoBERTa's first position is that after its padding, 2."""
+    spec = str(save_model(build_causal(model_type), tmp_path / "model"))
+    model = open_model(spec)
+    assert model.num_positions == most
+    longest = most or 300
+    settings: dict[str, Any] = SMALL | {"sensitivity": "none", "eval_windows": 1}
+    windows = Texts.of(Recipe.of(model=spec, **(settings | {"eval_seq_len": longest})), model, SILENT).evaluation
+    assert windows is not None
+    with torch.no_grad():
+        model.task.answer(model.load(), model.task.inputs(windows.tokens))
+    if most is not None:
+        with pytest.raises(CalibrationError, match=f"longer than the {most} positions"):
+            Texts.of(Recipe.of(model=spec, **(settings | {"eval_seq_len": most + 1})), model, SILENT)
 
 
 def test_an_encoder_is_not_compared_with_a_decoder(tiny_model_dir: Path, tmp_path: Path) -> None:
