@@ -338,25 +338,27 @@ def main() -> None:
 
 def run_app(app: typer.Typer) -> None:
     """A command line's exit codes: 1 and one paragraph for a known error, 130 for Ctrl-C, 143 for SIGTERM."""
+    asked: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        asked.append(number)
+        raise Stopped(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop_on_signal)
+        signal.signal(number, stop)
     try:
         app()
-    except Stopped as stopped:
-        _end("Stopped. What is finished is kept: run the same command again to go on.", 128 + stopped.args[0])
-    except (PipelineError, RegistryError) as error:
-        _end(f"Error: {error}", 1)
-    except OSError as error:
-        _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
-    except MemoryError:
-        _end(
-            "Error: out of memory. Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine.",
-            1,
-        )
-
-
-def _stop_on_signal(number: int, frame: object) -> None:
-    raise Stopped(number)
+    except BaseException as error:
+        if asked:  # whatever came of it: native code may answer with an error of its own
+            _end("Stopped. What is finished is kept: run the same command again to go on.", 128 + asked[0])
+        if isinstance(error, PipelineError | RegistryError):
+            _end(f"Error: {error}", 1)
+        if isinstance(error, OSError):
+            _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
+        if isinstance(error, MemoryError):
+            advice = "Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine."
+            _end(f"Error: out of memory. {advice}", 1)
+        raise
 
 
 def _end(message: str, code: int) -> None:

@@ -95,7 +95,7 @@ class Model:
         matrices: by layer, then in module order.
         skipped: everything else.
         ties: parameter name -> the parameter whose tensor it shares.
-        num_positions: the longest text that it can read, in tokens; None where nothing says so.
+        num_positions: the longest text that it can read, in tokens; None where positions are computed.
         experts_apart: each expert of a mixture is layers of its own, in whatever network is made of the model.
     """
 

@@ -28,6 +28,7 @@ SIBLINGS = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+POSITION_EMBEDDINGS = ("position_embeddings", "embed_positions", "wpe")  # a row a position
 NUM_PROBE_TOKENS = 16
 
 
@@ -53,7 +54,7 @@ class Structure:
         required: the parameters that a checkpoint must bring.
         reasons: every name in `shapes` that is no site -> why.
         ties: name -> the name whose tensor it shares.
-        num_positions: the longest text that it can read, in tokens; None where nothing says so.
+        num_positions: the longest text that it can read, in tokens; None where positions are computed.
     """
 
     sites: tuple[Site, ...]
@@ -119,15 +120,16 @@ def read_structure(model: "PreTrainedModel") -> Structure:
 
 
 def _num_positions(model: "PreTrainedModel") -> int | None:
-    """RoBERTa and its kin count positions from the padding's on."""
-    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    learned = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
-    padded = [
-        module.num_embeddings - module.padding_idx - 1
-        for module in learned
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None
+    """Where positions are embedded; RoBERTa and its kin count them from the padding's on."""
+    embedded = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITION_EMBEDDINGS
     ]
-    return min([*padded, stated]) if stated else None
+    if not embedded:
+        return None
+    padded = [each.num_embeddings - each.padding_idx - 1 for each in embedded if each.padding_idx is not None]
+    return min([*padded, int(model.config.get_text_config().max_position_embeddings)])
 
 
 def stacks_of(model: nn.Module) -> list[str]:

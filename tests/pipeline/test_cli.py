@@ -10,7 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from pipeline.cli import run_app
+from pipeline.errors import ModelError
 from tests.pipeline.small import FLAGS, TEXTS
 
 
@@ -205,6 +208,32 @@ def test_help_is_light(arguments: list[str]) -> None:
 def test_wrong_flags_exit_with_2(bitsmith, tiny_model_dir: Path) -> None:
     assert bitsmith("compress", tiny_model_dir, "--nosuch").code == 2
     assert bitsmith("compress", tiny_model_dir).code == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors does when it is stopped while it makes a tensor."""
+    app = typer.Typer()
+
+    @app.command()
+    def read() -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ModelError("could not determine the shape") from None
+
+    monkeypatch.setattr(sys, "argv", ["read"])
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run_app(app)
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err.startswith("Stopped. What is finished is kept")
 
 
 def test_ctrl_c_in_the_terminal(tiny_model_dir: Path, tmp_path: Path) -> None:

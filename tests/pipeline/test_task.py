@@ -159,7 +159,9 @@ def test_an_encoder_continues_no_text(done: Compressed, capsys: pytest.CaptureFi
         assert capsys.readouterr().out.endswith("\n")
 
 
-@pytest.mark.parametrize(("model_type", "most"), [("bert", 128), ("roberta", 125), ("t5", None), ("gpt2", 128)])
+@pytest.mark.parametrize(
+    ("model_type", "most"), [("bert", 128), ("roberta", 125), ("t5", None), ("gpt2", 128), ("opt", 128), ("bart", 128)]
+)
 def test_windows_that_are_longer_than_the_model_reads_are_refused(
     model_type: str, most: int | None, tmp_path: Path
 ) -> None:
