@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from flows.progress import RunProgress
 from flows.runner import Runner
-from pipeline.disk_space import check_disk
+from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.errors import RecipeChangedError
 from pipeline.home import home
 from pipeline.output import OutputFolder
@@ -89,7 +89,8 @@ def prepare_job(
         )
         output = OutputFolder(Path(out).expanduser(), run.facts)
         check_disk(run, output.path)
-        output.claim(resume=resume)
+        with disk_may_fill(run, output.path.parent):
+            output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     job = _job(run, output, registry, name, runner, was_finished, done_of(log, None))
     _remember(job, run)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.allocation import Plan
-from pipeline.disk_space import check_disk
+from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.eval_report import EvalReport
 from pipeline.memory_check import check_memory
 from pipeline.output import OutputFolder
@@ -95,7 +95,8 @@ def compress(
         check_disk(run, out)
         if not output.is_finished():
             log.forecasts = check_memory(run)
-        output.claim(resume=resume)
+        with disk_may_fill(run, out.parent):
+            output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
     on_start(run)
     statistics, costs = measure(run)

@@ -1,8 +1,13 @@
 """How much a run writes at most, and whether the disks have room for it: known before the work."""
 
+import errno
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from pipeline.budget import human_bytes
 from pipeline.errors import DiskSpaceError
@@ -64,6 +69,30 @@ def check_disk(run: "Run", out: Path, needed_bytes: int | None = None) -> None:
                 f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} "
                 "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
             )
+
+
+@contextmanager
+def disk_may_fill(run: "Run", folder: Path) -> Iterator[None]:
+    """Inside, a full disk under `folder` is a DiskSpaceError that says how much the run writes."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        place = _existing(folder)
+        free_bytes = shutil.disk_usage(place).free
+        raise DiskSpaceError(
+            f"The disk of {place} is full: {human_bytes(free_bytes)} are free, and the whole run writes up to "
+            f"{human_bytes(disk_bytes(run))}. What is finished is kept: free some space, and run the same command "
+            "again."
+        ) from error
+
+
+def _is_disk_full(error: OSError | SafetensorError) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def _training_bytes(run: "Run") -> int:

@@ -25,7 +25,7 @@ from pipeline.calibration import TokenWindows
 from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
-from pipeline.disk_space import EVAL_CACHE_BYTES
+from pipeline.disk_space import EVAL_CACHE_BYTES, disk_may_fill
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
 from pipeline.memory import give_back
@@ -326,7 +326,8 @@ class Run:
         if output.is_finished():
             output.check_unchanged(self.registry, checkpoint)
             return
-        staged = output.stage(self.registry, checkpoint)
+        with disk_may_fill(self, output.path.parent):
+            staged = output.stage(self.registry, checkpoint)
         for _ in self.progress.track(["audit"], "Audit in a fresh process", total=1):
             in_memory = packed_model(
                 self.model, self.results.plan(plan), self.results.matrix_path(matrices), self.results.kept(matrices)
@@ -426,7 +427,8 @@ class Run:
             return done
 
         def build_and_note_tools(work: Path) -> dict[str, Any]:
-            return (build(work) or {}) | {"tools": TOOLS}
+            with disk_may_fill(self, work):
+                return (build(work) or {}) | {"tools": TOOLS}
 
         return self.registry.step(
             kind, parents, settings, build_and_note_tools, resume=self.resume, progress=self.progress

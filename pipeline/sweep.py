@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.budget import Budget
 from pipeline.compress import Compressed, complete, measure
-from pipeline.disk_space import check_disk, checkpoint_disk_bytes, shared_disk_bytes
+from pipeline.disk_space import check_disk, checkpoint_disk_bytes, disk_may_fill, shared_disk_bytes
 from pipeline.errors import BudgetError, RecipeError
 from pipeline.memory_check import check_memory
 from pipeline.named_failure import named_failure
@@ -144,8 +144,9 @@ def prepare_parts(
         outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
         for output in outputs:
             output.check_claim(resume=resume)
-        for output in outputs:
-            output.claim(resume=resume)
+        with disk_may_fill(runs[0], out):
+            for output in outputs:
+                output.claim(resume=resume)
     return [Part(run, output, name) for run, output, name in zip(runs, outputs, names, strict=True)]
 
 

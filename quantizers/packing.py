@@ -19,6 +19,7 @@ from jaxtyping import Int32, UInt8
 from torch import Tensor
 
 WORD_BITS = 32
+CODES_AT_ONCE = 2**19  # a multiple of 32
 FIELD_BITS = {1: 8, 2: 8, 3: 12, 4: 8, 5: 10, 6: 12, 7: 7, 8: 8}
 
 
@@ -35,19 +36,18 @@ def pack(codes: UInt8[Tensor, " codes"], bits: int) -> Int32[Tensor, " words"]:
     """
     if codes.numel() and int(codes.max()) >= 2**bits:
         raise ValueError(f"code {int(codes.max())} does not fit in {bits} bits; codes must be below {2**bits}")
-    groups = -(-codes.numel() // WORD_BITS)  # 32 codes fill exactly `bits` words
-    padded = torch.zeros(groups * WORD_BITS, dtype=torch.int64, device=codes.device)
-    padded[: codes.numel()] = codes
-    padded = padded.view(groups, WORD_BITS)
-    words = torch.zeros(groups, bits + 1, dtype=torch.int64, device=codes.device)
-    for k in range(WORD_BITS):
-        word, shift = divmod(k * bits, WORD_BITS)
-        shifted = padded[:, k] << shift
-        words[:, word] |= shifted & 0xFFFFFFFF
-        words[:, word + 1] |= shifted >> WORD_BITS
-    signed = words[:, :bits].reshape(-1)
-    signed = torch.where(signed >= 2**31, signed - 2**32, signed).to(torch.int32)
-    return signed[: num_words(codes.numel(), bits)].clone()
+    first_bit = torch.arange(WORD_BITS, device=codes.device) * bits  # 32 codes fill exactly `bits` words
+    word, shift = first_bit // WORD_BITS, (first_bit % WORD_BITS)[:, None]
+    packed = []
+    for some in codes.split(CODES_AT_ONCE):
+        groups = -(-some.numel() // WORD_BITS)
+        padded = torch.nn.functional.pad(some, (0, groups * WORD_BITS - some.numel())).view(groups, WORD_BITS)
+        shifted = padded.T.to(torch.int64) << shift
+        words = torch.zeros(bits + 1, groups, dtype=torch.int64, device=codes.device)
+        words.index_add_(0, word, shifted & 0xFFFFFFFF)  # no two codes share a bit
+        words.index_add_(0, word + 1, shifted >> WORD_BITS)
+        packed.append(words[:bits].T.reshape(-1).to(torch.int32))
+    return torch.cat(packed)[: num_words(codes.numel(), bits)].clone()
 
 
 def unpack(words: Int32[Tensor, " words"], bits: int, num_codes: int) -> UInt8[Tensor, " codes"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Of the scale that just reaches the largest number; below 0.15 only blocks with one huge number would want to be.
 MULTIPLES = tuple(0.15 * (1 / 0.15) ** (k / 19) for k in range(20))
+BLOCKS_AT_ONCE = 32  # with all trials of a block of 128 in 330 kB: a core's cache
 
 
 @dataclass(frozen=True)
@@ -41,26 +42,32 @@ def quantize_uniform(
         weights: non-negative; all ones if None.
     """
     weights = torch.ones_like(blocks) if weights is None else weights
+    at_once = zip(blocks.split(BLOCKS_AT_ONCE), weights.split(BLOCKS_AT_ONCE), strict=True)
+    scales = torch.cat([_best_scales(*some, bits) for some in at_once])
+    return UniformBlocks(_nearest(blocks, scales, bits).int(), scales)
+
+
+def _best_scales(blocks: Tensor, weights: Tensor, bits: int) -> Tensor:
+    """bfloat16 [blocks]; of trials that are equally good the first."""
     largest = blocks.abs().amax(dim=1)
     unit = torch.where(largest > 0, largest, 1.0)[:, None]  # so that no square over- or underflows
-    just_reaches = largest / largest_code(bits)
-    best_error = torch.full_like(just_reaches, torch.inf)
-    best_scale = torch.zeros_like(just_reaches, dtype=torch.bfloat16)
-    for multiple in MULTIPLES:
-        scale = just_reaches * multiple
-        for _ in range(2):  # the trial, then its polished scale
-            rounded = scale.to(torch.bfloat16)
-            codes = _nearest(blocks, rounded, bits)
-            error = (weights * ((blocks - codes * rounded.float()[:, None]) / unit).square()).sum(dim=1)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, rounded, best_scale)
-            norm = (weights * codes.square()).sum(dim=1)
-            scale = torch.where(norm > 0, (weights * blocks * codes).sum(dim=1) / norm.clamp_min(1e-38), scale)
-    return UniformBlocks(_nearest(blocks, best_scale, bits).int(), best_scale)
+    trial = largest / largest_code(bits) * torch.tensor(MULTIPLES, device=blocks.device)[:, None]
+    tried, errors = [], []
+    for _ in range(2):  # the trials, then their polished scales
+        rounded = trial.to(torch.bfloat16)
+        codes = _nearest(blocks, rounded, bits)
+        tried.append(rounded)
+        errors.append((weights * ((blocks - codes * rounded.float()[..., None]) / unit).square()).sum(dim=-1))
+        norm = (weights * codes.square()).sum(dim=-1)
+        trial = torch.where(norm > 0, (weights * blocks * codes).sum(dim=-1) / norm.clamp_min(1e-38), trial)
+    error, scales = torch.stack(errors, dim=1).flatten(0, 1), torch.stack(tried, dim=1).flatten(0, 1)
+    numbers = torch.arange(len(error), device=error.device)[:, None]
+    first = torch.where(error == error.amin(dim=0), numbers, len(error) - 1).amin(dim=0)
+    return scales.gather(0, first[None])[0]
 
 
 def _nearest(blocks: Tensor, scales: Tensor, bits: int) -> Tensor:
+    """Codes as floats, for each of the scales [..., blocks]."""
     q = largest_code(bits)
-    scales = scales.float()[:, None]
+    scales = scales.float()[..., None]
     return torch.where(scales > 0, blocks / scales, 0).round().clamp(-q, q)

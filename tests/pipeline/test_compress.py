@@ -19,6 +19,7 @@ from pipeline.errors import (
 )
 from pipeline.recipe import Recipe
 from registry import Registry
+from tests.models import build_llama, save_model
 from tests.pipeline.small import SMALL
 
 
@@ -247,8 +248,6 @@ def test_a_rank_above_a_matrix_is_noticed_before_the_work(tiny_model_dir: Path, 
 
 
 def test_nan_weights_name_the_tensor(tiny_tokenizer, tmp_path: Path) -> None:
-    from tests.models import build_llama, save_model
-
     model = build_llama()
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
     (tmp_path / "model").mkdir()
@@ -274,3 +273,19 @@ def test_samples_that_would_take_too_long_are_left_out(
     assert found[0]["report"] == found[1]["report"]
     assert all(found[0]["samples"].values())
     assert not any(found[1]["samples"].values())
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
+    """Wide enough that torch shares its products out."""
+    network = build_llama(hidden_size=256, intermediate_size=384, num_layers=1)
+    model, digests, num_threads = save_model(network, tmp_path / "model"), [], torch.get_num_threads()
+    candidates = {"candidates": ("lloyd2-g32-s4", "lloyd3-g32-s4"), "sensitivity": "kronecker", "budget": "3bpw"}
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            place = tmp_path / str(threads)
+            done = run(model, place, num_samples=8, seq_len=128, eval_windows=0, **candidates)
+            digests.append((done.version.digest, contents(done.folder)["plan.json"]))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert digests[0] == digests[1]
