@@ -21,4 +21,4 @@ GENERATING = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelF
 def known_class(report: dict[str, Any] | None) -> str:
     """The class that a report.json names; a decoder's where there is none, or a word that is none of these."""
     named = report.get("auto_class") if report else None
-    return named if named in HUB_TASKS else "AutoModelForCausalLM"
+    return named if isinstance(named, str) and named in HUB_TASKS else "AutoModelForCausalLM"

@@ -203,9 +203,9 @@ def write_window(path: Path, window: BaseWindow | BaseFeatures) -> None:
 def _fill(base: BaseLogits, missing: list[int], cache_dir: Path, limit_bytes: int, progress: Progress) -> None:
     """Compute and keep the windows `missing`, unless all windows together are too large to keep."""
     config = base.model().config
-    answer_width = task_of(config).answer_width(config)
+    answer_bytes = task_of(config).answer_bytes(config)
     num_windows, seq_len = base.tokens.shape
-    window_bytes = (seq_len - 1) * answer_width * 2
+    window_bytes = (seq_len - 1) * answer_bytes
     room = {
         "the cache's limit of": (num_windows * window_bytes, limit_bytes),
         "the free disk space of": (len(missing) * window_bytes, _free_bytes(cache_dir)),

@@ -87,8 +87,10 @@ def token_windows(
         )
     if num_windows < 1:
         raise CalibrationError(f"{num_windows} windows were asked for: give at least 1, for example 64.")
+    text_len = seq_len - len(ends or ())
+    if text_len < 1:
+        raise CalibrationError(f"A window of {seq_len} tokens has no room for text: give --seq-len 3 or more.")
     documents = read_documents(source, split=split, revision=revision, default=default)
-    text_len = max(1, seq_len - len(ends or ()))
     pool = num_windows * text_len * (1 if seed is None else POOL_FACTOR)
     stream = _tokenize(documents.documents, tokenizer, pool, has_ends=ends is not None)
     num_there = len(stream.tokens) // text_len
@@ -122,8 +124,8 @@ def check_fits(windows: TokenWindows, vocab_size: int, num_positions: int | None
     seq_len = windows.tokens.shape[1]
     if num_positions is not None and seq_len > num_positions:
         raise CalibrationError(
-            f"Windows of {seq_len} tokens are longer than the {num_positions} positions that this model knows. Give a "
-            f"smaller --seq-len and --eval-seq-len, at most {num_positions}."
+            f"Windows of {seq_len} tokens are longer than the {num_positions} positions that this model knows. Give "
+            f"shorter windows, of at most {num_positions} (--seq-len; of a compression also --eval-seq-len)."
         )
     largest = int(windows.tokens.max())
     if largest >= vocab_size:

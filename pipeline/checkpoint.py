@@ -56,6 +56,8 @@ class Checkpoint:
         """File name -> content of the JSON files that are made here."""
         config = json.loads((self.model.path / "config.json").read_text())
         config.pop("_name_or_path", None)  # where whoever saved it had loaded it from; nobody reads it
+        if self.model.config.architectures:  # of what is in the files, see settle_architecture
+            config["architectures"] = self.model.config.architectures
         config["quantization_config"] = quantization_config(
             {module: (matrix.format, matrix.shape) for module, matrix in self.plan.matrices.items()}
         )

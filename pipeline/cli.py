@@ -349,7 +349,9 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except BaseException as error:
-        if asked:  # whatever came of it: native code may answer with an error of its own
+        if asked and not (
+            isinstance(error, SystemExit) and not error.code
+        ):  # whatever came of it: native code may answer with an error of its own
             _end("Stopped. What is finished is kept: run the same command again to go on.", 128 + asked[0])
         if isinstance(error, PipelineError | RegistryError):
             _end(f"Error: {error}", 1)

@@ -84,8 +84,9 @@ def measure_scales(
                 hook = _probing(out, into, responses[matrix.name])
                 stack.callback(network.network.get_submodule(matrix.module).register_forward_hook(hook).remove)
             yield window_is_done
+        num_tokens = len(tokens) * network.task.num_scored(tokens.shape[1])
         scales = {
-            name: square / (2 * tokens.numel()) / expected[name] if expected[name] > 0 else 1.0
+            name: square / (2 * num_tokens) / expected[name] if expected[name] > 0 else 1.0
             for name, square in squares.items()
         }
         write_json(folder / f"scales-{blocks.start:03d}.json", scales)

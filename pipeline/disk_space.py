@@ -48,10 +48,12 @@ def shared_disk_bytes(run: "Run") -> int:
     if run.texts.recovery is not None:
         settings, width = run.recovery_settings, run.model.config.get_text_config().hidden_size
         bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py
+        if not run.model.task.generates:
+            bytes_a_token = run.model.task.answer_bytes(run.model.config)
         total += bytes_a_token * run.texts.recovery.tokens.numel()
     if run.texts.evaluation is not None:
-        answer_width = run.model.task.answer_width(run.model.config)
-        total += min(EVAL_CACHE_BYTES, 2 * answer_width * run.texts.evaluation.tokens.numel())
+        answer_bytes = run.model.task.answer_bytes(run.model.config)
+        total += min(EVAL_CACHE_BYTES, answer_bytes * run.texts.evaluation.tokens.numel())
     return total
 
 

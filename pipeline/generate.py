@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.errors import CheckpointError
 from pipeline.packed import load_packed
@@ -20,12 +20,12 @@ def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, d
     Raises:
         CheckpointError: `folder` is not a sound compressed checkpoint, or an encoder's.
     """
-    if not task_of(AutoConfig.from_pretrained(folder)).generates:
+    network = load_packed(folder, device)
+    if not task_of(network.config).generates:
         raise CheckpointError(
             f"The model in {folder} is an encoder: it gives features of a text and continues none. Its card "
             "and its report say how to load it."
         )
-    network = load_packed(folder, device)
     with quiet_transformers():
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if chat:

@@ -13,7 +13,7 @@ forward pass runs with blocks that do nothing but say what they were called with
 
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -226,16 +226,24 @@ class WholeNetwork:
         return 0
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """See Network."""
-        return self.network.get_input_embeddings()(self.task.fed(tokens))
+        """Nothing: the network reads the tokens itself, for some scale what they embed. See `through`."""
+        return torch.zeros(*tokens.shape, 1, device=self.device)
 
     def block(self, index: int) -> AbstractContextManager[None]:
         """See Network."""
         return nullcontext()
 
     def through(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """See Network."""
-        return self.task.answer(self.network, self.task.embedded_inputs(hidden))
+        """See Network. What is embedded gets zeros that depend on `hidden`, so that gradients can flow."""
+
+        def attach(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            return output + 0 * hidden.sum()
+
+        with ExitStack() as stack:
+            for module in self.network.modules():
+                if isinstance(module, nn.Embedding):
+                    stack.callback(module.register_forward_hook(attach).remove)
+            return self.task.answer(self.network, self.task.inputs(tokens))
 
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """See Network."""
@@ -253,16 +261,17 @@ def blocks_of(model: Model) -> tuple[list[str], int | None]:
 
     Raises:
         NotLayeredError: there is more than one stack, a block is not called once, or its input is not the output of
-            the block before.
+            the block before, or it reads more than that of it.
     """
     skeleton = build_skeleton(model.config, experts_apart=model.experts_apart)
     blocks = {f"{stack}.{name}": (stack, block) for stack in stacks_of(skeleton)
               for name, block in skeleton.get_submodule(stack).named_children()}  # fmt: skip
-    calls: list[tuple[str, Any, Any]] = []
+    calls: list[tuple[str, list[Any], Any]] = []
 
     def remember(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            calls.append((name, args[0] if args else kwargs.get("hidden_states"), output))
+            read = args[0] if args else kwargs.get("hidden_states")
+            calls.append((name, [read, *args[1:], *kwargs.values()], output))
 
         return hook
 
@@ -280,9 +289,12 @@ def blocks_of(model: Model) -> tuple[list[str], int | None]:
     names = [name for name, (stack, _) in blocks.items() if stack in stacks]
     if [name for name, _, _ in calls] != names:
         raise NotLayeredError(f"{model.spec} does not call each block of {next(iter(stacks))} once and in order.")
-    for (name, _, output), (_, following, _) in pairwise(calls):
-        if (output[0] if isinstance(output, tuple) else output) is not following:
+    for (name, _, output), (_, (following, *others), _) in pairwise(calls):
+        hidden, *more = output if isinstance(output, tuple) else (output,)
+        if hidden is not following:
             raise NotLayeredError(f"{model.spec} changes what {name} gives before the next block reads it.")
+        if any(given is read for given in more if isinstance(given, Tensor) for read in others):
+            raise NotLayeredError(f"{model.spec} passes more than hidden states from {name} to the next block.")
     kinds = {len(output) if isinstance(output, tuple) else None for _, _, output in calls}
     if len(kinds) != 1:
         raise NotLayeredError(f"The blocks of {model.spec} return different things.")

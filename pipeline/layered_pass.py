@@ -150,7 +150,7 @@ def gradient_file(index: int) -> str:
 
 def _loss(network: Network, window: Tensor, hidden: Tensor, index: int, label_seed: int | None) -> Tensor:
     answer = network.head(window[None], hidden)[0].float()
-    loss = network.task.loss(answer, window, None if label_seed is None else label_seed + index)
+    loss = network.task.loss(answer, window, (label_seed or 0) + index, label_seed is not None)
     if not math.isfinite(loss.item()):
         raise NonFiniteError(
             f"The loss of calibration window {index} is {loss.item()}. The model overflows or its weights "

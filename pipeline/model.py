@@ -30,7 +30,7 @@ from pipeline.shards import TensorInfo, read_folder
 from pipeline.sources import EXTRA_FILES, find_source
 from pipeline.stored_names import StoredNames, match_names
 from pipeline.structure import Structure, build_skeleton, read_structure
-from pipeline.task import Task, auto_class, task_of
+from pipeline.task import Task, auto_class, settle_architecture, task_of
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
     source = find_source(spec, revision, progress)
     config = read_config(source.path)
     stored = read_folder(source.path)
+    settle_architecture(config, [info.name for info in stored])
     skeleton = build_skeleton(config)
     names = match_names(skeleton, [info.name for info in stored])
     experts = expert_tensors(skeleton, names, {info.name: info for info in stored})

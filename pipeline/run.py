@@ -26,6 +26,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import EVAL_CACHE_BYTES, disk_may_fill
+from pipeline.errors import RecipeError
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
 from pipeline.memory import give_back
@@ -93,6 +94,11 @@ class Run:
         model = open_model(recipe.model, revision=recipe.revision, progress=progress)
         check_ranks(model.matrices, recipe.ranks)
         check_trainable(recipe)
+        if recipe.recover and not model.task.generates and (recipe.recover_hidden_weight or recipe.recover_ce_weight):
+            raise RecipeError(
+                f"{recipe.model} is an encoder, which has neither an output head nor next tokens. Leave "
+                "--recover-hidden-weight and --recover-ce-weight at 0: the divergence of its features is trained on."
+            )
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
         offered = offered_choices(model.matrices, labels, overrides)

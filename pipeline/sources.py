@@ -29,7 +29,7 @@ EXTRA_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
     *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),
     # of sentence-transformers: pooling and what follows
-    *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
+    *("modules.json", "sentence_*_config.json", "config_sentence_transformers.json", "[0-9]_*/config.json"),
     "[0-9]_*/model.safetensors",
     *("generation_config.json", "*preprocessor_config.json", "processor_config.json"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),

@@ -101,7 +101,7 @@ def collect_statistics(
     facts: dict[str, Any] = {
         "metric": metric,
         "num_sequences": len(used),
-        "num_tokens": used.numel(),
+        "num_tokens": len(used) * model.task.num_scored(used.shape[1]),
         "tokens_sha256": windows.sha256,
         "scales": {},
     }

@@ -129,7 +129,8 @@ def _num_positions(model: "PreTrainedModel") -> int | None:
     if not embedded:
         return None
     padded = [each.num_embeddings - each.padding_idx - 1 for each in embedded if each.padding_idx is not None]
-    return min([*padded, int(model.config.get_text_config().max_position_embeddings)])
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min([*padded, *([stated] if stated else [])], default=None)
 
 
 def stacks_of(model: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ Of two answers to a window, the divergence is KL in nats a token: of the predict
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -53,21 +54,21 @@ class Task(ABC):
 
     generates: ClassVar[bool] = True
 
-    def fed(self, tokens: Tensor) -> Tensor:
-        """The ids that are embedded, [windows, seq_len]."""
-        return tokens
-
     @abstractmethod
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """What the network is called with."""
 
-    @abstractmethod
-    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        """The same, for the embeddings [windows, seq_len, width] of what is `fed`."""
-
     def probe_inputs(self, tokens: Tensor) -> dict[str, Any]:
         """The same on the meta device, where nothing can depend on values."""
         return self.inputs(tokens)
+
+    def num_scored(self, seq_len: int) -> int:
+        """Over how many tokens of a window errors are spread: those that the loss is summed over, and the first."""
+        return seq_len
+
+    @abstractmethod
+    def answer_bytes(self, config: "PretrainedConfig") -> int:
+        """What an answer to one token takes on disk (base_logits.py)."""
 
     @abstractmethod
     def answer_width(self, config: "PretrainedConfig") -> int:
@@ -78,11 +79,12 @@ class Task(ABC):
         """Run the network."""
 
     @abstractmethod
-    def loss(self, answer: Tensor, window: Tensor, label_seed: int | None) -> Tensor:
+    def loss(self, answer: Tensor, window: Tensor, seed: int, labels_are_drawn: bool) -> Tensor:
         """The loss of one window's `answer` [scored, n] in nats, summed over its tokens.
 
         Args:
-            label_seed: labels are drawn from the answer itself; None takes the text's own, where it has any.
+            seed: of labels that are drawn; each window has its own.
+            labels_are_drawn: from the answer itself; else they are the text's own, where it has any.
         """
 
     @abstractmethod
@@ -105,6 +107,10 @@ class Predictions(Task):
     def targets(self, tokens: Tensor) -> Tensor:
         """Of [windows, seq_len], the tokens that are predicted."""
 
+    def answer_bytes(self, config: "PretrainedConfig") -> int:
+        """See Task: float16."""
+        return 2 * self.answer_width(config)
+
     def answer_width(self, config: "PretrainedConfig") -> int:
         """See Task."""
         return int(config.get_text_config().vocab_size)
@@ -113,9 +119,9 @@ class Predictions(Task):
         """See Task."""
         return self.scored(network(**inputs).logits)
 
-    def loss(self, answer: Tensor, window: Tensor, label_seed: int | None) -> Tensor:
+    def loss(self, answer: Tensor, window: Tensor, seed: int, labels_are_drawn: bool) -> Tensor:
         """See Task."""
-        labels = self.targets(window[None])[0] if label_seed is None else drawn_labels(answer.detach(), label_seed)
+        labels = drawn_labels(answer.detach(), seed) if labels_are_drawn else self.targets(window[None])[0]
         return nn.functional.cross_entropy(answer, labels, reduction="sum")
 
     def divergences(self, before: Tensor, after: Tensor) -> Tensor:
@@ -131,10 +137,6 @@ class NextToken(Predictions):
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """See Task."""
         return {"input_ids": tokens, "use_cache": False}
-
-    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        """See Task."""
-        return {"inputs_embeds": hidden, "use_cache": False}
 
     def probe_inputs(self, tokens: Tensor) -> dict[str, Any]:
         """See Task: without a mask, transformers looks for packed texts."""
@@ -155,21 +157,15 @@ class Continuation(Predictions):
 
     start: int
 
-    def fed(self, tokens: Tensor) -> Tensor:
-        """See Task: what the encoder reads, then what the decoder reads."""
-        first = torch.full_like(tokens[:, :1], self.start)
-        half = tokens.shape[1] // 2
-        return torch.cat([tokens[:, :half], first, tokens[:, half:-1]], dim=1)
-
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """See Task."""
-        read, begun = self._halves(self.fed(tokens))
+        read, predicted = self._halves(tokens)
+        begun = torch.cat([torch.full_like(tokens[:, :1], self.start), predicted[:, :-1]], dim=1)
         return {"input_ids": read, "decoder_input_ids": begun, "use_cache": False}
 
-    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        """See Task."""
-        read, begun = self._halves(hidden)
-        return {"inputs_embeds": read, "decoder_inputs_embeds": begun, "use_cache": False}
+    def num_scored(self, seq_len: int) -> int:
+        """See Task: the half that is predicted."""
+        return seq_len - seq_len // 2
 
     def scored(self, tensor: Tensor) -> Tensor:
         """See Predictions."""
@@ -193,9 +189,9 @@ class Features(Task):
         """See Task."""
         return {"input_ids": tokens}
 
-    def embedded_inputs(self, hidden: Tensor) -> dict[str, Any]:
-        """See Task."""
-        return {"inputs_embeds": hidden}
+    def answer_bytes(self, config: "PretrainedConfig") -> int:
+        """See Task: float32."""
+        return 4 * self.answer_width(config)
 
     def answer_width(self, config: "PretrainedConfig") -> int:
         """See Task."""
@@ -206,9 +202,9 @@ class Features(Task):
         encoder: Any = network.base_model
         return encoder(**inputs).last_hidden_state
 
-    def loss(self, answer: Tensor, window: Tensor, label_seed: int | None) -> Tensor:
+    def loss(self, answer: Tensor, window: Tensor, seed: int, labels_are_drawn: bool) -> Tensor:
         """See Task. No text says what features are right, so that labels are always drawn."""
-        generator = torch.Generator().manual_seed(label_seed or 0)
+        generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(answer.shape, generator=generator).to(answer.device)
         deviation = variance_of(answer.detach()).float().sqrt()
         label = answer.detach() + deviation * noise
@@ -258,15 +254,36 @@ def auto_class(config: "PretrainedConfig") -> Any:
     return AutoModelForImageTextToText if is_of_images and not has_text_alone else AutoModelForCausalLM
 
 
+def settle_architecture(config: "PretrainedConfig", stored: Collection[str]) -> None:
+    """Let `config` name the encoder alone where the files hold no more, and the class with a head where none is named.
+
+    sentence-transformers keep the name of a head that they leave out.
+
+    Args:
+        stored: names of the tensors in the files, which begin with the encoder's own name where there is a head.
+    """
+    encoder = _encoder_class(config)
+    kind = type(config)
+    if encoder is None or kind not in AutoModelForMaskedLM._model_mapping or kind not in AutoModel._model_mapping:
+        return
+    masked: Any = AutoModelForMaskedLM._model_mapping[kind]
+    alone: Any = AutoModel._model_mapping[kind]
+    has_head = any(name.startswith(f"{masked.base_model_prefix}.") for name in stored)
+    if encoder is not AutoModel and not has_head:
+        config.architectures = [alone.__name__]
+    elif not config.architectures and has_head:
+        config.architectures = [masked.__name__]
+
+
 def _encoder_class(config: "PretrainedConfig") -> Any:
     """Of an encoder, the class with the heads that its files have; None of other models."""
     kind, named = type(config), next(iter(config.architectures or ()), None)
     is_encoder = kind in AutoModelForMaskedLM._model_mapping and not config.is_encoder_decoder
     found = next((auto for auto in ENCODER_CLASSES if named in _class_names(auto, kind)), None)
     if is_encoder:
-        is_decoder = named in _class_names(AutoModelForCausalLM, kind) or (named is None and config.is_decoder)
-        return None if is_decoder else found or AutoModel
-    return found if found is AutoModelForTextEncoding and config.is_encoder_decoder else None
+        says_decoder = named is None and getattr(config, "is_decoder", False)
+        return None if says_decoder or named in _class_names(AutoModelForCausalLM, kind) else found or AutoModel
+    return found if found is AutoModelForTextEncoding else None
 
 
 def _class_names(auto: Any, kind: type) -> set[str]:

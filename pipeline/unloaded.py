@@ -163,6 +163,7 @@ def _loading(weights: Weights, block: nn.Module, name: str) -> Callable[..., Any
 def _without_weights(model: Model) -> "PreTrainedModel":
     """Parameters on the meta device; buffers, which its code computes, are real."""
     config = read_config(model.path)  # not model.config, where the skeleton has set eager attention
+    config.architectures = model.config.architectures
     handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
     try:
         with quiet_transformers():

@@ -5,6 +5,7 @@ for empty `QuantizedLinear`s on the meta device, let transformers fill them, che
 there with its shape and dtype (transformers makes up what is missing), and hand out the codebooks.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -110,8 +111,8 @@ class BitsmithHfQuantizer(HfQuantizer):
         fused = fused_experts(model)
         if any(name.startswith(f"{experts}.") for experts in fused for name in config.matrices):
             set_experts_apart(model)
-        for name in config.matrices:
-            form, shape = config.format_of(name)
+        for stored_name, name in _as_named(model, config.matrices).items():
+            form, shape = config.format_of(stored_name)
             old = _linear_layer(model, name, shape)
             with torch.device("meta"):
                 layer = QuantizedLinear(shape, form, bias=old.bias is not None, dtype=old.weight.dtype)
@@ -131,8 +132,8 @@ class BitsmithHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         config = self.quantization_config
-        for name in config.matrices:
-            form, _ = config.format_of(name)
+        for stored_name, name in _as_named(model, config.matrices).items():
+            form, _ = config.format_of(stored_name)
             levels = torch.tensor(config.codebooks[form.codebook_name], dtype=torch.float32)
             model.get_submodule(name).set_levels(levels)
         return model
@@ -143,6 +144,16 @@ class BitsmithHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _as_named(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Each module's name in `model`, which may be the checkpoint's without its head, or with one: `bert.encoder` ..."""
+    prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
+
+    def here(name: str) -> str:
+        return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
+
+    return {name: here(name) for name in names}
 
 
 def _headers(files: list[str]) -> Headers:

@@ -145,6 +145,12 @@ _SMALL_T5: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4,
     "decoder_start_token_id": 2, "pad_token_id": 2, "eos_token_id": 1,
 }  # fmt: skip
+_SMALL_BART: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_position_embeddings": 128, "pad_token_id": 2, "bos_token_id": 0,
+    "eos_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": 1,
+}  # fmt: skip
 CAUSAL |= {
     "bert": ("BertConfig", "BertForMaskedLM", _WIDTHS),
     "roberta": ("RobertaConfig", "RobertaModel", _WIDTHS),
@@ -161,18 +167,16 @@ CAUSAL |= {
     ),
     "electra": ("ElectraConfig", "ElectraModel", _WIDTHS | {"embedding_size": 16}),
     "t5": ("T5Config", "T5ForConditionalGeneration", _SMALL_T5 | {"num_layers": 2}),
+    "marian": ("MarianConfig", "MarianMTModel", _SMALL_BART | {"scale_embedding": True}),
+    "pegasus": ("PegasusConfig", "PegasusForConditionalGeneration", _SMALL_BART | {"scale_embedding": True}),
+    "t5_encoder": ("T5Config", "T5EncoderModel", _SMALL_T5 | {"num_layers": 3}),
     "bart": (
         "BartConfig",
         "BartForConditionalGeneration",
-        {
-            "vocab_size": VOCAB_SIZE, "d_model": 32, "encoder_layers": 2, "decoder_layers": 3,
-            "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48, "max_position_embeddings": 128, "pad_token_id": 2, "bos_token_id": 0,
-            "eos_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": 1,
-        },
+        _SMALL_BART,
     ),
 }  # fmt: skip
-ENCODER_DECODERS = ("t5", "bart")
+WHOLE = ("t5", "t5_encoder", "marian", "pegasus", "bart")  # not run block by block
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
 

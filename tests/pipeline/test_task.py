@@ -9,16 +9,19 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from pipeline.auto_classes import known_class
 from pipeline.base_logits import base_log_probs
 from pipeline.calibration import token_windows
 from pipeline.compress import Compressed, compress
-from pipeline.errors import CalibrationError, CheckpointError
+from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate import evaluate
 from pipeline.generate import stream_text
+from pipeline.layered import open_network
 from pipeline.model import open_model
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
+from pipeline.statistics import Statistics, collect_statistics
 from pipeline.task import Continuation, Features, NextToken, auto_class, task_of
 from pipeline.texts import Texts
 from registry import Registry
@@ -68,7 +71,7 @@ def test_drawn_features_have_the_curvature_of_the_divergence() -> None:
     task, step = Features(), torch.zeros((), requires_grad=True)
     slopes = []
     for seed in range(4000):
-        loss = task.loss(features + step * direction, torch.zeros(6, dtype=torch.long), seed)
+        loss = task.loss(features + step * direction, torch.zeros(6, dtype=torch.long), seed, True)
         slopes.append(torch.autograd.grad(loss, step)[0])
     moved = task.divergences(features, features + 1e-2 * direction).sum() / 1e-4
     assert float(torch.stack(slopes).square().mean()) / 2 == pytest.approx(float(moved), rel=0.05)
@@ -178,6 +181,78 @@ def test_windows_that_are_longer_than_the_model_reads_are_refused(
     if most is not None:
         with pytest.raises(CalibrationError, match=f"longer than the {most} positions"):
             Texts.of(Recipe.of(model=spec, **(settings | {"eval_seq_len": most + 1})), model, SILENT)
+
+
+def test_sentence_transformers_load_an_encoder_without_its_head(done: Compressed) -> None:
+    """They take AutoModel, whatever class the config names."""
+    config = transformers.AutoConfig.from_pretrained(done.folder)
+    if config.model_type != "bert":
+        return
+    alone, tokens = transformers.AutoModel.from_pretrained(done.folder, dtype=torch.float32), torch.arange(16)[None]
+    with torch.no_grad():
+        expected = Features().answer(load_packed(done.folder), {"input_ids": tokens})
+        assert torch.equal(alone(input_ids=tokens).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("model_type", ["marian", "pegasus", "t5_encoder"])
+def test_models_that_scale_what_they_embed(model_type: str, tmp_path: Path) -> None:
+    """Or whose blocks pass more than hidden states, as T5's encoder alone: statistics are of the real network."""
+    model = open_model(str(loud(model_type, tmp_path / "model")))
+    network, tokens = open_network(model, "cpu", lambda said: None), torch.arange(40)[None] + 20
+    hidden = network.embed(tokens)
+    for index in range(network.num_blocks):
+        with torch.no_grad(), network.block(index):
+            hidden = network.through(index, tokens, hidden)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            network.head(tokens, hidden), model.task.answer(model.load(), model.task.inputs(tokens))
+        )
+    windows = token_windows(SMALL["dataset"], model.tokenizer(), num_windows=2, seq_len=32, seed=0)
+    collect_statistics(model, windows, "fisher", tmp_path, seed=0, device="cpu")
+    found = Statistics.open(lambda name: tmp_path / "out" / name)
+    assert [each.name for each in model.matrices if not found.of(each).fisher_diag.any()] == []
+
+
+@pytest.mark.parametrize(("model_type", "named"), [("mpnet", "MPNetForMaskedLM"), ("roberta", "RobertaForMaskedLM")])
+def test_files_without_the_head_that_the_config_names(model_type: str, named: str, tmp_path: Path) -> None:
+    """As sentence-transformers save them."""
+    folder = save_model(build_causal(model_type), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": [named]}))
+    model = open_model(str(folder))
+    assert model.config.architectures == config["architectures"]
+    recipe = Recipe.of(model=str(folder), **(SMALL | {"sensitivity": "none", "ranks": (0,), "eval_windows": 0}))
+    done = compress(recipe, Registry(tmp_path / "registry"), tmp_path / "out")
+    assert json.loads((done.folder / "config.json").read_text())["architectures"] == config["architectures"]
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "modernbert"])
+def test_files_whose_config_names_nothing(model_type: str, tmp_path: Path) -> None:
+    folder = save_model(build_causal(model_type), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert isinstance(open_model(str(folder)).task, Features)
+
+
+def test_weights_of_a_head_that_an_encoder_lacks_are_an_error(tmp_path: Path) -> None:
+    recipe = Recipe.of(
+        model=str(loud("bert", tmp_path / "model")), **(SMALL | {"recover": True, "recover_ce_weight": 1.0})
+    )
+    with pytest.raises(RecipeError, match="Leave --recover-hidden-weight and --recover-ce-weight at 0"):
+        compress(recipe, Registry(tmp_path / "registry"), tmp_path / "out")
+
+
+def test_no_room_for_text_between_the_ends() -> None:
+    with pytest.raises(CalibrationError, match="has no room for text"):
+        token_windows(SMALL["dataset"], build_tokenizer(), num_windows=1, seq_len=2, seed=None, ends=(0, 1))
+
+
+def test_foreign_words_are_no_class() -> None:
+    assert [known_class(report) for report in (None, {}, {"auto_class": ["x"]}, {"auto_class": "os.system"})] == [
+        "AutoModelForCausalLM"
+    ] * 4
+    assert known_class({"auto_class": "AutoModel"}) == "AutoModel"
 
 
 def test_an_encoder_is_not_compared_with_a_decoder(tiny_model_dir: Path, tmp_path: Path) -> None:
