@@ -1,17 +1,20 @@
 """What each kind of model is asked, and that encoders and encoder-decoders go all the way like decoders."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from transformers import PreTrainedConfig
 
 from pipeline.auto_classes import known_class
 from pipeline.base_logits import base_log_probs
 from pipeline.calibration import token_windows
+from pipeline.card import render_card
 from pipeline.compress import Compressed, compress
 from pipeline.errors import CalibrationError, CheckpointError, RecipeError
 from pipeline.evaluate import evaluate
@@ -19,11 +22,13 @@ from pipeline.generate import stream_text
 from pipeline.layered import open_network
 from pipeline.model import open_model
 from pipeline.packed import load_packed
+from pipeline.pareto import write_pareto
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.statistics import Statistics, collect_statistics
 from pipeline.task import Continuation, Features, NextToken, auto_class, task_of
 from pipeline.texts import Texts
+from pipeline.version_facts import VersionFacts, figures_of
 from registry import Registry
 from tests.architectures import build_causal
 from tests.models import build_tokenizer, save_model
@@ -261,3 +266,31 @@ def test_an_encoder_is_not_compared_with_a_decoder(tiny_model_dir: Path, tmp_pat
     base = base_log_probs(decoder.load, tokens, cache_dir=tmp_path / "cache", key="decoder")
     with pytest.raises(CheckpointError, match="is an encoder and the other is not"):
         evaluate(encoder.load(), base, tokens)
+
+
+def test_pages_show_what_was_measured(done: Compressed, tmp_path: Path) -> None:
+    """The model's card, the page of several budgets, and the figures that gates are made of."""
+    registry = Registry(done.folder.parent / "registry")
+    version = registry.version("out")
+    card = render_card(VersionFacts.of(registry, version), "me/tiny", "v1")
+    header = ModelCard(card).data
+    figures = figures_of(registry, version)
+    folder = tmp_path / "budgets"
+    shutil.copytree(done.folder, folder / "3.5bpw")
+    write_pareto(folder)
+    page = (folder / "index.html").read_text()
+    metrics = [result.metric_type for result in header.eval_results]
+    if header.pipeline_tag == "fill-mask":
+        assert metrics == ["kl_divergence", "cosine_similarity"]
+        assert "AutoModelForMaskedLM.from_pretrained" in card
+        assert "generate(" not in card
+        assert "cosine similarity" in page
+        assert "perplexity" not in page
+        assert 0.8 < figures["cosine"] < 1
+        assert "perplexity" not in figures
+    else:
+        assert header.pipeline_tag == "text2text-generation"
+        assert metrics == ["perplexity", "kl_divergence", "top1_agreement"]
+        assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+        assert "perplexity" in page
+        assert "cosine" not in figures
