@@ -177,6 +177,7 @@ CAUSAL |= {
     ),
 }  # fmt: skip
 WHOLE = ("t5", "t5_encoder", "marian", "pegasus", "bart")  # not run block by block
+COMPUTED = ("marian", "pegasus")  # their positions are not stored
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
 

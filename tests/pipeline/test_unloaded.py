@@ -14,7 +14,7 @@ from pipeline.layered import LayeredNetwork
 from pipeline.model import open_model
 from pipeline.task import task_of
 from pipeline.unloaded import MergedError, Unloaded, original_network, streamed
-from tests.architectures import CAUSAL, build_causal
+from tests.architectures import CAUSAL, COMPUTED, build_causal
 from tests.models import VOCAB_SIZE, build_llama, save_model
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -26,7 +26,16 @@ def _answer(network: Any) -> Tensor:
         return task.answer(network, task.inputs(TOKENS))
 
 
-@pytest.mark.parametrize("model_type", CAUSAL)
+@pytest.mark.parametrize("model_type", COMPUTED)
+def test_what_is_computed_on_loading_is_loaded(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unloaded, "WHOLE_SHARE", 0.0)
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
+    assert torch.equal(_answer(original_network(model, "cpu")), _answer(model.load()))
+
+
+@pytest.mark.parametrize("model_type", [name for name in CAUSAL if name not in COMPUTED])
 def test_a_streamed_network_gives_the_loaded_one_s_answer(model_type: str, tmp_path: Path) -> None:
     model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
     network = streamed(model, "cpu")
