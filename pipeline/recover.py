@@ -1,47 +1,34 @@
 """Recovery: train the small parts of a packed network until it answers like its original.
 
-The codes stay; what is trained is stored anyway (pipeline/trainable.py), so the size does not change.
-AdamW moves float32 master copies. Each forward pass runs with their values as they will be stored, and the gradient is
-taken as if that rounding were not there (straight-through), so training sees what the reader of the checkpoint will.
-
-The last windows are never trained on. Every few steps the divergence from the original is measured on them, the best
-values are kept, and where none was better than the start, nothing is changed. In the second half of the steps, when
-the rate falls, it stops after a few measurements without a gain; at its height they go up and down.
+The codes stay; what is trained is stored anyway (pipeline/trainable.py), so the size does not change. The loop is that
+of training.py, with the divergence from the original measured on the held-out windows; where no values were better
+than the start, nothing is changed.
 """
 
-import hashlib
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.adam import adam_step
 from pipeline.calibration import tokens_sha256
-from pipeline.errors import CalibrationError, NonFiniteError
+from pipeline.errors import CalibrationError
 from pipeline.memory import free_bytes
 from pipeline.progress import SILENT, Progress
 from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
-from pipeline.recovery_settings import Compute, RecoverySettings
-from pipeline.recovery_state import Check, RecoveryState
+from pipeline.recovery_settings import RecoverySettings
 from pipeline.task import Predictions, Task, task_of
 from pipeline.teacher import TeacherFeatures, TeacherWindow, TeacherWindows, head_inputs
 from pipeline.trainable import opened_for_training
+from pipeline.training import AsStored, Lesson, Training, sha256_of
+from pipeline.training_state import Check, TrainingState
 from quantizers import QuantizedLinear
 
-EPOCHS_A_SEED = 2**20  # no two seeds share the order of an epoch
+STATE_FILE = "recovery.safetensors"
 FREE_SHARE = 0.25  # of the free memory may go into activations; a window's are computed twice where that is too little
 KEPT_A_FEATURE = 3  # numbers that autograd keeps for each input and output of a layer, with those of what lies between
-AsStored = Callable[[dict[str, Tensor]], dict[str, Tensor]]
-
-
-def compute_of(device: str) -> Compute:
-    """What to train in: bfloat16 where the device multiplies it in hardware (a GPU, a CPU with AMX), else float32."""
-    has_tiles = torch.cpu._is_amx_tile_supported()  # the one name for it in torch 2.11 too
-    return "bfloat16" if device.startswith("cuda") or has_tiles else "float32"
 
 
 def activation_bytes(layers: list[QuantizedLinear], seq_len: int) -> int:
@@ -67,12 +54,12 @@ class Recovered:
     @property
     def start_kl(self) -> float:
         """On the held-out windows before any training, in nats a token."""
-        return self.checks[0].kl_divergence
+        return self.checks[0].held_out_loss
 
     @property
     def best_kl(self) -> float:
         """The same with `values` as they are stored; never above `start_kl`."""
-        return min(check.kl_divergence for check in self.checks)
+        return min(check.held_out_loss for check in self.checks)
 
 
 def recover(
@@ -114,64 +101,36 @@ def recover(
         network, settings.train, dense_bytes=dense_bytes, dense_dtype=dense_dtype, keep_activations=can_keep
     )
     with opened as live:
-        started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": _sha256(live)}
-        state = RecoveryState.begin(work, started_with, dict(live))
-        _Training(network, live, teacher, settings, as_stored, state).run(progress)
+        started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": sha256_of(live)}
+        state = TrainingState.begin(work / STATE_FILE, started_with, dict(live))
+        training = Training(
+            live,
+            _Recovery(network, teacher, settings),
+            settings,
+            state,
+            batch_size=settings.batch_windows,
+            patience=settings.patience,
+            as_stored=as_stored,
+            what_else="Nothing was changed.",
+        )
+        training.run(progress)
     return Recovered(state.best, tuple(state.checks), state.step)
 
 
 @dataclass(frozen=True)
-class _Training:
+class _Recovery(Lesson):
+    title: ClassVar[str] = "Recovery"
+    item: ClassVar[str] = "calibration window"
     network: PreTrainedModel
-    live: dict[str, nn.Parameter]
     teacher: TeacherWindows
     settings: RecoverySettings
-    as_stored: AsStored
-    state: RecoveryState
+
+    def __len__(self) -> int:
+        return len(self.teacher)
 
     @property
     def task(self) -> Task:
         return task_of(self.network.config)
-
-    def run(self, progress: Progress) -> None:
-        state, settings = self.state, self.settings
-        if state.checks:
-            self.put_in()
-        else:
-            state.checks.append(Check(0, self.held_out_kl(), None))
-        steps = range(state.step, settings.steps)
-        for step in progress.track(steps, "Recovery", total=settings.steps, done=state.step):
-            if step > settings.steps / 2 and state.checks_without_gain >= settings.patience:
-                break
-            state.losses.append(self.add_gradients(step))
-            self.move(step)
-            state.step = step + 1
-            if state.step % settings.check_every == 0 or state.step == settings.steps:
-                self.check()
-            state.save_if_due()
-        state.save()
-
-    def add_gradients(self, step: int) -> float:
-        """Mean loss of the step's windows; its gradient is added to the live parameters."""
-        total = 0.0
-        for index in self.windows_of(step):
-            loss = self.loss(index) / self.settings.batch_windows
-            if not math.isfinite(loss.item()):
-                raise self.diverged(f"The loss of calibration window {index} is {loss.item()}", step)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    def windows_of(self, step: int) -> list[int]:
-        """The step's windows: each epoch has them all in an order of its own, so no state is needed to go on."""
-        num_train = len(self.teacher) - self.settings.num_held_out(len(self.teacher))
-        batch = self.settings.batch_windows
-        chosen = []
-        for position in range(step * batch, (step + 1) * batch):
-            epoch, place = divmod(position, num_train)
-            generator = torch.Generator().manual_seed(EPOCHS_A_SEED * self.settings.seed + epoch)
-            chosen.append(int(torch.randperm(num_train, generator=generator)[place]))
-        return chosen
 
     def loss(self, index: int) -> Tensor:
         weights, task = self.settings, self.task
@@ -188,6 +147,11 @@ class _Training:
             loss = loss + weights.ce_weight * next_token_loss(logits, task.targets(window.tokens[None])[0])
         return loss
 
+    def held_out_loss(self, indices: range) -> float:
+        """The mean divergence from the original."""
+        windows = (self.teacher.window(index, self.network.device) for index in indices)
+        return sum(self.divergence(window).item() for window in windows) / len(indices)
+
     def divergence(self, window: TeacherWindow | TeacherFeatures) -> Tensor:
         """From the original's answer to a window, in nats a token."""
         answer = self.answer(window.tokens)
@@ -201,51 +165,6 @@ class _Training:
         with torch.autocast(device_type, torch.bfloat16, enabled=is_low):
             return self.task.answer(self.network, self.task.inputs(tokens[None]))[0]
 
-    def move(self, step: int) -> None:
-        """One step of AdamW on the masters with the live parameters' gradients, which are used up."""
-        norm = nn.utils.clip_grad_norm_(self.live.values(), self.settings.clip_norm).item()
-        if not math.isfinite(norm):
-            raise self.diverged(f"The norm of the gradient is {norm}", step)
-        gradients = {name: parameter.grad for name, parameter in self.live.items() if parameter.grad is not None}
-        state, rate = self.state, self.settings.rate(step)
-        adam_step(state.master, gradients, state.mean, state.square, num_before=step, learning_rate=rate)
-        for parameter in self.live.values():
-            parameter.grad = None
-        self.put_in()
-
-    @torch.no_grad()
-    def put_in(self) -> None:
-        """Give the network the masters' values as they would be stored."""
-        for name, value in self.as_stored(self.state.master).items():
-            self.live[name].copy_(value)
-
-    def check(self) -> None:
-        """Measure, and keep the values if they are the best so far."""
-        state = self.state
-        recent = state.losses[state.checks[-1].step :]
-        kl = self.held_out_kl()
-        if kl < min(check.kl_divergence for check in state.checks):
-            state.best = {name: value.clone() for name, value in state.master.items()}
-        state.checks.append(Check(state.step, kl, sum(recent) / len(recent)))
-
-    @torch.no_grad()
-    def held_out_kl(self) -> float:
-        total = 0.0
-        first = len(self.teacher) - self.settings.num_held_out(len(self.teacher))
-        for index in range(first, len(self.teacher)):
-            total += self.divergence(self.teacher.window(index, self.network.device)).item()
-        kl = total / (len(self.teacher) - first)
-        if not math.isfinite(kl):
-            raise self.diverged(f"The divergence on the held-out windows is {kl}", self.state.step)
-        return kl
-
-    def diverged(self, what: str, step: int) -> NonFiniteError:
-        return NonFiniteError(
-            f"{what} at step {step} of the recovery. If it is the first step, the packed model is damaged: check it "
-            f"with `bitsmith evaluate`. Else the learning rate of {self.settings.learning_rate} is too high: try a "
-            "tenth of it. Nothing was changed."
-        )
-
 
 def require_windows(tokens: Tensor) -> None:
     """Raise CalibrationError unless there is a window to train on and one to measure on."""
@@ -255,11 +174,3 @@ def require_windows(tokens: Tensor) -> None:
             "seq_len] with two windows of two tokens or more: one is held out to measure on. Give a longer text or "
             "more windows."
         )
-
-
-def _sha256(tensors: dict[str, nn.Parameter]) -> str:
-    """Of names and values, in their order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

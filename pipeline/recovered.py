@@ -142,7 +142,7 @@ def _stored_dtype(model: Model, name: str) -> torch.dtype:
 
 def _report(found: Recovered, settings: RecoverySettings, num_windows: int) -> RecoveryReport:
     held_out = settings.num_held_out(num_windows)
-    checks = tuple((check.step, _rounded(check.kl_divergence)) for check in found.checks)
+    checks = tuple((check.step, _rounded(check.held_out_loss)) for check in found.checks)
     return RecoveryReport(
         train=settings.train,
         steps=found.steps,

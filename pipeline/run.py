@@ -36,7 +36,6 @@ from pipeline.output import OutputFolder
 from pipeline.packed import load_packed, packed_model, unpack
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe, check_trainable
-from pipeline.recover import compute_of
 from pipeline.recovered import recover_matrices
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.report import ReportFacts, write_report
@@ -47,6 +46,7 @@ from pipeline.stages import StageLog
 from pipeline.statistics import SpreadParts, collect_statistics
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
+from pipeline.training import compute_of
 from pipeline.unloaded import is_whole, original_network
 from pipeline.version import TOOLS, VERSION
 from quantizers import quantizer_from_label

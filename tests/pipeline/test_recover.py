@@ -9,12 +9,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline import recover as recover_module
-from pipeline import recovery_state
+from pipeline import training_state
 from pipeline.errors import CalibrationError, NonFiniteError, RecipeChangedError
-from pipeline.recover import AsStored, Recovered, compute_of, recover
+from pipeline.recover import Recovered, recover
 from pipeline.recovery_loss import mean_kl
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.teacher import TeacherWindows, teacher_windows
+from pipeline.training import AsStored, Training, compute_of
 from tests.pipeline.tiny_packed import original_llama, packed_llama, random_windows
 
 SETTINGS = RecoverySettings(steps=6, batch_windows=2, check_every=2, num_top=16, compute="float32", learning_rate=3e-3)
@@ -104,9 +105,9 @@ def test_without_a_gain_nothing_changes(tmp_path: Path) -> None:
 
 def test_the_held_out_windows_are_never_trained_on(tmp_path: Path, monkeypatch) -> None:
     seen: list[int] = []
-    loss = recover_module._Training.loss
+    loss = recover_module._Recovery.loss
     monkeypatch.setattr(
-        recover_module._Training, "loss", lambda self, index: (seen.append(index), loss(self, index))[1]
+        recover_module._Recovery, "loss", lambda self, index: (seen.append(index), loss(self, index))[1]
     )
     run(tmp_path, SETTINGS.model_copy(update={"held_out_share": 0.25}))
     assert sorted(seen) == sorted(2 * list(range(6))), "each epoch has every training window once"
@@ -133,8 +134,8 @@ def test_the_rate_rises_and_falls() -> None:
 @pytest.mark.parametrize("stopped_at", [0, 1, 4, 5])
 def test_a_kill_anywhere_ends_in_the_same_result(stopped_at: int, tmp_path: Path, monkeypatch) -> None:
     whole = run(tmp_path / "whole")
-    monkeypatch.setattr(recovery_state, "SAVE_SHARE", 1e9)  # save after every step
-    move = recover_module._Training.move
+    monkeypatch.setattr(training_state, "SAVE_SHARE", 1e9)  # save after every step
+    move = Training._move
 
     def killed(self, step: int) -> None:
         if step == stopped_at:
@@ -142,11 +143,11 @@ def test_a_kill_anywhere_ends_in_the_same_result(stopped_at: int, tmp_path: Path
         move(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recover_module._Training, "move", killed)
+        patch.setattr(Training, "_move", killed)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "cut")
     steps: list[int] = []
-    monkeypatch.setattr(recover_module._Training, "move", lambda self, step: (steps.append(step), move(self, step)))
+    monkeypatch.setattr(Training, "_move", lambda self, step: (steps.append(step), move(self, step)))
     resumed = run(tmp_path / "cut")
     assert steps == list(range(stopped_at, 6))
     assert resumed.checks == whole.checks
@@ -156,7 +157,7 @@ def test_a_kill_anywhere_ends_in_the_same_result(stopped_at: int, tmp_path: Path
 
 def test_a_finished_recovery_is_not_done_again(tmp_path: Path, monkeypatch) -> None:
     first = run(tmp_path)
-    monkeypatch.setattr(recover_module._Training, "add_gradients", None)
+    monkeypatch.setattr(Training, "_add_gradients", None)
     again = run(tmp_path)
     assert again.checks == first.checks
     assert all(torch.equal(again.values[name], value) for name, value in first.values.items())
@@ -177,7 +178,7 @@ def test_another_recovery_in_the_same_place_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_what_is_not_finite_stops_and_leaves_the_last_save(where: str, tmp_path: Path, monkeypatch) -> None:
-    network, add = packed_llama(), recover_module._Training.add_gradients
+    network, add = packed_llama(), Training._add_gradients
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
     def broken(self, step: int) -> float:
@@ -189,8 +190,8 @@ def test_what_is_not_finite_stops_and_leaves_the_last_save(where: str, tmp_path:
         return total
 
     with monkeypatch.context() as patch:
-        patch.setattr(recovery_state, "SAVE_SHARE", 1e9)
-        patch.setattr(recover_module._Training, "add_gradients", broken)
+        patch.setattr(training_state, "SAVE_SHARE", 1e9)
+        patch.setattr(Training, "_add_gradients", broken)
         with pytest.raises(NonFiniteError, match=rf"{where}.* at step 3 .*learning rate of 0\.003"):
             run(tmp_path, network=network)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())

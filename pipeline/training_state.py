@@ -1,9 +1,9 @@
-"""A recovery between two steps: everything that the next step depends on, kept on disk over kills.
+"""A training between two steps: everything that the next step depends on, kept on disk over kills.
 
-work/recovery.safetensors
+<path>, a safetensors file
     master/<name>, mean/<name>, square/<name>   float32, the trained values and AdamW's two moments
     best/<name>                                 float32, the values of the best measurement, if better than the start
-    metadata: {"state": JSON with step, losses, checks and what the recovery was started with}
+    metadata: {"state": JSON with step, losses, checks and what the training was started with}
 """
 
 import json
@@ -20,27 +20,26 @@ from torch import Tensor
 from pipeline.atomic import replace_file
 from pipeline.recipe import refuse_changes
 
-FILE = "recovery.safetensors"
 SAVE_SHARE = 0.05  # of the time may go into saving
 
 
 @dataclass(frozen=True)
 class Check:
-    """One measurement on the held-out windows, `kl_divergence` in nats a token.
+    """One measurement on what is held out, in nats a token.
 
     `train_loss` is the mean loss of the steps since the last one; None before the first.
     """
 
     step: int
-    kl_divergence: float
+    held_out_loss: float
     train_loss: float | None
 
 
 @dataclass
-class RecoveryState:
+class TrainingState:
     """See the module's docstring. `started_with` is plain JSON: settings, hashes of tokens and starting values."""
 
-    work: Path
+    path: Path
     started_with: dict[str, Any]
     master: dict[str, Tensor]
     mean: dict[str, Tensor]
@@ -53,22 +52,22 @@ class RecoveryState:
     _save_seconds: float = 0.0
 
     @staticmethod
-    def begin(work: Path, started_with: dict[str, Any], start: dict[str, Tensor]) -> "RecoveryState":
-        """Before the first step, or where an earlier call in `work` was when it last saved.
+    def begin(path: Path, started_with: dict[str, Any], start: dict[str, Tensor]) -> "TrainingState":
+        """Before the first step, or where an earlier call was when it last saved to `path`.
 
         Raises:
             RecipeChangedError: that call was started with something else; names the field.
         """
-        if (work / FILE).exists():
-            return RecoveryState._read(work, started_with, next(iter(start.values())).device)
+        if path.exists():
+            return TrainingState._read(path, started_with, next(iter(start.values())).device)
         master = {name: value.detach().to(torch.float32, copy=True) for name, value in start.items()}
         mean, square = ({name: torch.zeros_like(value) for name, value in master.items()} for _ in range(2))
-        return RecoveryState(work, started_with, master, mean, square)
+        return TrainingState(path, started_with, master, mean, square)
 
     @property
     def checks_without_gain(self) -> int:
         """Measurements since the best one."""
-        found = [check.kl_divergence for check in self.checks]
+        found = [check.held_out_loss for check in self.checks]
         return len(found) - 1 - found.index(min(found))
 
     def save_if_due(self) -> None:
@@ -85,22 +84,22 @@ class RecoveryState:
             "losses": self.losses,
             "checks": [asdict(check) for check in self.checks],
         }
-        replace_file(self.work / FILE, lambda path: save_file(tensors, path, metadata={"state": json.dumps(facts)}))
+        replace_file(self.path, lambda path: save_file(tensors, path, metadata={"state": json.dumps(facts)}))
         self._saved_at = time.monotonic()
         self._save_seconds = self._saved_at - started
 
     @staticmethod
-    def _read(work: Path, started_with: dict[str, Any], device: torch.device) -> "RecoveryState":
+    def _read(path: Path, started_with: dict[str, Any], device: torch.device) -> "TrainingState":
         parts: dict[str, dict[str, Tensor]] = {"master": {}, "mean": {}, "square": {}, "best": {}}
-        with safe_open(work / FILE, framework="pt", device=str(device)) as stored:
+        with safe_open(path, framework="pt", device=str(device)) as stored:
             facts = json.loads(stored.metadata()["state"])
             for key in stored.keys():  # noqa: SIM118
                 part, _, name = key.partition("/")
                 parts[part][name] = stored.get_tensor(key)
         advice = "Go on with those settings, or start in an empty folder."
-        refuse_changes(facts["started_with"], started_with, f"The unfinished recovery in {work}", advice)
-        return RecoveryState(
-            work,
+        refuse_changes(facts["started_with"], started_with, f"The unfinished training in {path.parent}", advice)
+        return TrainingState(
+            path,
             started_with,
             parts["master"],
             parts["mean"],
@@ -108,5 +107,5 @@ class RecoveryState:
             parts["best"],
             step=facts["step"],
             losses=facts["losses"],
-            checks=[Check(**check) for check in facts["checks"]],
+            checks=[Check(*check.values()) for check in facts["checks"]],
         )
