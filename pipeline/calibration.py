@@ -165,12 +165,17 @@ def _document_ids(document: Document, tokenizer: "PreTrainedTokenizerBase", adds
     if tokenizer.chat_template is None:
         text = "\n\n".join(message["content"] for message in document)
         return tokenizer(text, add_special_tokens=adds_special).input_ids
-    return tokenizer(_render(document, tokenizer), add_special_tokens=False).input_ids
+    return tokenizer(rendered(document, tokenizer), add_special_tokens=False).input_ids
 
 
-def _render(messages: Messages, tokenizer: "PreTrainedTokenizerBase") -> str:
+def rendered(messages: Messages, tokenizer: "PreTrainedTokenizerBase", *, asks: bool = False) -> str:
+    """A conversation through the model's chat template; `asks` adds what makes the model answer.
+
+    Raises:
+        CalibrationError: the template refuses it.
+    """
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
     except Exception as error:  # a template is a foreign program and raises what it likes
         raise CalibrationError(
             f"The model's chat template refuses a conversation with the roles "

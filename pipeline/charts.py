@@ -1,4 +1,4 @@
-"""The report's three pictures, each drawn from the figures (figures.py) for a light or a dark page.
+"""The pictures of reports, each drawn from the figures (figures.py) for a light or a dark page.
 
 The same figures give the same bytes: one font that matplotlib brings along, no date and no version inside.
 """
@@ -163,6 +163,22 @@ PICTURES: dict[str, Callable[[dict[str, Any], Theme], "Figure"]] = {
     "cost_per_layer": draw_cost_per_layer,
     "budget_curve": draw_budget_curve,
 }
+
+
+def draw_losses(figures: dict[str, Any], theme: Theme) -> "Figure":
+    """Loss by step: of every step's examples as dots, on the held-out ones as a line, the kept step marked."""
+    figure, axes = _figure(3.2)
+    losses, checks = figures["losses"], dict(figures["checks"])
+    axes.plot(range(len(losses)), losses, ".", markersize=3, color=theme.muted, label="training examples of the step")
+    axes.plot(*zip(*checks.items(), strict=True), "o-", color=theme.accent, markersize=4, label="held-out examples")
+    kept = figures["kept_step"]
+    axes.plot([kept], [checks[kept]], "o", color=theme.contrast, markersize=8, fillstyle="none", label="kept")
+    axes.set_title("Loss of the answers' tokens (nats)")
+    axes.set_xlabel("step")
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y")
+    axes.legend()
+    return figure
 
 
 def error_name(figures: dict[str, Any]) -> str:

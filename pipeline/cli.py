@@ -13,8 +13,10 @@ import typer
 
 from pipeline.arguments import recipes_of
 from pipeline.console import open_registry, print_json, progress_of
+from pipeline.devices import device_of
 from pipeline.display import ERRORS, RESULTS
 from pipeline.errors import PipelineError, RecipeError
+from pipeline.finetune_cli import finetune
 from pipeline.home import home
 from pipeline.hub_cli import pull, push
 from pipeline.options import (
@@ -145,7 +147,7 @@ def plan(
     made = make_plans(
         recipes,
         home() / "registry",
-        device=_device(device),
+        device=device_of(device),
         dry_run=dry_run,
         progress=progress_of(quiet),
         on_start=(lambda stages: None) if quiet else show_forecast,
@@ -226,7 +228,7 @@ def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compress
         open_registry(),
         output,
         name=arguments["name"],
-        device=_device(arguments["device"]),
+        device=device_of(arguments["device"]),
         resume=arguments["resume"],
         quiet=quiet,
     )
@@ -297,7 +299,7 @@ def evaluate(
         dataset_revision=dataset_revision,
         num_windows=num_windows,
         seq_len=seq_len,
-        device=_device(device),
+        device=device_of(device),
         progress=progress_of(quiet),
     )
     if as_json:
@@ -312,6 +314,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="text to go on from")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 64,
     chat: Annotated[bool, typer.Option(help="send the prompt through the chat template")] = False,
+    adapter: Annotated[Path | None, typer.Option(help="folder that `finetune` wrote for this model")] = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text with a compressed model, token by token as they come."""
@@ -320,9 +323,10 @@ def generate(
     check_compressed(folder)
     from pipeline.generate import stream_text
 
-    stream_text(folder, prompt, max_new_tokens=max_new_tokens, chat=chat, device=_device(device))
+    stream_text(folder, prompt, max_new_tokens=max_new_tokens, chat=chat, adapter=adapter, device=device_of(device))
 
 
+app.command()(finetune)
 app.command()(push)
 app.command()(pull)
 
@@ -374,16 +378,3 @@ def _check_model(spec: str, revision: str | None, quiet: bool) -> None:
     from pipeline.sources import find_source
 
     read_folder(find_source(spec, revision, progress_of(quiet)).path)
-
-
-def _device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"Device {device!r} cannot be used: {reason}. Expected auto, cpu, cuda or cuda:N.") from None
-    return device

@@ -24,7 +24,7 @@ from pipeline.quiet import first_line
 
 Messages = list[dict[str, str]]
 Document = str | Messages
-DefaultText = Literal["calibration", "evaluation"]
+DefaultText = Literal["calibration", "evaluation", "instructions"]
 
 CHAT_FIELDS = ("messages", "conversations")
 TURN_FIELDS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
@@ -41,25 +41,33 @@ class Documents:
     revision: str | None
 
 
-def read_documents(source: str | None, *, split: str, revision: str | None, default: DefaultText) -> Documents:
+def read_documents(
+    source: str | None, *, split: str, revision: str | None, default: DefaultText, keep_empty: bool = False
+) -> Documents:
     """All documents of a file, of a Hub dataset, or of the bundled text (`source` None).
 
+    Args:
+        keep_empty: give documents without text too, instead of leaving them out.
     Raises:
-        CalibrationError: missing, unreadable, of an unknown kind or shape, or without any text.
+        CalibrationError: missing, unreadable, of an unknown kind or shape, or (unless `keep_empty`) without any text.
     """
+    nonempty = (lambda _, documents: iter(documents)) if keep_empty else _nonempty
+    if source is None and default == "instructions":
+        with resources.as_file(resources.files("pipeline") / "data" / "instructions.jsonl") as path:
+            return Documents(iter(list(_jsonl_documents(path))), "bundled:instructions.jsonl", None)
     if source is None:
         text = (resources.files("pipeline") / "data" / f"{default}.txt").read_text(encoding="utf-8")
         return Documents(iter((text,)), f"bundled:{default}.txt", None)
     path = Path(source).expanduser()
     if path.is_file():
-        return Documents(_nonempty(source, _file_documents(path)), path.name, None)
+        return Documents(nonempty(source, _file_documents(path)), path.name, None)
     if not _HUB_ID.fullmatch(source) or path.is_dir() or path.suffix in READERS:
         raise CalibrationError(
             f"No text file at {source}. Give a .txt, .jsonl or .parquet file (a path is taken relative to "
             "the current folder), or a dataset on the Hub as user/name or user/name:config."
         )
     hub = _hub_rows(source, split, revision)
-    return Documents(_nonempty(source, _row_documents(source, hub.rows)), source, hub.commit)
+    return Documents(nonempty(source, _row_documents(source, hub.rows)), source, hub.commit)
 
 
 def _file_documents(path: Path) -> Iterator[Document]:

@@ -12,15 +12,19 @@ from pipeline.quiet import quiet_transformers
 from pipeline.task import task_of
 
 
-def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, device: str) -> None:
+def stream_text(
+    folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, adapter: Path | None, device: str
+) -> None:
     """Print the continuation of `prompt`, greedily decoded, on standard output.
 
     Args:
         chat: send the prompt as a user's message through the tokenizer's chat template.
+        adapter: folder that `finetune` wrote for this model.
     Raises:
-        CheckpointError: `folder` is not a sound compressed checkpoint, or an encoder's.
+        CheckpointError: `folder` is not a sound compressed checkpoint, or an encoder's, or the adapter is another
+            model's.
     """
-    network = load_packed(folder, device)
+    network: Any = load_packed(folder, device) if adapter is None else _tuned(folder, adapter, device)
     if not task_of(network.config).generates:
         raise CheckpointError(
             f"The model in {folder} is an encoder: it gives features of a text and continues none. Its card "
@@ -33,9 +37,8 @@ def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, d
         prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(network.device)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    generate: Any = network.generate
     with torch.inference_mode(), quiet_transformers():
-        generate(
+        network.generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -45,3 +48,9 @@ def stream_text(folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, d
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
+
+
+def _tuned(folder: Path, adapter: Path, device: str) -> Any:
+    from pipeline.adapter import load_tuned  # brings peft along, which not everybody has
+
+    return load_tuned(folder, adapter, device)

@@ -6,6 +6,7 @@ report.json                                         figures.py
 """
 
 import base64
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def render(template: str, **content: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"bytes": human_bytes, "number": "{:,}".format, "digits": _digits}
+    environment.filters |= {"bytes": human_bytes, "number": "{:,}".format, "digits": _digits, "exp": math.exp}
     return environment.get_template(template).render(**content)
 
 

@@ -62,7 +62,7 @@ def opened_for_training(
         if keep_activations:
             network.eval()
         else:
-            _checkpoint_activations(network)
+            checkpoint_activations(network)
         yield chosen
     finally:
         for name, layer in packed.items():
@@ -100,7 +100,7 @@ def _parameters(
     return chosen
 
 
-def _checkpoint_activations(network: PreTrainedModel) -> None:
+def checkpoint_activations(network: PreTrainedModel) -> None:
     """Gradient checkpointing without dropout: transformers checkpoints a block if that block itself is in training."""
     # transformers 5.23 renamed it
     enable = getattr(network, "activation_checkpointing_enable", network.gradient_checkpointing_enable)

@@ -168,7 +168,7 @@ class Training:
         return NonFiniteError(
             f"{what} at step {step} of the {self.lesson.title.lower()}. If it is the first step, the packed model is "
             f"damaged: check it with `bitsmith evaluate`. Else the learning rate of {self.settings.learning_rate} is "
-            f"too high: try a tenth of it. {self.what_else}"
+            f"too high: try a tenth of it. {self.what_else}".rstrip()
         )
 
 

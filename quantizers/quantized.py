@@ -68,6 +68,10 @@ class QuantizedTensor:
         form = replace(self.format, rank=low_rank.rank, factor_bits=low_rank.bits)
         return replace(self, format=form, low_rank=low_rank)
 
+    def without_low_rank(self) -> "QuantizedTensor":
+        """Q alone."""
+        return replace(self, format=replace(self.format, rank=0, factor_bits=16), low_rank=None)
+
     def tensors(self) -> dict[str, Tensor]:
         """What is stored, named as in `StorageFormat.tensor_specs`."""
         if self.low_rank is None:

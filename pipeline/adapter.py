@@ -1,0 +1,48 @@
+"""A checkpoint with an adapter of `finetune`: loaded, and checked to say what the trained network said."""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int64
+from peft import PeftModel
+from torch import Tensor
+
+from pipeline.errors import CheckpointError
+from pipeline.packed import load_packed
+from quantizers.adapter import attach_adapter
+
+TOLERANCE = 1e-3  # of the largest logit: the same products summed in another order
+
+
+def load_tuned(checkpoint: Path, adapter: Path, device: str = "cpu") -> PeftModel:
+    """The packed checkpoint with the adapter on it.
+
+    Raises:
+        CheckpointError: one of them is damaged, or the adapter belongs to another base.
+    """
+    network = load_packed(checkpoint, device)
+    try:
+        return attach_adapter(network, adapter).eval()
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(f"{adapter} does not go on {checkpoint}: {error}.") from error
+
+
+def check_adapter(
+    checkpoint: Path, adapter: Path, tokens: Int64[Tensor, " tokens"], logits: Float[Tensor, "tokens vocab"]
+) -> None:
+    """Load both anew and compare what they say to `tokens` with what the trained network said.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    tuned = load_tuned(checkpoint, adapter, str(logits.device))
+    with torch.no_grad():
+        found = tuned(input_ids=tokens[None].to(logits.device), use_cache=False).logits[0].float()
+    wanted = logits.float()
+    largest, difference = wanted.abs().max().item(), (found - wanted).abs().max().item()
+    if not difference <= TOLERANCE * largest:
+        raise CheckpointError(
+            f"The adapter in {adapter}, loaded again, gives logits that differ by {difference:.3g} from those of the "
+            f"trained network, where {TOLERANCE * largest:.3g} is the most that rounding explains. This is a fault of "
+            "bitsmith; please report it. Nothing was put in place."
+        )

@@ -1,0 +1,152 @@
+"""LoRA adapters on packed layers, through PEFT, each bound to the base that it was trained on.
+
+y = (packed layer) x + B A x. The packed weight is dequantized for one product at a time, forward and backward, and
+never kept (linear.py), so that anything that dequantizes can be finetuned through (QLoRA, arXiv:2305.14314; ModuLoRA,
+arXiv:2309.16119). An adapter changes what the packed base says, so on another base it is worth nothing and may be
+worse: `attach_adapter` refuses it there.
+
+PEFT (0.21 and later) does the rest; `pip install 'bitsmith[finetune]'`.
+"""
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from statistics import mode
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantizers.linear import QuantizedLinear
+
+RECIPE_FILE = "recipe.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_FIELD = "base_sha256"
+
+
+class LoraQuantizedLinear(nn.Module, LoraLayer):
+    """What PEFT puts in the place of a `QuantizedLinear`, which it holds as `base_layer`."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: int, **_: Any
+    ) -> None:
+        super().__init__()
+        with warnings.catch_warnings():  # PEFT warns of each layer that is none of its own, and reads it right
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            LoraLayer.__init__(self, base_layer)
+        self.fan_in_fan_out = False
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def factors(self, adapter_name: str = "default") -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
+        """B and A of an adapter, whose product is added to the weight."""
+        out, into = self.lora_B[adapter_name].weight, self.lora_A[adapter_name].weight
+        assert isinstance(out, Tensor)
+        assert isinstance(into, Tensor)
+        return out * self.scaling[adapter_name], into
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """The product in the dtype of `x`, or of autocast."""
+        y = self.base_layer(x)
+        if self.disable_adapters:
+            return y
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                out, into = self.factors(name)
+                is_cast = torch.is_autocast_enabled(x.device.type)
+                low = nn.functional.linear(x if is_cast else x.to(into.dtype), into)
+                y = y + nn.functional.linear(low, out).to(y.dtype)
+        return y
+
+    def merge(self, *_: Any, **__: Any) -> None:
+        """Not possible: the codes cannot take the change in.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "a packed layer cannot take an adapter into its codes: `bitsmith finetune --merged FOLDER` writes a dense "
+            "model with the adapter inside"
+        )
+
+
+def lora_config(ranks: dict[str, int]) -> LoraConfig:
+    """PEFT's settings for an adapter of that rank on each named module, with a scaling of 1.
+
+    Args:
+        ranks: module name -> rank, 1 or more.
+    """
+    usual = mode(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        target_modules=list(ranks),
+        rank_pattern=dict(others),
+        alpha_pattern=dict(others),
+        task_type="CAUSAL_LM",
+    )
+    return for_packed(config)
+
+
+def for_packed(config: LoraConfig) -> LoraConfig:
+    """The same settings, with which PEFT knows packed layers."""
+    config._register_custom_module({QuantizedLinear: LoraQuantizedLinear})
+    return config
+
+
+def base_sha256(network: PreTrainedModel) -> str:
+    """What a base is told by: names and bytes of all packed tensors, and the rest rounded to bfloat16.
+
+    The rest may be loaded in another dtype than it is stored in; packed tensors keep theirs.
+    """
+    digest = hashlib.sha256()
+    state = network.state_dict()
+    packed = {name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    for name in sorted(state):
+        tensor = state[name].detach().cpu()
+        module, _, key = name.rpartition(".")
+        if tensor.is_floating_point() and (module not in packed or key == "bias"):
+            tensor = tensor.to(torch.bfloat16)
+        digest.update(f"{name} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """`network` with the adapter that `bitsmith finetune` wrote into `folder`; PEFT changes the network in place.
+
+    Args:
+        network: the packed base, as transformers loads it.
+    Raises:
+        ValueError: the adapter was trained on another base, or the folder has none, or a damaged one.
+    """
+    folder = Path(folder)
+    try:
+        wanted = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))[BASE_FIELD]
+        config = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no adapter that `bitsmith finetune` wrote ({error})") from error
+    found = base_sha256(network)
+    if found != wanted:
+        raise ValueError(
+            f"the adapter in {folder} was trained on the base {wanted[:12]}, and this model is {found[:12]}: on any "
+            "other base its factors mean nothing. Load the checkpoint that its README.md names, packed"
+        )
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
+            there = set(stored.keys())
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): it is missing or damaged") from error
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
+        tuned = PeftModel.from_pretrained(network, str(folder), config=for_packed(config), is_trainable=is_trainable)
+    if missing := set(get_peft_model_state_dict(tuned, save_embedding_layers=False)) ^ there:
+        raise ValueError(f"{folder / WEIGHTS_FILE} lacks {min(missing)}, or has it too much: it is damaged")
+    return tuned

@@ -1,0 +1,306 @@
+"""Finetuning a tiny compressed model: the adapter, kills, bad losses, and the merged model."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pipeline import charts, finetune_report, training_state
+from pipeline import finetune as finetune_module
+from pipeline.adapter import load_tuned
+from pipeline.compress import compress
+from pipeline.errors import CheckpointError, NonFiniteError, OutputExistsError, RecipeChangedError, RecipeError
+from pipeline.finetune import Finetuned, finetune, open_for_finetuning
+from pipeline.finetune_settings import FinetuneSettings
+from pipeline.merged import write_merged
+from pipeline.packed import load_packed
+from pipeline.recipe import Recipe
+from pipeline.training import Training
+from quantizers import QuantizedLinear
+from registry import Registry
+from tests.architectures import build_causal
+from tests.models import build_gpt2, build_llama, build_tokenizer, save_model
+from tests.pipeline.small import SMALL, be_quick
+
+ROWS = [
+    {"prompt": f"what is the {word}", "completion": f"the {word} is old"}
+    for word in ("river", "town", "house", "road", "field", "church", "mill", "wall", "gate", "hill")
+]
+SETTINGS = FinetuneSettings(
+    steps=6, rank=3, batch_size=2, seq_len=64, check_every=2, learning_rate=1e-2, compute="float32"
+)
+QUICK: dict[str, Any] = {"eval_windows": 0, "sensitivity": "none", "cost_rows": None}
+
+
+def checkpoint_of(network, folder: Path, **changes: Any) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        be_quick(patch.setattr)
+        model = save_model(network, folder / "model", tokenizer=build_tokenizer())
+        recipe = Recipe.of(model=str(model), **(SMALL | QUICK | changes))
+        return compress(recipe, Registry(folder / "registry"), folder / "packed").folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of its layers have factors, some have none."""
+    folder = checkpoint_of(
+        build_llama(),
+        tmp_path_factory.mktemp("base"),
+        overrides=(("q_proj|up_proj", "lloyd2-g32-s4-r2"), ("[kvo]_proj|gate_proj|down_proj", "lloyd2-g32-s4")),
+    )
+    packed = [layer.format.rank for layer in load_packed(folder).modules() if isinstance(layer, QuantizedLinear)]
+    assert set(packed) == {0, 2}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _plain_pictures(monkeypatch) -> None:
+    monkeypatch.setattr(finetune_report, "png", lambda draw, content, theme: b"a picture")
+
+
+def run(checkpoint: Path, dataset: str, out: Path, settings: FinetuneSettings = SETTINGS, **options) -> Finetuned:
+    return finetune(checkpoint, dataset, settings, out, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Finetuned:
+    out = tmp_path_factory.mktemp("adapter") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_report, "png", lambda draw, content, theme: b"a picture")
+        return run(checkpoint, dataset, out)
+
+
+@pytest.mark.parametrize("start", ["zero", "factors"])
+def test_the_answers_become_likelier_and_the_adapter_says_so_when_loaded(
+    start: str, checkpoint: Path, dataset: str, tmp_path: Path
+) -> None:
+    done = run(checkpoint, dataset, tmp_path / "out", SETTINGS.model_copy(update={"start": start, "steps": 12}))
+    assert done.report.has_gained
+    assert done.report.kept_loss < done.report.start_loss
+    assert len(done.report.losses) == 12
+    assert [step for step, _ in done.report.checks] == [0, 2, 4, 6, 8, 10, 12]
+    tuned = load_tuned(checkpoint, done.folder)
+    lesson = finetune_module._Answers(tuned, read_all(checkpoint, dataset), SETTINGS)
+    with torch.no_grad():
+        assert lesson.held_out_loss(range(9, 10)) == pytest.approx(done.report.kept_loss, rel=1e-4)
+
+
+def read_all(checkpoint: Path, dataset: str):
+    from transformers import AutoTokenizer
+
+    from pipeline.conversations import read_examples
+    from pipeline.progress import SILENT
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return read_examples(dataset, tokenizer, seq_len=64, most_rows=100, revision=None, progress=SILENT)
+
+
+@pytest.mark.parametrize("start", ["zero", "factors"])
+def test_before_the_first_step_the_network_says_what_the_checkpoint_says(start: str, checkpoint: Path) -> None:
+    tokens = torch.arange(20)[None]
+    expected = load_packed(checkpoint)(input_ids=tokens).logits
+    opened = open_for_finetuning(load_packed(checkpoint), SETTINGS.model_copy(update={"start": start}))
+    assert torch.allclose(opened.network(input_ids=tokens).logits, expected, atol=1e-5)
+    assert bool(opened.replaced) == (start == "factors")
+    trained = {parameter for parameter in opened.network.parameters() if parameter.requires_grad}
+    assert trained == set(opened.live.values())
+
+
+def test_factors_start_from_the_checkpoint_s_own_and_are_stored_as_an_addition_to_it(checkpoint: Path) -> None:
+    opened = open_for_finetuning(load_packed(checkpoint), SETTINGS)
+    stored = opened.adapter({name: parameter.detach() for name, parameter in opened.live.items()})
+    for module, own in opened.replaced.items():
+        assert opened.stored_ranks[module] == 2 * own.out.shape[1]
+        into, out = (stored[f"base_model.model.{module}.lora_{kind}.weight"] for kind in "AB")
+        assert torch.allclose(out @ into, torch.zeros(1), atol=1e-6), "nothing was trained, so nothing is added"
+        assert torch.equal(into[: own.into.shape[0]], own.into)
+
+
+def test_the_same_settings_give_the_same_bytes(finished: Finetuned, checkpoint: Path, dataset: str, tmp_path) -> None:
+    run(checkpoint, dataset, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(finished.folder)
+    run(checkpoint, dataset, tmp_path / "other", SETTINGS.model_copy(update={"seed": 1}))
+    assert (
+        contents(tmp_path / "other")["adapter_model.safetensors"]
+        != contents(finished.folder)["adapter_model.safetensors"]
+    )
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(
+    finished: Finetuned, checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch
+) -> None:
+    steps: list[int] = []
+    move = Training._move
+
+    def killed(self: Training, step: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+        move(self, step)
+
+    monkeypatch.setattr(training_state, "SAVE_SHARE", 1e9)  # save after every step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "_move", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(checkpoint, dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(Training, "_move", lambda self, step: (steps.append(step), move(self, step)))
+    run(checkpoint, dataset, tmp_path / "out")
+    assert steps == [3, 4, 5]
+    assert contents(tmp_path / "out") == contents(finished.folder)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_finished_run_is_not_done_again(finished: Finetuned, checkpoint: Path, dataset: str, monkeypatch) -> None:
+    monkeypatch.setattr(Training, "run", None)
+    again = run(checkpoint, dataset, finished.folder)
+    assert again.was_finished
+    assert again.report == finished.report
+
+
+def test_another_setting_in_the_same_place_is_refused_by_name(finished, checkpoint: Path, dataset: str) -> None:
+    with pytest.raises(RecipeChangedError, match="learning_rate"):
+        run(checkpoint, dataset, finished.folder, SETTINGS.model_copy(update={"learning_rate": 1e-4}))
+
+
+def test_a_folder_of_something_else_is_left_alone(checkpoint: Path, dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="not made by bitsmith"):
+        run(checkpoint, dataset, tmp_path)
+
+
+def test_a_loss_that_becomes_nan_stops_and_the_last_good_adapter_is_kept(
+    checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch
+) -> None:
+    loss = finetune_module._Answers.loss
+    calls: list[int] = []
+
+    def broken(self, index: int):
+        calls.append(index)
+        return loss(self, index) * (torch.nan if len(calls) > 8 else 1)  # the first item of step 4
+
+    monkeypatch.setattr(finetune_module._Answers, "loss", broken)
+    with pytest.raises(NonFiniteError, match=r"is nan at step 4 of the finetuning.*a tenth.* The adapter of step 4 is"):
+        run(checkpoint, dataset, tmp_path / "out")
+    load_tuned(checkpoint, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert report["kept_step"] == 4
+    assert "nan" in report["stopped_by"]
+
+
+def test_a_loss_that_is_nan_at_once_leaves_nothing(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
+    loss = finetune_module._Answers.loss
+    monkeypatch.setattr(finetune_module._Answers, "loss", lambda self, index: loss(self, index) * torch.nan)
+    with pytest.raises(NonFiniteError, match="No adapter was written"):
+        run(checkpoint, dataset, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_gain_the_last_values_are_kept_and_it_is_said(checkpoint: Path, dataset: str, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"learning_rate": 1e-30})
+    report = run(checkpoint, dataset, tmp_path / "out", settings).report
+    assert not report.has_gained
+    assert report.kept_step == 6
+    assert "no gain" in report.meaning
+    assert "<strong>No gain:</strong>" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_rank_zero_without_factors_has_nothing_to_train(checkpoint: Path) -> None:
+    with pytest.raises(RecipeError, match="Nothing would be trained: the rank is 0"):
+        open_for_finetuning(load_packed(checkpoint), FinetuneSettings(rank=0, start="zero"))
+    assert open_for_finetuning(load_packed(checkpoint), FinetuneSettings(rank=0)).replaced
+
+
+def test_an_encoder_is_refused(tmp_path: Path, dataset: str) -> None:
+    folder = checkpoint_of(build_causal("bert"), tmp_path)
+    with pytest.raises(CheckpointError, match="no decoder"):
+        run(folder, dataset, tmp_path / "out")
+
+
+def test_a_damaged_adapter_does_not_get_its_name(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
+    honest = finetune_module.Opened.adapter
+    monkeypatch.setattr(
+        finetune_module.Opened,
+        "adapter",
+        lambda self, values: {name: tensor * 1.5 + 0.1 for name, tensor in honest(self, values).items()},
+    )
+    with pytest.raises(CheckpointError, match="differ by"):
+        run(checkpoint, dataset, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_adapter_of_another_checkpoint_is_refused(finished: Finetuned, checkpoint: Path, tmp_path: Path) -> None:
+    other = checkpoint_of(build_llama(), tmp_path, budget="3bpw")
+    with pytest.raises(CheckpointError, match=r"does not go on .*any other base"):
+        load_tuned(other, finished.folder)
+
+
+def test_a_truncated_adapter_is_refused(finished: Finetuned, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    weights = tmp_path / "copy" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="does not go on"):
+        load_tuned(checkpoint, tmp_path / "copy")
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused(finished: Finetuned, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    weights = tmp_path / "copy" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights)
+    with pytest.raises(CheckpointError, match="lacks"):
+        load_tuned(checkpoint, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("build", [build_llama, build_gpt2], ids=["llama", "gpt2"])
+def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(build, dataset: str, tmp_path: Path) -> None:
+    folder = checkpoint_of(build(), tmp_path, ranks=(2,))
+    adapter = run(folder, dataset, tmp_path / "out").folder
+    write_merged(folder, adapter, tmp_path / "merged")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    tokens = torch.arange(20)[None]
+    found, expected = dense(input_ids=tokens).logits, load_tuned(folder, adapter)(input_ids=tokens).logits
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    with pytest.raises(OutputExistsError, match="a new folder"):
+        write_merged(folder, adapter, tmp_path / "merged")
+
+
+def test_a_mixture_of_experts_is_finetuned_and_not_merged(dataset: str, tmp_path: Path) -> None:
+    folder = checkpoint_of(build_causal("mixtral"), tmp_path)
+    adapter = run(folder, dataset, tmp_path / "out").folder
+    with pytest.raises(CheckpointError, match="mixtures of experts"):
+        write_merged(folder, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_curve_is_drawn(finished: Finetuned) -> None:
+    picture = charts.png(charts.draw_losses, finished.report.to_json(), charts.LIGHT)
+    assert picture.startswith(b"\x89PNG")
+    assert picture == charts.png(charts.draw_losses, finished.report.to_json(), charts.LIGHT)
+
+
+def test_the_page_and_the_readme_say_what_the_figures_say(finished: Finetuned) -> None:
+    page = (finished.folder / "report" / "index.html").read_text()
+    readme = (finished.folder / "README.md").read_text()
+    assert f"{finished.report.kept_loss:.4g}" in page
+    assert finished.report.meaning in readme
+    assert "rows.jsonl" in page
+    assert "<script" not in page
