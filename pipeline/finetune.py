@@ -37,13 +37,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 from pipeline.adapter import check_adapter
 from pipeline.atomic import replace_file, write_json
 from pipeline.conversations import Example, Examples, read_examples
-from pipeline.errors import CheckpointError, NonFiniteError, RecipeError
+from pipeline.errors import CalibrationError, CheckpointError, NonFiniteError, RecipeError
 from pipeline.finetune_report import FinetuneReport, write_finetune_report
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.output import OutputFolder
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import quiet_transformers
+from pipeline.structure import num_positions
 from pipeline.task import NextToken, task_of
 from pipeline.trainable import checkpoint_activations
 from pipeline.training import Lesson, Training, sha256_of
@@ -114,6 +115,7 @@ def finetune(
         revision=dataset_revision,
         progress=progress,
     )
+    _check_fits(examples, network)
     base = base_sha256(network)
     out = OutputFolder(output, _recipe(checkpoint, examples, settings, base))
     out.claim(resume=resume)
@@ -211,7 +213,7 @@ def _lora_layers(network: PeftModel) -> dict[str, LoraQuantizedLinear]:
 
 
 @dataclass(frozen=True)
-class _Answers(Lesson):
+class Answers(Lesson):
     """Say the answers, token by token."""
 
     title: ClassVar[str] = "Finetuning"
@@ -253,7 +255,7 @@ def _train(
     """Bring the state to its end, or to where a loss was not finite: then the error."""
     training = Training(
         opened.live,
-        _Answers(opened.network, examples, settings),
+        Answers(opened.network, examples, settings),
         settings,
         state,
         batch_size=settings.batch_size,
@@ -296,6 +298,24 @@ def _finish(
         logits = opened.network(input_ids=tokens[None].to(opened.network.device), use_cache=False).logits[0]
     check_adapter(checkpoint, staged, tokens, logits)
     out.finish()
+
+
+def _check_fits(examples: Examples, network: PreTrainedModel) -> None:
+    longest, positions = max(len(item.tokens) for item in examples.items), num_positions(network)
+    if positions is not None and longest > positions:
+        raise CalibrationError(
+            f"An example of {longest} tokens is longer than the {positions} positions that this model knows. Give "
+            f"--seq-len {positions} or less: longer examples are left out."
+        )
+    largest, vocab_size = (
+        max(int(item.tokens.max()) for item in examples.items),
+        network.config.get_text_config().vocab_size,
+    )
+    if largest >= vocab_size:
+        raise CalibrationError(
+            f"Token id {largest} from {examples.source} is beyond the model's vocabulary of {vocab_size}: the "
+            "tokenizer in the checkpoint does not belong to this model."
+        )
 
 
 def _recipe(checkpoint: Path, examples: Examples, settings: FinetuneSettings, base: str) -> dict[str, Any]:

@@ -115,12 +115,12 @@ def read_structure(model: "PreTrainedModel") -> Structure:
             if name not in site_names
         },
         ties=ties,
-        num_positions=_num_positions(model),
+        num_positions=num_positions(model),
     )
 
 
-def _num_positions(model: "PreTrainedModel") -> int | None:
-    """Where positions are embedded; RoBERTa and its kin count them from the padding's on."""
+def num_positions(model: "PreTrainedModel") -> int | None:
+    """The longest text where positions are embedded, else None; RoBERTa and its kin count from the padding's on."""
     embedded = [
         module
         for name, module in model.named_modules()

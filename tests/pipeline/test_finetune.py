@@ -14,7 +14,14 @@ from pipeline import charts, finetune_report, training_state
 from pipeline import finetune as finetune_module
 from pipeline.adapter import load_tuned
 from pipeline.compress import compress
-from pipeline.errors import CheckpointError, NonFiniteError, OutputExistsError, RecipeChangedError, RecipeError
+from pipeline.errors import (
+    CalibrationError,
+    CheckpointError,
+    NonFiniteError,
+    OutputExistsError,
+    RecipeChangedError,
+    RecipeError,
+)
 from pipeline.finetune import Finetuned, finetune, open_for_finetuning
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.merged import write_merged
@@ -96,7 +103,7 @@ def test_the_answers_become_likelier_and_the_adapter_says_so_when_loaded(
     assert len(done.report.losses) == 12
     assert [step for step, _ in done.report.checks] == [0, 2, 4, 6, 8, 10, 12]
     tuned = load_tuned(checkpoint, done.folder)
-    lesson = finetune_module._Answers(tuned, read_all(checkpoint, dataset), SETTINGS)
+    lesson = finetune_module.Answers(tuned, read_all(checkpoint, dataset), SETTINGS)
     with torch.no_grad():
         assert lesson.held_out_loss(range(9, 10)) == pytest.approx(done.report.kept_loss, rel=1e-4)
 
@@ -187,14 +194,14 @@ def test_a_folder_of_something_else_is_left_alone(checkpoint: Path, dataset: str
 def test_a_loss_that_becomes_nan_stops_and_the_last_good_adapter_is_kept(
     checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch
 ) -> None:
-    loss = finetune_module._Answers.loss
+    loss = finetune_module.Answers.loss
     calls: list[int] = []
 
     def broken(self, index: int):
         calls.append(index)
         return loss(self, index) * (torch.nan if len(calls) > 8 else 1)  # the first item of step 4
 
-    monkeypatch.setattr(finetune_module._Answers, "loss", broken)
+    monkeypatch.setattr(finetune_module.Answers, "loss", broken)
     with pytest.raises(NonFiniteError, match=r"is nan at step 4 of the finetuning.*a tenth.* The adapter of step 4 is"):
         run(checkpoint, dataset, tmp_path / "out")
     load_tuned(checkpoint, tmp_path / "out")
@@ -204,8 +211,8 @@ def test_a_loss_that_becomes_nan_stops_and_the_last_good_adapter_is_kept(
 
 
 def test_a_loss_that_is_nan_at_once_leaves_nothing(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
-    loss = finetune_module._Answers.loss
-    monkeypatch.setattr(finetune_module._Answers, "loss", lambda self, index: loss(self, index) * torch.nan)
+    loss = finetune_module.Answers.loss
+    monkeypatch.setattr(finetune_module.Answers, "loss", lambda self, index: loss(self, index) * torch.nan)
     with pytest.raises(NonFiniteError, match="No adapter was written"):
         run(checkpoint, dataset, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -230,6 +237,16 @@ def test_an_encoder_is_refused(tmp_path: Path, dataset: str) -> None:
     folder = checkpoint_of(build_causal("bert"), tmp_path)
     with pytest.raises(CheckpointError, match="no decoder"):
         run(folder, dataset, tmp_path / "out")
+
+
+def test_an_example_longer_than_the_positions_is_refused_before_the_work(tmp_path: Path) -> None:
+    folder = checkpoint_of(build_gpt2(), tmp_path)
+    positions = json.loads((folder / "config.json").read_text())["n_positions"]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "the river " * 2 * positions}) + "\n")
+    with pytest.raises(CalibrationError, match=rf"longer than the {positions} positions .* --seq-len {positions}"):
+        run(folder, str(rows), tmp_path / "out", SETTINGS.model_copy(update={"seq_len": positions + 1}))
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_a_damaged_adapter_does_not_get_its_name(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
