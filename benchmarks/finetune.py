@@ -28,7 +28,6 @@ from pipeline.home import home
 from pipeline.model import Model, open_model
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT
-from pipeline.trainable import checkpoint_activations
 from pipeline.training import Training, compute_of
 from pipeline.training_state import TrainingState
 
@@ -111,7 +110,9 @@ def _opened(
     """The network to train, and the bits of a weight that its linear layers have in memory."""
     if row.startswith("packed"):
         plan = json.loads((checkpoint / "plan.json").read_text())
-        return open_for_finetuning(load_packed(checkpoint, device), settings).network, plan["bits_per_param"]
+        return open_for_finetuning(load_packed(checkpoint, device), settings, keep_activations=True).network, plan[
+            "bits_per_param"
+        ]
     load: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_pretrained
     if row.startswith("NF4"):
         from transformers import BitsAndBytesConfig
@@ -124,7 +125,7 @@ def _opened(
     torch.manual_seed(settings.seed)
     names = [matrix.module for matrix in model.matrices]
     tuned = get_peft_model(network, LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names))
-    checkpoint_activations(network)
+    network.eval()
     assert isinstance(tuned, PeftModel)
     return tuned, bits
 

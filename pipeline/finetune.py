@@ -1,8 +1,8 @@
 """Finetuning: train LoRA factors through the packed weights of a compressed checkpoint (QLoRA, LQ-LoRA).
 
-The packed weights stay packed: each is dequantized for one product, forward and again backward, and activations are
-computed twice (gradient checkpointing), so it takes the memory of the checkpoint, of one dense matrix, and of the
-factors with their two moments.
+The packed weights stay packed: each is dequantized for one product, forward and again backward. So it takes the memory
+of the checkpoint, of one dense matrix, of the factors with their two moments, and of the activations, which are
+computed twice where they do not fit (gradient checkpointing).
 
 `start` says where the factors begin:
 
@@ -21,7 +21,7 @@ A = [L2'; L2], twice the rank, so that every reader of LoRA factors reads them r
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -32,11 +32,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pipeline.adapter import check_adapter
 from pipeline.atomic import replace_file, write_json
-from pipeline.conversations import Example, Examples, read_examples
+from pipeline.conversations import Examples, read_examples
 from pipeline.errors import CalibrationError, CheckpointError, NonFiniteError, RecipeError
 from pipeline.finetune_report import FinetuneReport, write_finetune_report
 from pipeline.finetune_settings import FinetuneSettings
@@ -47,10 +48,10 @@ from pipeline.quiet import quiet_transformers
 from pipeline.structure import num_positions
 from pipeline.task import NextToken, task_of
 from pipeline.trainable import checkpoint_activations
-from pipeline.training import Lesson, Training, sha256_of
+from pipeline.training import Lesson, Training, can_keep_activations, sha256_of
 from pipeline.training_state import TrainingState
 from quantizers import QuantizedLinear
-from quantizers.adapter import BASE_FIELD, LoraQuantizedLinear, base_sha256, lora_config
+from quantizers.adapter import BASE_FIELD, LoraQuantizedLinear, base_sha256, lora_config, quiet_peft
 from solvers.low_rank import Factors
 
 STATE_FILE = "training.safetensors"
@@ -121,7 +122,7 @@ def finetune(
     out.claim(resume=resume)
     if out.is_finished():
         return Finetuned(output, _read_report(output), was_finished=True)
-    opened = open_for_finetuning(network, settings)
+    opened = open_for_finetuning(network, settings, keep_activations=_can_keep(network, examples, settings))
     num_trained = sum(parameter.numel() for parameter in opened.live.values())
     on_start(examples, num_trained)
     started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}
@@ -168,9 +169,13 @@ class Opened:
         return found
 
 
-def open_for_finetuning(network: PreTrainedModel, settings: FinetuneSettings) -> Opened:
-    """`network`, changed in place, with all but the trained factors frozen and activations computed twice.
+def open_for_finetuning(
+    network: PreTrainedModel, settings: FinetuneSettings, *, keep_activations: bool = False
+) -> Opened:
+    """`network`, changed in place, with all but the trained factors frozen.
 
+    Args:
+        keep_activations: instead of computing each block's again in the backward pass.
     Raises:
         RecipeError: nothing would be trained.
     """
@@ -192,14 +197,18 @@ def open_for_finetuning(network: PreTrainedModel, settings: FinetuneSettings) ->
     network.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        tuned = get_peft_model(network, lora_config(ranks))
+        with quiet_peft():
+            tuned = get_peft_model(network, lora_config(ranks))
     assert isinstance(tuned, PeftModel)
     live = {name: parameter for name, parameter in tuned.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name, own in replaced.items():
             live[f"{PEFT_PREFIX}{name}.lora_A.default.weight"].copy_(own.into)
             live[f"{PEFT_PREFIX}{name}.lora_B.default.weight"].copy_(own.out)
-    checkpoint_activations(network)
+    if keep_activations:
+        network.eval()
+    else:
+        checkpoint_activations(network)
     return Opened(tuned, live, replaced)
 
 
@@ -225,28 +234,29 @@ class Answers(Lesson):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def loss(self, index: int) -> Tensor:
-        """Mean cross-entropy of the answer's tokens, in nats."""
-        logits, targets = self._predicted(self.examples.items[index])
-        return nn.functional.cross_entropy(logits.float(), targets)
+    def losses(self, indices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """All at once, since each pass dequantizes every weight: the mean over all tokens of all answers."""
+        logits, targets = self._predicted(indices)
+        yield indices, nn.functional.cross_entropy(logits.float(), targets)
 
     def held_out_loss(self, indices: range) -> float:
-        """The same over all tokens of all answers together."""
+        """The same."""
         total, num_tokens = 0.0, 0
-        for index in indices:
-            logits, targets = self._predicted(self.examples.items[index])
+        for start in range(0, len(indices), self.settings.batch_size):
+            logits, targets = self._predicted(list(indices[start : start + self.settings.batch_size]))
             total += nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
             num_tokens += len(targets)
         return total / num_tokens
 
-    def _predicted(self, example: Example) -> tuple[Tensor, Tensor]:
-        """Logits [answer, vocab] for the answer's tokens, and the tokens."""
-        device = self.network.device
-        is_low = self.settings.compute == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_low):
-            logits = self.network(input_ids=example.tokens[None].to(device), use_cache=False).logits[0]
-        is_answer = example.is_answer.to(device)
-        return logits[:-1][is_answer[1:]], example.tokens.to(device)[is_answer]
+    def _predicted(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Logits [answers, vocab] for the answers' tokens, and those tokens [answers]."""
+        device, items = self.network.device, [self.examples.items[index] for index in indices]
+        tokens = pad_sequence([item.tokens for item in items], batch_first=True).to(device)
+        is_answer = pad_sequence([item.is_answer for item in items], batch_first=True).to(device)
+        is_there = pad_sequence([torch.ones_like(item.tokens) for item in items], batch_first=True).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.compute == "bfloat16"):
+            logits = self.network(input_ids=tokens, attention_mask=is_there, use_cache=False).logits
+        return logits[:, :-1][is_answer[:, 1:]], tokens[is_answer]
 
 
 def _train(
@@ -298,6 +308,11 @@ def _finish(
         logits = opened.network(input_ids=tokens[None].to(opened.network.device), use_cache=False).logits[0]
     check_adapter(checkpoint, staged, tokens, logits)
     out.finish()
+
+
+def _can_keep(network: PreTrainedModel, examples: Examples, settings: FinetuneSettings) -> bool:
+    longest = max(len(item.tokens) for item in examples.items)
+    return can_keep_activations(network, longest * settings.batch_size)
 
 
 def _check_fits(examples: Examples, network: PreTrainedModel) -> None:

@@ -14,12 +14,12 @@ from pipeline.evaluate import batch_of
 from pipeline.layered_pass import loss_bytes
 from pipeline.memory import free_bytes, give_back
 from pipeline.model_memory import FLOAT32_BYTES, ModelMemory, model_memory
-from pipeline.recover import FREE_SHARE, KEPT_A_FEATURE
 from pipeline.run import Run
 from pipeline.spread import is_in_processes, num_workers
 from pipeline.stage_seconds import StageSeconds
 from pipeline.summed_parts import PART_WINDOWS, sum_bytes
 from pipeline.tail import tail_room, tail_within
+from pipeline.training import FREE_SHARE, KEPT_A_FEATURE
 from pipeline.unloaded import WHOLE_SHARE
 from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
 from quantizers import quantizer_from_label

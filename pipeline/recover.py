@@ -5,6 +5,7 @@ of training.py, with the divergence from the original measured on the held-out w
 than the start, nothing is changed.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,25 +16,17 @@ from transformers import PreTrainedModel
 
 from pipeline.calibration import tokens_sha256
 from pipeline.errors import CalibrationError
-from pipeline.memory import free_bytes
 from pipeline.progress import SILENT, Progress
 from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.task import Predictions, Task, task_of
 from pipeline.teacher import TeacherFeatures, TeacherWindow, TeacherWindows, head_inputs
 from pipeline.trainable import opened_for_training
-from pipeline.training import AsStored, Lesson, Training, sha256_of
+from pipeline.training import AsStored, Lesson, Training, can_keep_activations, sha256_of
 from pipeline.training_state import Check, TrainingState
 from quantizers import QuantizedLinear
 
 STATE_FILE = "recovery.safetensors"
-FREE_SHARE = 0.25  # of the free memory may go into activations; a window's are computed twice where that is too little
-KEPT_A_FEATURE = 3  # numbers that autograd keeps for each input and output of a layer, with those of what lies between
-
-
-def activation_bytes(layers: list[QuantizedLinear], seq_len: int) -> int:
-    """About what autograd keeps of one window without gradient checkpointing, in float32."""
-    return 4 * KEPT_A_FEATURE * seq_len * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +89,7 @@ def recover(
     packed = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
     dense_dtype = torch.bfloat16 if settings.compute == "bfloat16" else network.dtype
     copied = min(dense_bytes, dense_dtype.itemsize * sum(m.in_features * m.out_features for m in packed))
-    can_keep = activation_bytes(packed, tokens.shape[1]) < FREE_SHARE * (free_bytes(network.device) - copied)
+    can_keep = can_keep_activations(network, tokens.shape[1], reserved_bytes=copied)
     opened = opened_for_training(
         network, settings.train, dense_bytes=dense_bytes, dense_dtype=dense_dtype, keep_activations=can_keep
     )
@@ -131,6 +124,11 @@ class _Recovery(Lesson):
     @property
     def task(self) -> Task:
         return task_of(self.network.config)
+
+    def losses(self, indices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """One window after the other."""
+        for index in indices:
+            yield [index], self.loss(index) / len(indices)
 
     def loss(self, index: int) -> Tensor:
         weights, task = self.settings, self.task

@@ -11,20 +11,25 @@ result.
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pipeline.adam import adam_step
 from pipeline.errors import NonFiniteError
+from pipeline.memory import free_bytes
 from pipeline.progress import Progress
 from pipeline.training_settings import Compute, TrainingSettings
 from pipeline.training_state import Check, TrainingState
+from quantizers import QuantizedLinear
 
 EPOCHS_A_SEED = 2**20  # no two seeds share the order of an epoch
+FREE_SHARE = 0.25  # of the free memory may go into activations; they are computed twice where that is too little
+KEPT_A_FEATURE = 3  # numbers that autograd keeps for each input and output of a layer, with those of what lies between
 AsStored = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -32,6 +37,22 @@ def compute_of(device: str) -> Compute:
     """What to train in: bfloat16 where the device multiplies it in hardware (a GPU, a CPU with AMX), else float32."""
     has_tiles = torch.cpu._is_amx_tile_supported()  # the one name for it in torch 2.11 too
     return "bfloat16" if device.startswith("cuda") or has_tiles else "float32"
+
+
+def can_keep_activations(network: PreTrainedModel, num_tokens: int, *, reserved_bytes: int = 0) -> bool:
+    """Whether what autograd keeps of a pass over so many tokens fits, without computing it twice.
+
+    Args:
+        network: with packed layers; about what these keep in float32 is counted.
+        reserved_bytes: of the free memory, for something else.
+    """
+    layers = [module for module in network.modules() if isinstance(module, QuantizedLinear)]
+    return activation_bytes(layers, num_tokens) < FREE_SHARE * (free_bytes(network.device) - reserved_bytes)
+
+
+def activation_bytes(layers: list[QuantizedLinear], num_tokens: int) -> int:
+    """About what autograd keeps of so many tokens without gradient checkpointing, in float32."""
+    return 4 * KEPT_A_FEATURE * num_tokens * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 class Lesson(ABC):
@@ -50,8 +71,11 @@ class Lesson(ABC):
         """All items, held-out ones included."""
 
     @abstractmethod
-    def loss(self, index: int) -> Tensor:
-        """The loss to train on, of item `index`."""
+    def losses(self, indices: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """The mean loss of those items, in parts that sum to it, each with the items that it is of.
+
+        A part's gradient is taken before the next part is asked for.
+        """
 
     @abstractmethod
     def held_out_loss(self, indices: range) -> float:
@@ -64,7 +88,7 @@ class Training:
 
     Attributes:
         live: the network's own parameters to train, by name.
-        batch_size: items a step, one forward and backward pass each.
+        batch_size: items a step.
         patience: measurements without a gain after which it stops, in the second half of the steps, when the rate
             falls (at its height they go up and down); None for all steps.
         as_stored: float32 values by name -> the same values as they will be stored, in any float dtype; always the
@@ -111,10 +135,10 @@ class Training:
     def _add_gradients(self, step: int) -> float:
         """Mean loss of the step's items; its gradient is added to the live parameters."""
         total = 0.0
-        for index in self._items_of(step):
-            loss = self.lesson.loss(index) / self.batch_size
+        for indices, loss in self.lesson.losses(self._items_of(step)):
             if not math.isfinite(loss.item()):
-                raise self._diverged(f"The loss of {self.lesson.item} {index} is {loss.item()}", step)
+                which = f"{self.lesson.item} {', '.join(map(str, indices))}"
+                raise self._diverged(f"The loss of {which} is {loss.item()}", step)
             loss.backward()
             total += loss.item()
         return total

@@ -11,6 +11,8 @@ PEFT (0.21 and later) does the rest; `pip install 'bitsmith[finetune]'`.
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -37,9 +39,7 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: int, **_: Any
     ) -> None:
         super().__init__()
-        with warnings.catch_warnings():  # PEFT warns of each layer that is none of its own, and reads it right
-            warnings.filterwarnings("ignore", "Unsupported layer type")
-            LoraLayer.__init__(self, base_layer)
+        LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
@@ -74,6 +74,15 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
             "a packed layer cannot take an adapter into its codes: `bitsmith finetune --merged FOLDER` writes a dense "
             "model with the adapter inside"
         )
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without what PEFT says of layers that are none of its own, and of tensors that are checked here."""
+    with warnings.catch_warnings():
+        for message in ("Unsupported layer type", "Found missing adapter keys", "`is_gradient_checkpointing`"):
+            warnings.filterwarnings("ignore", message)
+        yield
 
 
 def lora_config(ranks: dict[str, int]) -> LoraConfig:
@@ -144,8 +153,7 @@ def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable
             there = set(stored.keys())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): it is missing or damaged") from error
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")
+    with quiet_peft():
         tuned = PeftModel.from_pretrained(network, str(folder), config=for_packed(config), is_trainable=is_trainable)
     if missing := set(get_peft_model_state_dict(tuned, save_embedding_layers=False)) ^ there:
         raise ValueError(f"{folder / WEIGHTS_FILE} lacks {min(missing)}, or has it too much: it is damaged")

@@ -22,7 +22,7 @@ from pipeline.errors import (
     RecipeChangedError,
     RecipeError,
 )
-from pipeline.finetune import Finetuned, finetune, open_for_finetuning
+from pipeline.finetune import Answers, Finetuned, finetune, open_for_finetuning
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.merged import write_merged
 from pipeline.packed import load_packed
@@ -103,7 +103,7 @@ def test_the_answers_become_likelier_and_the_adapter_says_so_when_loaded(
     assert len(done.report.losses) == 12
     assert [step for step, _ in done.report.checks] == [0, 2, 4, 6, 8, 10, 12]
     tuned = load_tuned(checkpoint, done.folder)
-    lesson = finetune_module.Answers(tuned, read_all(checkpoint, dataset), SETTINGS)
+    lesson = Answers(tuned, read_all(checkpoint, dataset), SETTINGS)
     with torch.no_grad():
         assert lesson.held_out_loss(range(9, 10)) == pytest.approx(done.report.kept_loss, rel=1e-4)
 
@@ -194,14 +194,15 @@ def test_a_folder_of_something_else_is_left_alone(checkpoint: Path, dataset: str
 def test_a_loss_that_becomes_nan_stops_and_the_last_good_adapter_is_kept(
     checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch
 ) -> None:
-    loss = finetune_module.Answers.loss
-    calls: list[int] = []
+    losses = finetune_module.Answers.losses
+    steps: list[list[int]] = []
 
-    def broken(self, index: int):
-        calls.append(index)
-        return loss(self, index) * (torch.nan if len(calls) > 8 else 1)  # the first item of step 4
+    def broken(self, indices: list[int]):
+        steps.append(indices)
+        for some, loss in losses(self, indices):
+            yield some, loss * (torch.nan if len(steps) > 4 else 1)
 
-    monkeypatch.setattr(finetune_module.Answers, "loss", broken)
+    monkeypatch.setattr(finetune_module.Answers, "losses", broken)
     with pytest.raises(NonFiniteError, match=r"is nan at step 4 of the finetuning.*a tenth.* The adapter of step 4 is"):
         run(checkpoint, dataset, tmp_path / "out")
     load_tuned(checkpoint, tmp_path / "out")
@@ -211,8 +212,7 @@ def test_a_loss_that_becomes_nan_stops_and_the_last_good_adapter_is_kept(
 
 
 def test_a_loss_that_is_nan_at_once_leaves_nothing(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
-    loss = finetune_module.Answers.loss
-    monkeypatch.setattr(finetune_module.Answers, "loss", lambda self, index: loss(self, index) * torch.nan)
+    monkeypatch.setattr(finetune_module.Answers, "losses", lambda *_: iter([([0, 1], torch.tensor(torch.nan))]))
     with pytest.raises(NonFiniteError, match="No adapter was written"):
         run(checkpoint, dataset, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -225,6 +225,35 @@ def test_without_a_gain_the_last_values_are_kept_and_it_is_said(checkpoint: Path
     assert report.kept_step == 6
     assert "no gain" in report.meaning
     assert "<strong>No gain:</strong>" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+def test_a_batch_is_the_mean_over_the_answers_of_examples_of_any_length(checkpoint: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "say", "completion": "the river " * number} for number in (1, 9, 4)]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    network, examples = load_packed(checkpoint), read_all(checkpoint, str(tmp_path / "rows.jsonl"))
+    lesson = Answers(network, examples, SETTINGS)
+    total, num_tokens = 0.0, 0
+    for index, item in enumerate(examples.items):
+        ((_, alone),) = lesson.losses([index])
+        total, num_tokens = total + alone.item() * int(item.is_answer.sum()), num_tokens + int(item.is_answer.sum())
+    ((which, together),) = lesson.losses([0, 1, 2])
+    assert which == [0, 1, 2]
+    assert together.item() == pytest.approx(total / num_tokens, rel=1e-5)
+    with torch.no_grad():
+        assert lesson.held_out_loss(range(3)) == pytest.approx(together.item(), rel=1e-5)
+
+
+def test_gradients_do_not_depend_on_whether_activations_are_kept(checkpoint: Path, dataset: str) -> None:
+    opened = open_for_finetuning(load_packed(checkpoint), SETTINGS, keep_activations=True)
+    ((_, loss),) = Answers(opened.network, read_all(checkpoint, dataset), SETTINGS).losses([0, 1])
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in opened.live.items()}
+    assert all(gradient is not None for gradient in gradients.values())
+    other = open_for_finetuning(load_packed(checkpoint), SETTINGS, keep_activations=False)
+    ((_, loss),) = Answers(other.network, read_all(checkpoint, dataset), SETTINGS).losses([0, 1])
+    loss.backward()
+    for name, parameter in other.live.items():
+        assert torch.equal(parameter.grad, gradients[name])
 
 
 def test_rank_zero_without_factors_has_nothing_to_train(checkpoint: Path) -> None:
