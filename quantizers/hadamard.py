@@ -15,10 +15,11 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 
+@functools.lru_cache(maxsize=64)
 def signs(n: int, seed: int) -> Float32[Tensor, " n"]:
     """n signs, -1 or 1, the same for a seed on every machine and with every version of torch.
 
-    Only the seed is stored, so the signs are no generator's: sign i is the highest bit of output i of SplitMix64
+    Kept for the next call: never change them. Only the seed is stored, so the signs are no generator's: sign i is the highest bit of output i of SplitMix64
     (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") started at `seed`.
 
     Args:
@@ -34,27 +35,29 @@ def signs(n: int, seed: int) -> Float32[Tensor, " n"]:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     highest_bit = (state ^ (state >> np.uint64(31))) >> np.uint64(63)
-    return torch.from_numpy(1 - 2 * highest_bit.astype(np.float32))
+    with torch.inference_mode(False):  # they outlive the call
+        return torch.from_numpy(1 - 2 * highest_bit.astype(np.float32))
 
 
-def rotate(x: Float[Tensor, "*batch n"], seed: int) -> Float[Tensor, "*batch n"]:
-    """x R along the last dimension, R orthogonal and set by `seed` and n alone.
+def rotate(x: Float[Tensor, "*batch n"], seed: int, dim: int = -1) -> Float[Tensor, "*batch n"]:
+    """x R along the last dimension, or R^T x along the first; R orthogonal and set by `seed` and n alone.
 
     Takes O(n (log n + p)) operations a row, p the odd part of n; differentiable.
 
     Args:
         x: float32 or float64.
+        dim: -1 or 0; n is the size there. 0 is for matrices, and spares two transpositions.
     Raises:
-        ValueError: another dtype, an empty last dimension, or the seed is out of range.
+        ValueError: another dtype, an empty dimension, or the seed is out of range.
     """
     _check(x)
-    return _transform(x * signs(x.shape[-1], seed).to(x))
+    return _transform(x * _signs_for(x, seed, dim), dim)
 
 
-def unrotate(y: Float[Tensor, "*batch n"], seed: int) -> Float[Tensor, "*batch n"]:
-    """y R^T, the inverse of `rotate` with the same seed; takes and raises the same."""
+def unrotate(y: Float[Tensor, "*batch n"], seed: int, dim: int = -1) -> Float[Tensor, "*batch n"]:
+    """y R^T along the last dimension, or R y along the first: the inverse of `rotate`; takes and raises the same."""
     _check(y)
-    return _transform(y) * signs(y.shape[-1], seed).to(y)
+    return _transform(y, dim) * _signs_for(y, seed, dim)
 
 
 def _check(x: Tensor) -> None:
@@ -62,23 +65,41 @@ def _check(x: Tensor) -> None:
         raise ValueError(f"a rotation takes float32 or float64, not {x.dtype}; convert the tensor first")
 
 
-def _transform(x: Float[Tensor, "*batch n"]) -> Float[Tensor, "*batch n"]:
-    """x (H kron P): a Kronecker product acts factor by factor, on the dimension that the factor's order splits off."""
-    y, rest = x, x.shape[-1]
-    for factor in _factors(x.shape[-1]):
-        order = len(factor)
-        rest //= order
-        y = factor.to(x) @ y.reshape(-1, order, rest) if rest > 1 else y.reshape(-1, order) @ factor.to(x)
+def _signs_for(x: Tensor, seed: int, dim: int) -> Tensor:
+    found = signs(x.shape[dim], seed).to(x)
+    return found if dim == -1 else found[:, None]
+
+
+def _transform(x: Float[Tensor, "*batch n"], dim: int) -> Float[Tensor, "*batch n"]:
+    """x (H kron P), or along dimension 0."""
+    if dim == 0:
+        return _transform_columns(x)
+    n = x.shape[-1]
+    columns = x.reshape(-1, n).T.contiguous()
+    return _transform_columns(columns).T.contiguous().view(x.shape)
+
+
+def _transform_columns(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n columns"]:
+    """(H kron P) x: a Kronecker product acts factor by factor, on the dimension that the factor's order splits off.
+
+    All columns go through a factor together, in products of a small matrix and a wide one.
+    """
+    y, done = x, 1
+    for factor in _factors(x.shape[0]):
+        y = factor.to(x) @ y.reshape(done, len(factor), -1)
+        done *= len(factor)
     return y.reshape(x.shape)
 
 
 @functools.lru_cache(maxsize=8)
 def _factors(n: int) -> list[Float64[Tensor, "order order"]]:
-    """Symmetric orthogonal matrices whose Kronecker product is H kron P; H in butterflies of at most 2**6 inputs."""
+    """Symmetric orthogonal matrices whose Kronecker product is H kron P; H in butterflies of at most 2**5 inputs."""
     doublings = (n & -n).bit_length() - 1
+    num_factors = -(-doublings // 5)
+    sizes = [doublings // num_factors + (i < doublings % num_factors) for i in range(num_factors)]
     # Not under a caller's inference mode or default device: the matrices outlive the call.
     with torch.inference_mode(False), torch.device("cpu"):
-        factors = [_walsh_hadamard(min(6, doublings - i)) for i in range(0, doublings, 6)]
+        factors = [_walsh_hadamard(size) for size in sizes]
         return [*factors, _hartley(n >> doublings)] if n >> doublings > 1 or not factors else factors
 
 

@@ -27,17 +27,17 @@ class AbstractRotatedFormat(StorageFormat):
 
     def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
         """R_out W R_in^T."""
-        return self.rotate_rows(self.rotate_rows(weight, self.seed + 1).T, self.seed).T
+        return rotate(rotate(weight, self.seed + 1), self.seed, dim=0)
 
     def unrotate(self, rotated: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
         """R_out^T W' R_in"""
-        return unrotate(unrotate(rotated.contiguous(), self.seed + 1).T.contiguous(), self.seed).T.contiguous()
+        return unrotate(unrotate(rotated, self.seed + 1), self.seed, dim=0)
 
     @staticmethod
     def rotate_rows(matrix: Float32[Tensor, "rows n"], seed: int) -> Float32[Tensor, "rows n"]:
         """Each row in the rotated basis."""
-        return rotate(matrix.contiguous(), seed)
+        return rotate(matrix, seed)
 
     def rotate_curvature(self, curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
         """The same quadratic form in the rotated basis."""
-        return self.rotate_rows(self.rotate_rows(curvature, seed).T, seed)
+        return rotate(self.rotate_rows(curvature, seed), seed, dim=0)

@@ -161,3 +161,10 @@ def test_a_seed_out_of_range_is_refused(seed: int) -> None:
 def test_no_dimension_is_refused() -> None:
     with pytest.raises(ValueError, match="positive dimension, not 0"):
         signs(0, 1)
+
+
+@pytest.mark.parametrize("turn", [rotate, unrotate])
+@pytest.mark.parametrize("n", [1, 3, 64, 576, 97])
+def test_along_the_first_dimension_it_is_the_transpose_of_the_last(turn, n: int) -> None:
+    x = random_rows(n, 5)
+    torch.testing.assert_close(turn(x, 3, dim=0), turn(x.T, 3).T, atol=1e-12, rtol=0)
