@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from quantizers.factors import FactorFormat
@@ -75,6 +75,19 @@ class StorageFormat(ABC):
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " levels"]
     ) -> Float32[Tensor, "out in"]:
         """Q from the tensors of `plain_specs`."""
+
+    def product(
+        self,
+        x: Float[Tensor, "... n"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " levels"],
+        *,
+        transposed: bool = False,
+    ) -> Float[Tensor, "... m"]:
+        """x Q^T, or x Q if `transposed`, in the dtype of `x`; Q lives as long as the product takes."""
+        weight = self.decode(stored, shape, levels).to(x.dtype)
+        return x @ weight if transposed else x @ weight.T
 
     @property
     def label(self) -> str:

@@ -72,10 +72,11 @@ def _signs_for(x: Tensor, seed: int, dim: int) -> Tensor:
 
 def _transform(x: Float[Tensor, "*batch n"], dim: int) -> Float[Tensor, "*batch n"]:
     """x (H kron P), or along dimension 0."""
+    if x.numel() == 0:
+        return x
     if dim == 0:
         return _transform_columns(x)
-    n = x.shape[-1]
-    columns = x.reshape(-1, n).T.contiguous()
+    columns = x.reshape(-1, x.shape[-1]).T.contiguous()
     return _transform_columns(columns).T.contiguous().view(x.shape)
 
 

@@ -74,14 +74,14 @@ class LatticeFormat(AbstractRotatedFormat):
             "weight_scale": ((1,), torch.float32),
         }
 
-    def decode(
+    def decode_rotated(
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " levels"]
     ) -> Float32[Tensor, "out in"]:
-        """See StorageFormat."""
+        """See AbstractRotatedFormat."""
         vectors = shape[0] * num_vectors(shape[1])
         codes = unpack(stored["weight_packed"], 8, vectors * self.bits).view(vectors, self.bits)
         values = self.points(codes, levels) * stored["weight_scale"]
-        return self.unrotate(values.view(shape[0], -1)[:, : shape[1]])
+        return values.view(shape[0], -1)[:, : shape[1]]
 
     def points(self, codes: UInt8[Tensor, "n bytes"], levels: Float32[Tensor, " levels"]) -> Float32[Tensor, "n 8"]:
         """first + step * second."""

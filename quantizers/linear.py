@@ -20,12 +20,15 @@ class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: "QuantizedLinear") -> Tensor:
         ctx.layer = layer
-        return nn.functional.linear(x, layer.quantized().quantized_part().to(x.dtype))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):  # Q is decoded in float32
+            return layer.quantized().product(x.to(dtype))
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.layer.quantized().quantized_part().to(gradient.dtype), None
+        return ctx.layer.quantized().product(gradient, transposed=True), None
 
 
 class QuantizedLinear(nn.Module):

@@ -56,6 +56,10 @@ class QuantizedTensor:
         """Q in float32."""
         return self.format.decode(self.plain, self.shape, self.levels)
 
+    def product(self, x: Float[Tensor, "... n"], *, transposed: bool = False) -> Float[Tensor, "... m"]:
+        """x Q^T, or x Q if `transposed`, in the dtype of `x`: no low-rank part."""
+        return self.format.product(x, self.plain, self.shape, self.levels, transposed=transposed)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """Q + L1 L2, computed in float32."""
         weight = self.quantized_part()

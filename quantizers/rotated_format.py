@@ -4,7 +4,11 @@ Both rotations follow from `seed` (out) and `seed + 1` (in). Rotated weights loo
 scale a matrix is enough, and a curvature can be rotated with them.
 """
 
-from jaxtyping import Float32
+import math
+from abc import abstractmethod
+
+import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from quantizers.format import StorageFormat
@@ -25,6 +29,36 @@ class AbstractRotatedFormat(StorageFormat):
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
+    @abstractmethod
+    def decode_rotated(
+        self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " levels"]
+    ) -> Float32[Tensor, "out in"]:
+        """W' from the tensors of `plain_specs`."""
+
+    def decode(
+        self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " levels"]
+    ) -> Float32[Tensor, "out in"]:
+        """See StorageFormat."""
+        return self.unrotate(self.decode_rotated(stored, shape, levels))
+
+    def product(
+        self,
+        x: Float[Tensor, "... n"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " levels"],
+        *,
+        transposed: bool = False,
+    ) -> Float[Tensor, "... m"]:
+        """See StorageFormat. Where x has few rows, they and those of the product are rotated, and not the weight."""
+        num_rows = math.prod(x.shape[:-1])
+        if num_rows * sum(shape) >= math.prod(shape):
+            return super().product(x, stored, shape, levels, transposed=transposed)
+        before, after = (self.seed, self.seed + 1) if transposed else (self.seed + 1, self.seed)
+        turned = rotate(_wide(x), before).to(x.dtype)
+        weight = self.decode_rotated(stored, shape, levels).to(x.dtype)
+        return unrotate(_wide(turned @ weight if transposed else turned @ weight.T), after).to(x.dtype)
+
     def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
         """R_out W R_in^T."""
         return rotate(rotate(weight, self.seed + 1), self.seed, dim=0)
@@ -41,3 +75,8 @@ class AbstractRotatedFormat(StorageFormat):
     def rotate_curvature(self, curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
         """The same quadratic form in the rotated basis."""
         return rotate(self.rotate_rows(curvature, seed), seed, dim=0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In a dtype that can be rotated."""
+    return x if x.dtype == torch.float64 else x.float()

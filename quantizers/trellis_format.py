@@ -71,14 +71,14 @@ class TrellisFormat(AbstractRotatedFormat):
             "weight_scale": ((1,), torch.float32),
         }
 
-    def decode(
+    def decode_rotated(
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " states"]
     ) -> Float32[Tensor, "out in"]:
-        """See StorageFormat."""
+        """See AbstractRotatedFormat."""
         rows, columns = num_tiles(shape)
         symbols = unpack(stored["weight_packed"], self.bits, rows * columns * TILE * TILE)
         tiles = decode(symbols.view(-1, TILE * TILE), levels, self.bits) * stored["weight_scale"]
-        return self.unrotate(from_tiles(tiles.view(rows, columns, TILE, TILE))[: shape[0], : shape[1]])
+        return from_tiles(tiles.view(rows, columns, TILE, TILE))[: shape[0], : shape[1]]
 
 
 def num_tiles(shape: tuple[int, int]) -> tuple[int, int]:

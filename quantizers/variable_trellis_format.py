@@ -108,10 +108,10 @@ class VariableTrellisFormat(AbstractRotatedFormat):
             "weight_num_ahead": ((1,), torch.int32),
         }
 
-    def decode(
+    def decode_rotated(
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " states"]
     ) -> Float32[Tensor, "out in"]:
-        """See StorageFormat.
+        """See AbstractRotatedFormat.
 
         Raises:
             ValueError: the bits of the tiles do not add up to what is packed.
@@ -130,7 +130,7 @@ class VariableTrellisFormat(AbstractRotatedFormat):
             symbols = unpack(words[places].view(-1), width, len(here) * TILE * TILE).view(-1, TILE * TILE)
             tiles[here] = decode(symbols, self.levels_of(width, levels), width)
         tiles = (tiles * stored["weight_scale"]).view(rows, columns, TILE, TILE)
-        return self.unrotate(from_tiles(tiles)[: shape[0], : shape[1]])
+        return from_tiles(tiles)[: shape[0], : shape[1]]
 
 
 def tiles_by_width(

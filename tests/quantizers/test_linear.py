@@ -6,12 +6,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantizers import AbstractQuantizer, LloydMax, LowRankPlus, NormalFloat, QuantizedLinear, QuantizedTensor
+from quantizers import (
+    AbstractQuantizer,
+    LloydMax,
+    LowRankPlus,
+    NormalFloat,
+    QuantizedLinear,
+    QuantizedTensor,
+    TrellisCoded,
+)
 from tests.quantizers.helpers import ALL_QUANTIZERS, normal_weight, quantizer_id
 
 SHAPE = (24, 100)
 WITH_LOW_RANK = LowRankPlus(LloydMax(3, 32, 4), 3)
-FEW = [NormalFloat(4), LloydMax(2, 16), WITH_LOW_RANK]
+FEW = [NormalFloat(4), LloydMax(2, 16), WITH_LOW_RANK, TrellisCoded(3)]
 for_few = pytest.mark.parametrize("quantizer", FEW, ids=quantizer_id)
 with_and_without_bias = pytest.mark.parametrize("bias", [None, normal_weight((1, 24))[0]], ids=["plain", "bias"])
 
@@ -173,3 +181,20 @@ def test_moving_the_module_moves_everything() -> None:
     layer.to("meta", torch.bfloat16)
     assert all(tensor.is_meta for tensor in [*layer.buffers(), *layer.parameters()])
     assert layer.weight_scale_step.dtype == torch.float32
+
+
+@for_few
+@pytest.mark.parametrize("num_rows", [3, 60])
+def test_under_autocast_the_weight_is_decoded_in_full_and_rounded_once(
+    quantizer: AbstractQuantizer, num_rows: int
+) -> None:
+    layer, dense = layer_and_dense(quantizer)
+    x = inputs(num_rows).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    expected = x @ dense.T
+    assert (y.float() - expected).norm() < 2**-7 * expected.norm()
+    y.float().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32

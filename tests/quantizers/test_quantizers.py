@@ -310,3 +310,17 @@ def test_a_bad_setting_is_refused_at_construction(family, setting: str, value: i
 def test_an_unknown_scale_rule_is_refused() -> None:
     with pytest.raises(ValueError, match="scale is 'max'; it must be one of search, absmax"):
         check_scale_rule("max")  # a quantizer's constructor calls it; here its types are checked even before
+
+
+@for_all
+def test_the_product_is_that_of_the_dequantized_part(quantizer: AbstractQuantizer) -> None:
+    """Three rows of activations are rotated in the place of the weight, sixty are not."""
+    quantized = quantizer.quantize(normal_weight(SHAPE))
+    dense = quantized.quantized_part()
+    for num_rows in (0, 1, 3, 60):
+        for transposed, weight in ((False, dense.T), (True, dense)):
+            x = torch.randn(num_rows, weight.shape[0], generator=torch.Generator().manual_seed(num_rows))
+            found, half = (quantized.product(each, transposed=transposed) for each in (x, x.bfloat16()))
+            torch.testing.assert_close(found, x @ weight, rtol=1e-5, atol=1e-5)
+            assert half.dtype == torch.bfloat16
+            torch.testing.assert_close(half.float(), x @ weight, rtol=0.03, atol=0.03 * float(dense.norm()))
