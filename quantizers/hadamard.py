@@ -19,8 +19,9 @@ from torch import Tensor
 def signs(n: int, seed: int) -> Float32[Tensor, " n"]:
     """n signs, -1 or 1, the same for a seed on every machine and with every version of torch.
 
-    Kept for the next call: never change them. Only the seed is stored, so the signs are no generator's: sign i is the highest bit of output i of SplitMix64
-    (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators") started at `seed`.
+    Kept for the next call: never change them. Only the seed is stored, so the signs are no generator's: sign i is the
+    highest bit of output i of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
+    generators") started at `seed`.
 
     Args:
         seed: 0 to 2**64 - 1.
