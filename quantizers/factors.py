@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import BFloat16, Float32, Int32
+from jaxtyping import BFloat16, Float, Float32, Int32
 from torch import Tensor
 
 from quantizers.blocks import num_blocks, spread, to_blocks
@@ -121,6 +121,13 @@ def dequantize_factors(stored: dict[str, Tensor], form: FactorFormat, shape: tup
     return Factors(
         _dequantize(OUT, stored, form.bits, rank, rows).T, _dequantize(INTO, stored, form.bits, rank, columns)
     )
+
+
+def dequantize_into(
+    stored: dict[str, Tensor], form: FactorFormat, shape: tuple[int, int], rank: int
+) -> Float[Tensor, "rank in"]:
+    """L2 alone, in bfloat16 where that is how it is stored, else in float32; shapes are not checked."""
+    return stored[INTO] if form.bits == 16 else _dequantize(INTO, stored, form.bits, rank, shape[1])
 
 
 def rounded(components: Float32[Tensor, "components n"], form: FactorFormat) -> Float32[Tensor, "components n"]:

@@ -2,16 +2,25 @@
 
 Q is dequantized for the length of one product, forward and again backward, and never kept (ModuLoRA,
 arXiv:2309.16119); so a model costs its packed size plus one dense matrix, also while training.
+
+On a GPU with Triton, the first product puts the codes into the layout of quantizers/kernels, which takes the place of
+the dense packing: up to 16 rows are then multiplied without a dense matrix. Whoever asks for what is stored
+(`quantized`, `state_dict`) gets it made anew, bit for bit, by a pass over the codes; moving or loading the layer goes
+back to the dense packing until the next product.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from quantizers.format import StorageFormat
-from quantizers.quantized import QuantizedTensor
+from quantizers.kernels.abstract_weight import AbstractKernelWeight, KernelFactors
+from quantizers.kernels.switch import KERNELS
+from quantizers.kernels.weights import KERNEL_WEIGHTS
+from quantizers.quantized import LowRank, QuantizedTensor
 
 
 class _PackedMatmul(torch.autograd.Function):
@@ -20,6 +29,9 @@ class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: "QuantizedLinear") -> Tensor:
         ctx.layer = layer
+        y = layer.kernel_product(x)
+        if y is not None:
+            return y
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):  # Q is decoded in float32
@@ -28,6 +40,9 @@ class _PackedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
+        dense = ctx.layer.kernel_part(gradient)
+        if dense is not None:
+            return gradient @ dense, None
         return ctx.layer.quantized().product(gradient, transposed=True), None
 
 
@@ -49,6 +64,7 @@ class QuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
         self.levels: Tensor
         self.register_buffer("levels", None, persistent=False)
+        self._kernel_weight: AbstractKernelWeight | None = None  # while it is there, what it replaces is None
 
     @staticmethod
     def from_quantized(quantized: QuantizedTensor, bias: Float[Tensor, " out"] | None) -> "QuantizedLinear":
@@ -64,6 +80,7 @@ class QuantizedLinear(nn.Module):
 
     def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
         """Give the layer its codebook, on the device of its codes."""
+        self._leave_kernels()
         self.levels = levels.to(self.weight_packed.device)
 
     @property
@@ -77,27 +94,97 @@ class QuantizedLinear(nn.Module):
         return self.quantized().dequantize()
 
     def quantized(self) -> QuantizedTensor:
-        """The weight as a `QuantizedTensor` that shares this layer's memory."""
+        """The weight as a `QuantizedTensor` that shares this layer's memory, but for what the kernels hold."""
         shape = (self.out_features, self.in_features)
         stored = {name: getattr(self, name) for name in self.format.tensor_specs(shape)}
+        if self._kernel_weight is not None:
+            stored |= self._kernel_weight.stored()
         return QuantizedTensor.from_tensors(self.format, shape, self.levels, stored)
+
+    def low_rank(self) -> LowRank | None:
+        """The low-rank part, as it is stored."""
+        form, shape = self.format, (self.out_features, self.in_features)
+        if not form.rank:
+            return None
+        tensors = {name: getattr(self, name) for name in form.factors.tensor_specs(shape, form.rank)}
+        return LowRank(tensors, form.factor_bits, form.rank, shape)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
-        y = self.quantized_product(x)
-        low_rank = self.quantized().low_rank
-        if low_rank is not None:
-            factors = low_rank.factors()
-            low = nn.functional.linear(x, factors.into.to(x.dtype))
-            y = y + nn.functional.linear(low, factors.out.to(x.dtype))
+        low_rank = self.low_rank()
+        needs_gradient = torch.is_grad_enabled() and x.requires_grad
+        y = None if needs_gradient or low_rank is None else self.kernel_product(x, low_rank)
+        if y is None:
+            y = self.quantized_product(x)
+            if low_rank is not None:
+                factors = low_rank.factors()
+                low = nn.functional.linear(x, factors.into.to(x.dtype))
+                y = y + nn.functional.linear(low, factors.out.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def quantized_product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """x Q^T alone, in the dtype of `x`: no low-rank part, no bias. The gradient goes to `x`."""
         return _PackedMatmul.apply(x, self)
 
+    def kernel_product(
+        self, x: Float[Tensor, "... in"], low_rank: LowRank | None = None
+    ) -> Float[Tensor, "... out"] | None:
+        """x Q^T, with `low_rank` added, by kernels and without a gradient; None where they do not serve."""
+        if x.shape[-1] != self.in_features or not KernelFactors.fits(low_rank):
+            return None
+        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        flat = x.detach().reshape(-1, self.in_features)
+        factors = None if low_rank is None else KernelFactors(low_rank)
+        y = self._by_kernels(flat, lambda weight: weight.product(flat, factors))
+        return None if y is None else y.view(*x.shape[:-1], self.out_features)
+
+    def quantized_part(self, like: Tensor) -> Float[Tensor, "out in"]:
+        """Q in the dtype of `like`, a tensor that will be multiplied with it."""
+        dense = self.kernel_part(like)
+        return self.quantized().quantized_part().to(like.dtype) if dense is None else dense
+
+    def kernel_part(self, like: Tensor) -> Float[Tensor, "out in"] | None:
+        """The same by kernels; None where they do not serve."""
+        return self._by_kernels(like, lambda weight: weight.dense(like.dtype))
+
+    def _by_kernels(self, x: Tensor, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
+        """What `run` makes of the weight in the kernels' layout, or None where no kernel serves."""
+        fits = self.format.kind in KERNEL_WEIGHTS and x.device == self.levels.device
+        y = KERNELS.attempt(lambda: run(self._enter_kernels())) if fits and KERNELS.serves(x) else None
+        if KERNELS.failure is not None:
+            self._leave_kernels()
+        return y
+
+    def _enter_kernels(self) -> AbstractKernelWeight:
+        if self._kernel_weight is None:
+            quantized = self.quantized()
+            weight = KERNEL_WEIGHTS[self.format.kind].from_stored(
+                self.format, quantized.shape, quantized.plain, self.levels
+            )
+            for name in weight.replaces:
+                if name in self._buffers:
+                    self._buffers[name] = None
+            self._kernel_weight = weight
+        return self._kernel_weight
+
+    def _leave_kernels(self) -> None:
+        if self._kernel_weight is not None:
+            self._buffers |= self._kernel_weight.stored()
+            self._kernel_weight = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._kernel_weight is not None:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self._kernel_weight.stored().items()})
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._leave_kernels()
+        super()._load_from_state_dict(*arguments)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
+        self._leave_kernels()
         before = {name: tensor for name, tensor in self.named_buffers() if tensor is not None}
         super()._apply(fn, recurse)
         for name, tensor in before.items():

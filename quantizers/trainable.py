@@ -43,7 +43,7 @@ class TrainableLinear(nn.Module):
         self.low_rank_out = None if factors is None else nn.Parameter(factors.out.clone())
         self.low_rank_in = None if factors is None else nn.Parameter(factors.into.contiguous().clone())
         has_scales = any(name in SCALES for name in quantized.plain)
-        self.weight_gain = nn.Parameter(torch.ones(1, device=layer.weight_packed.device)) if has_scales else None
+        self.weight_gain = nn.Parameter(torch.ones(1, device=layer.levels.device)) if has_scales else None
         dense = None if dense_dtype is None else quantized.quantized_part().to(dense_dtype)
         self.dense: Tensor | None
         self.register_buffer("dense", dense, persistent=False)

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Kernels run in Triton's interpreter, on the CPU, unless `-m gpu` asks for the card.
+
+    Triton reads the variable when it is first imported (transformers does so), also in the workers of pytest-xdist.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the user's ~/.bitsmith."""

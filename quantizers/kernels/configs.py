@@ -1,0 +1,58 @@
+"""Tile sizes of the kernels, by card: a table, so that nothing is tuned at start-up.
+
+`python -m benchmarks.kernels --tune` prints the row of the card it runs on. No card was measured yet, so the only row
+is the default, chosen by occupancy and instruction counts of the compiled code; it is what every card gets.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut into programs.
+
+    Attributes:
+        rows: of the weight, in a tile.
+        supers: superblocks of 256 columns, in a tile.
+        num_warps, num_stages: see `triton.Config`.
+    """
+
+    rows: int
+    supers: int
+    num_warps: int
+    num_stages: int
+
+
+DEFAULT = "any card"
+CONFIGS: dict[str, dict[str, Config]] = {
+    DEFAULT: {
+        "dequantize": Config(rows=8, supers=4, num_warps=4, num_stages=1),
+        "matvec": Config(rows=8, supers=4, num_warps=4, num_stages=2),
+        "matmul": Config(rows=64, supers=1, num_warps=4, num_stages=2),
+    }
+}
+PROGRAMS_A_MULTIPROCESSOR = 4
+MOST_SPLITS = 16
+
+
+def config_of(kernel: str, device: torch.device) -> Config:
+    """The table's row for the card, or the default."""
+    return CONFIGS.get(_card(device)[0], CONFIGS[DEFAULT])[kernel]
+
+
+def num_splits(num_row_tiles: int, num_column_tiles: int, device: torch.device) -> int:
+    """Programs that share the columns of a tile of rows: as many as keep the card busy, at least a tile each."""
+    wanted = PROGRAMS_A_MULTIPROCESSOR * _card(device)[1] // num_row_tiles
+    return max(1, min(wanted, num_column_tiles, MOST_SPLITS))
+
+
+@functools.cache
+def _card(device: torch.device) -> tuple[str, int]:
+    """Name and multiprocessors; the interpreter's CPU counts as one."""
+    if device.type != "cuda":
+        return device.type, 1
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count

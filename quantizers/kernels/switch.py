@@ -1,0 +1,52 @@
+"""Whether kernels are used: on a CUDA device, until one fails; then never again in this process, with one warning."""
+
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+
+class KernelSwitch:
+    """See the module; `KERNELS` is the process's own.
+
+    Attributes:
+        device_types: where kernels run. Triton's interpreter runs them on a CPU, too slowly for anything but tests.
+        failure: why they are off, or None.
+    """
+
+    def __init__(self, device_types: tuple[str, ...] = ("cuda",)) -> None:
+        self.device_types = device_types
+        self.failure: str | None = None
+
+    def serves(self, x: Tensor) -> bool:
+        """May a product with `x` be tried?"""
+        dtypes = (torch.float32, torch.float16, torch.bfloat16)
+        return self.failure is None and x.device.type in self.device_types and x.dtype in dtypes
+
+    def attempt(self, run: Callable[[], Tensor]) -> Tensor | None:
+        """What `run` gives, or None where Triton is missing or fails.
+
+        Raises:
+            torch.OutOfMemoryError: from `run`; memory is no reason to think that kernels do not work.
+        """
+        try:
+            if find_spec("triton") is None:
+                raise ModuleNotFoundError("Triton is not installed")
+            return run()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers, drivers and Triton raise all kinds
+            self.failure = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
+            warnings.warn(
+                f"bitsmith's GPU kernels do not work here ({self.failure[:500]}); packed layers are dequantized by "
+                "torch for every product, with the same results, but slowly. `pip install triton` or another "
+                "version of it may help",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return None
+
+
+KERNELS = KernelSwitch()

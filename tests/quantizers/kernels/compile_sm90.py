@@ -1,0 +1,96 @@
+"""Compiles every kernel for sm_90, which needs no GPU, and prints one JSON line a variant: its name and what came out.
+
+A process of its own, since in the tests' Triton is an interpreter: `TRITON_INTERPRET=0 python -m
+tests.quantizers.kernels.compile_sm90`.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from quantizers.kernels.configs import CONFIGS, DEFAULT
+from quantizers.kernels.dequantize import dequantize_kernel
+from quantizers.kernels.layout import PLANE_BITS
+from quantizers.kernels.matmul import matmul_kernel
+from quantizers.kernels.matvec import matvec_kernel
+from quantizers.kernels.trellis import trellis_kernel
+
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+DOT = {torch.float32: triton.language.float32, torch.float16: triton.language.float16}
+DOT[torch.bfloat16] = triton.language.bfloat16
+# bits, block size, integers or levels, dtype, rank, bits of a factor: all widths; then everything else once.
+VARIANTS = [
+    *((bits, 64, False, torch.bfloat16, 0, 16) for bits in PLANE_BITS),
+    (2, 16, True, torch.float16, 8, 16),
+    (3, 32, False, torch.float32, 24, 8),
+    (4, 128, True, torch.bfloat16, 8, 8),
+]
+
+
+def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Name, kernel, signature, constants and options of each."""
+    configs = CONFIGS[DEFAULT]
+    for bits, block, is_integer, dtype, rank, factor_bits in VARIANTS:
+        low, high = (*PLANE_BITS[bits], 0)[:2]
+        planes = ["*i16" if width == 1 else "*i32" for width in (low, high or low)]
+        weight = dict(
+            zip(
+                ("low_plane", "high_plane", "levels", "scale_codes", "steps", "offset", "zeros"),
+                (*planes, "*fp32", "*u8", "*fp32", "*fp32", "*u8"),
+                strict=True,
+            )
+        )
+        factors = {"factor": "*i16" if factor_bits == 16 else "*u8", "factor_scale": "*i16"}
+        sizes = {"N": "i32", "K": "i32"}
+        ours = {"LOW": low, "HIGH": high, "BLOCK": block, "SUPER_BLOCK": 256, "IS_INTEGER": is_integer}
+        data = POINTERS[dtype]
+        name = f"{bits} bits, blocks of {block}, {'integers' if is_integer else 'levels'}, {dtype}, rank {rank}"
+        fused = {"x": data, **weight, "inner": data, **factors}
+        low_rank = {"RANK": rank, "FACTOR_BITS": factor_bits}
+        for kernel, config in configs.items():
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            tile = {"ROWS": config.rows}
+            if kernel == "dequantize":
+                constants = ours | tile | {"SUPERS": config.supers}
+                yield f"dequantize, {name}", dequantize_kernel, {"out": data, **weight, **sizes}, constants, options
+            elif kernel == "matvec":
+                constants = ours | low_rank | tile | {"SUPERS": config.supers, "SPLITS": 4}
+                yield f"matvec, {name}", matvec_kernel, {**fused, "out": "*fp32", **sizes}, constants, options
+            else:
+                constants = ours | low_rank | tile | {"DOT": DOT[dtype], "SPLITS": 1}
+                yield f"matmul, {name}", matmul_kernel, {**fused, "out": data, "M": "i32", **sizes}, constants, options
+    for bits, state_bits in itertools.product((1, 3, 5), (8, 12)):
+        signature = {"out": "*bf16", "words": "*i32", "levels": "*fp32", "scale": "*fp32"}
+        signature |= {"N": "i32", "K": "i32", "num_tiles": "i32"}
+        constants = {"BITS": bits, "STATE_BITS": state_bits, "TILES": 8}
+        yield f"trellis, {bits} bits, states of {state_bits}", trellis_kernel, signature, constants, {"num_warps": 4}
+
+
+def main() -> None:
+    """See the module."""
+    for name, kernel, signature, constants, options in variants():
+        signature = signature | dict.fromkeys(constants, "constexpr")
+        signature = {argument: signature[argument] for argument in kernel.arg_names}  # in the kernel's order
+        source = ASTSource(kernel, signature, constexprs=constants)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(
+            json.dumps(
+                {
+                    "name": name,
+                    "cubin_bytes": len(compiled.asm["cubin"]),
+                    "shared_bytes": compiled.metadata.shared,
+                    "ptx_has_mma": "mma" in compiled.asm["ptx"],
+                }
+            ),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
