@@ -91,7 +91,8 @@ class QuantizedLinear(nn.Module):
         """
         if self.levels is None:
             return torch.empty(self.out_features, self.in_features, device="meta")
-        return self.quantized().dequantize()
+        quantized_part, low_rank = self.quantized_part(self.levels), self.low_rank()
+        return quantized_part if low_rank is None else quantized_part + low_rank.product()
 
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory, but for what the kernels hold."""
@@ -132,8 +133,11 @@ class QuantizedLinear(nn.Module):
         """x Q^T, with `low_rank` added, by kernels and without a gradient; None where they do not serve."""
         if x.shape[-1] != self.in_features or not KernelFactors.fits(low_rank):
             return None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return self.kernel_product(x.to(dtype), low_rank)
         flat = x.detach().reshape(-1, self.in_features)
         factors = None if low_rank is None else KernelFactors(low_rank)
         y = self._by_kernels(flat, lambda weight: weight.product(flat, factors))
@@ -151,11 +155,20 @@ class QuantizedLinear(nn.Module):
     def _by_kernels(self, x: Tensor, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
         """What `run` makes of the weight in the kernels' layout, or None where no kernel serves."""
         fits = self.format.kind in KERNEL_WEIGHTS and x.device == self.levels.device
-        y = KERNELS.attempt(lambda: run(self._enter_kernels())) if fits and KERNELS.serves(x) else None
+        if fits and KERNELS.serves(x):
+            return self._try_kernels(run)
         if KERNELS.failure is not None:
+            self._leave_kernels()
+        return None
+
+    @torch.compiler.disable  # changes buffers and catches what Triton raises
+    def _try_kernels(self, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
+        y = KERNELS.attempt(lambda: run(self._enter_kernels()))
+        if y is None:
             self._leave_kernels()
         return y
 
+    @torch.inference_mode(False)
     def _enter_kernels(self) -> AbstractKernelWeight:
         if self._kernel_weight is None:
             quantized = self.quantized()
@@ -168,6 +181,7 @@ class QuantizedLinear(nn.Module):
             self._kernel_weight = weight
         return self._kernel_weight
 
+    @torch.inference_mode(False)
     def _leave_kernels(self) -> None:
         if self._kernel_weight is not None:
             self._buffers |= self._kernel_weight.stored()

@@ -1,7 +1,7 @@
 """Tile sizes of the kernels, by card: a table, so that nothing is tuned at start-up.
 
-`python -m benchmarks.kernels --tune` prints the row of the card it runs on. No card was measured yet, so the only row
-is the default, chosen by occupancy and instruction counts of the compiled code; it is what every card gets.
+`python -m benchmarks.kernels --tune` prints the row of the card it runs on. No card was measured yet, so every
+card gets the default, which was chosen without one.
 """
 
 import functools
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut into programs.
+    """How a kernel is cut into programs; all numbers but num_stages are powers of two.
 
     Attributes:
         rows: of the weight, in a tile.
@@ -32,7 +32,13 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "dequantize": Config(rows=8, supers=4, num_warps=4, num_stages=1),
         "matvec": Config(rows=8, supers=4, num_warps=4, num_stages=2),
         "matmul": Config(rows=64, supers=1, num_warps=4, num_stages=2),
-    }
+    },
+    # Triton's interpreter, which takes a program's time whatever its size
+    "cpu": {
+        "dequantize": Config(rows=64, supers=2, num_warps=4, num_stages=1),
+        "matvec": Config(rows=64, supers=2, num_warps=4, num_stages=1),
+        "matmul": Config(rows=64, supers=1, num_warps=4, num_stages=1),
+    },
 }
 PROGRAMS_A_MULTIPROCESSOR = 4
 MOST_SPLITS = 16

@@ -86,9 +86,9 @@ def matmul_kernel(
                 part = tl.dot(some, tl.trans(value.to(DOT)), part, input_precision="ieee")
             total += part * scale[None, :]
     if RANK > 0:
-        for start in range(0, RANK, 16):
+        for start in range(0, RANK, 16):  # the first split adds it, the others nothing
             r = start + lane
-            some = tl.load(inner + m * RANK + r, mask=(m < M) & (r < RANK) & (split == 0), other=0.0).to(DOT)
+            some = tl.load(inner + m * RANK + r, mask=(m < M) & (r < RANK * (1 - split)), other=0.0).to(DOT)
             mask = there & (r < RANK)
             factors = load_factor(factor, factor_scale, n[:, None], r, N, mask, RANK, FACTOR_BITS)
             total = tl.dot(some, tl.trans(factors.to(DOT)), total, input_precision="ieee")

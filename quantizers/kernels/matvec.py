@@ -85,9 +85,9 @@ def matvec_kernel(
             total += part * scale[:, :, None]
     y = tl.sum(tl.sum(total, 2), 1)
     if RANK > 0:
-        for start in range(0, RANK, 16):
+        for start in range(0, RANK, 16):  # the first split adds it, the others nothing
             r = start + tl.arange(0, 16)[None, :]
-            some = tl.load(inner + r, mask=(r < RANK) & (split == 0), other=0.0).to(tl.float32)
+            some = tl.load(inner + r, mask=(r < RANK * (1 - split)), other=0.0).to(tl.float32)
             factors = load_factor(factor, factor_scale, n, r, N, (n < N) & (r < RANK), RANK, FACTOR_BITS)
             y += tl.sum(factors * some, 1)
     tl.store(out + split * N + rows, y.to(out.dtype.element_ty), mask=rows < N)

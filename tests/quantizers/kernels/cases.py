@@ -1,5 +1,6 @@
 """Matrices for the kernels: every width, block size and kind of storage, shapes that divide by nothing."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -9,11 +10,13 @@ from quantizers import (
     Integer,
     KMeans,
     LloydMax,
-    LowRankPlus,
+    LowRank,
     NormalFloat,
     QuantizedTensor,
 )
+from quantizers.factors import FactorFormat, quantize_factors
 from quantizers.kernels.block_weight import BlockWeight
+from solvers.low_rank import Factors
 from tests.quantizers.helpers import normal_weight, quantizer_id
 
 # bits, block_size, scale_bits, super_block
@@ -29,17 +32,30 @@ QUANTIZERS: list[AbstractQuantizer] = [
     Integer(4, 128, 8, 256),
     Integer(8, 16, 8, 256),
 ]
-SHAPES = [(1, 1), (5, 129), (70, 600), (16, 256)]
+SHAPES = [(1, 1), (5, 129), (70, 600)]
+# Every quantizer in a small shape, a few in the large one, as a program of the interpreter takes a third of a second.
+CASES = [(q, shape) for shape in SHAPES for q in (QUANTIZERS if shape[0] < 70 else QUANTIZERS[1::3])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Relative to the largest value; a result is rounded once, a product of half precision has rounded levels as well.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
-__all__ = ["DTYPES", "QUANTIZERS", "SHAPES", "TOLERANCE", "block_weight", "inputs", "quantized", "quantizer_id"]
+for_quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=quantizer_id)
+for_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+for_cases = pytest.mark.parametrize(
+    ("quantizer", "shape"), CASES, ids=[f"{quantizer_id(quantizer)}-{shape}" for quantizer, shape in CASES]
+)
 
 
-def quantized(quantizer: AbstractQuantizer, shape: tuple[int, int], *, rank: int = 0, bits: int = 16) -> QuantizedTensor:
+def quantized(quantizer: AbstractQuantizer, shape: tuple[int, int]) -> QuantizedTensor:
     """A normal matrix, quantized."""
-    return (LowRankPlus(quantizer, rank, bits, max_iterations=1) if rank else quantizer).quantize(normal_weight(shape))
+    return quantizer.quantize(normal_weight(shape))
+
+
+def low_rank(shape: tuple[int, int], rank: int, bits: int) -> LowRank:
+    """Factors whose product is as large as the matrices here."""
+    out, into = normal_weight((shape[0], rank), seed=1), normal_weight((rank, shape[1]), seed=2)
+    form = FactorFormat(bits)
+    return LowRank(quantize_factors(Factors(out * 20, into), form), bits, rank, shape)
 
 
 def block_weight(tensor: QuantizedTensor, device: str = "cpu") -> BlockWeight:
@@ -58,5 +74,5 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     """Every number within the tolerance of `dtype`, relative to the largest."""
     assert found.dtype == dtype
     assert found.shape == expected.shape
-    largest = float(expected.float().abs().max()) if expected.numel() else 1.0
+    largest = float(expected.detach().float().abs().max()) if expected.numel() else 1.0
     torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=TOLERANCE[dtype] * largest)

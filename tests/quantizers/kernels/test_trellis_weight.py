@@ -1,0 +1,45 @@
+"""The trellis kernel against its reference, and both against what is stored."""
+
+import pytest
+import torch
+
+from quantizers import TrellisCoded, TrellisFormat
+from quantizers.kernels import reference
+from quantizers.kernels.trellis import dequantize_trellis
+from quantizers.kernels.trellis_weight import TrellisWeight
+from tests.quantizers.kernels.cases import assert_near, for_dtypes, inputs, quantized, quantizer_id
+
+QUANTIZERS = [*(TrellisCoded(bits) for bits in (1, 2, 3, 4, 5)), TrellisCoded(2, 10, seed=7)]
+for_trellises = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=quantizer_id)
+
+
+def trellis_weight(quantizer: TrellisCoded, shape: tuple[int, int]) -> TrellisWeight:
+    tensor = quantized(quantizer, shape)
+    assert isinstance(tensor.format, TrellisFormat)
+    return TrellisWeight.from_stored(tensor.format, shape, tensor.plain, tensor.levels)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (20, 37)], ids=str)
+@for_trellises
+def test_dequantize(quantizer: TrellisCoded, shape: tuple[int, int]) -> None:
+    weight = trellis_weight(quantizer, shape)
+    found = dequantize_trellis(weight, torch.float32)
+    assert_near(found, reference.dequantize_trellis(weight, torch.float32), torch.float32)
+    assert_near(weight.dense(torch.float32), quantized(quantizer, shape).quantized_part(), torch.float32)
+
+
+@for_trellises
+def test_what_it_replaces_comes_back(quantizer: TrellisCoded) -> None:
+    weight = trellis_weight(quantizer, (20, 37))
+    stored = weight.stored()
+    assert set(stored) == set(weight.replaces)
+    assert torch.equal(stored["weight_packed"], quantized(quantizer, (20, 37)).plain["weight_packed"])
+
+
+@for_dtypes
+@pytest.mark.parametrize("rows", [0, 1, 18])
+def test_products_rotate_the_rows_and_not_the_weight(rows: int, dtype: torch.dtype) -> None:
+    weight = trellis_weight(TrellisCoded(3), (20, 37))
+    x = inputs(rows, 37, dtype)
+    expected = (x.float() @ quantized(TrellisCoded(3), (20, 37)).quantized_part().T).to(dtype)
+    assert_near(weight.product(x), expected, dtype)
