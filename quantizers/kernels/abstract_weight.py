@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quantizers.factors import INTO, OUT, FactorFormat, dequantize_into
+from quantizers.factors import OUT, FactorFormat, dequantize_into
 from quantizers.quantized import LowRank
 
 FUSED_FACTOR_BITS = (16, 8)
@@ -69,7 +69,5 @@ class AbstractKernelWeight(ABC):
         """Q, computed in float32."""
 
     @abstractmethod
-    def product(
-        self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None
-    ) -> Float[Tensor, "rows out"]:
+    def product(self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None) -> Float[Tensor, "rows out"]:
         """x Q^T + (x L2^T) L1^T in the dtype of `x`: float32, float16 or bfloat16."""

@@ -91,9 +91,7 @@ class BlockWeight(AbstractKernelWeight):
 
         return dequantize(self, dtype)
 
-    def product(
-        self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None
-    ) -> Float[Tensor, "rows out"]:
+    def product(self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None) -> Float[Tensor, "rows out"]:
         """See AbstractKernelWeight."""
         from quantizers.kernels.matmul import matmul
         from quantizers.kernels.matvec import matvec

@@ -1,6 +1,6 @@
 """What the kernels compute, in plain torch: the meaning of the kernel layout, whose planes it reads bit by bit.
 
-    Q[n, k] = (level[code] - zero) * (offset + scale_code * step)
+Q[n, k] = (level[code] - zero) * (offset + scale_code * step)
 """
 
 import torch

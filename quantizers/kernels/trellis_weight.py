@@ -64,9 +64,7 @@ class TrellisWeight(AbstractKernelWeight):
 
         return dequantize_trellis(self, dtype)
 
-    def product(
-        self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None
-    ) -> Float[Tensor, "rows out"]:
+    def product(self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None) -> Float[Tensor, "rows out"]:
         """See AbstractKernelWeight. The rows of x and y are rotated, in float32, and not the weight."""
         if x.shape[0] == 0:
             return x.new_empty(0, self.shape[0])

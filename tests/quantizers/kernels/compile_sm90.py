@@ -1,11 +1,13 @@
-"""Compiles every kernel for sm_90, which needs no GPU, and prints one JSON line a variant: its name and what came out.
+"""Compiles kernels for sm_90, which needs no GPU, and prints one JSON line a variant: its name and what came out.
 
-A process of its own, since in the tests' Triton is an interpreter: `TRITON_INTERPRET=0 python -m
-tests.quantizers.kernels.compile_sm90`.
+    TRITON_INTERPRET=0 python -m tests.quantizers.kernels.compile_sm90 [--few]
+
+A process of its own, since in the tests' Triton is an interpreter. `--few` takes each kernel once.
 """
 
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,7 +30,8 @@ DOT[torch.bfloat16] = triton.language.bfloat16
 VARIANTS = [
     *((bits, 64, False, torch.bfloat16, 0, 16) for bits in PLANE_BITS),
     (2, 16, True, torch.float16, 8, 16),
-    (3, 32, False, torch.float32, 24, 8),
+    (3, 32, False, torch.float16, 24, 8),
+    (2, 64, False, torch.float32, 0, 16),
     (4, 128, True, torch.bfloat16, 8, 8),
 ]
 
@@ -72,9 +75,16 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         yield f"trellis, {bits} bits, states of {state_bits}", trellis_kernel, signature, constants, {"num_warps": 4}
 
 
+def few() -> list:
+    """Each kernel once, 3 bits with a low-rank part of 8 bits: two planes, look-up and factors."""
+    return [
+        each for each in variants() if "3 bits, blocks of 32" in each[0] or each[0] == "trellis, 3 bits, states of 8"
+    ]
+
+
 def main() -> None:
     """See the module."""
-    for name, kernel, signature, constants, options in variants():
+    for name, kernel, signature, constants, options in few() if "--few" in sys.argv else variants():
         signature = signature | dict.fromkeys(constants, "constexpr")
         signature = {argument: signature[argument] for argument in kernel.arg_names}  # in the kernel's order
         source = ASTSource(kernel, signature, constexprs=constants)
@@ -85,7 +95,7 @@ def main() -> None:
                     "name": name,
                     "cubin_bytes": len(compiled.asm["cubin"]),
                     "shared_bytes": compiled.metadata.shared,
-                    "ptx_has_mma": "mma" in compiled.asm["ptx"],
+                    "mma": compiled.asm["ptx"].count("mma"),
                 }
             ),
             flush=True,
