@@ -26,6 +26,16 @@ def load_words(plane, cell, lane, mask, WIDTH: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def load_planes(low_plane, high_plane, cell, lane, mask, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """The words of both planes; HIGH 0 is no second plane, and the first is given twice."""
+    low = load_words(low_plane, cell, lane, mask, LOW)
+    if HIGH > 0:
+        return low, load_words(high_plane, cell, lane, mask, HIGH)
+    return low, low
+
+
+@triton.jit
+@no_type_check
 def field_of(first, second, FIELD: tl.constexpr, WIDTH: tl.constexpr):
     """WIDTH bits of field FIELD from the words of `load_words`."""
     FIRST_BIT: tl.constexpr = FIELD * WIDTH
@@ -36,18 +46,30 @@ def field_of(first, second, FIELD: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def values_of(low, high, levels, FIELD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, IS_INTEGER: tl.constexpr):
-    """Field FIELD of the words of both planes (LOW and HIGH bits) as float32: a level, or the code itself.
+def values_of(planes, levels, zero, FIELD: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, INTEGER: tl.constexpr):
+    """Field FIELD of the words of `load_planes` as float32: a level, or the code less `zero`.
 
     `levels` is in registers; the look-up is 1-D, since a 2-D `tl.gather` asks for a layout that Triton may refuse.
     """
-    codes = field_of(low[0], low[1], FIELD, LOW)
+    codes = field_of(planes[0][0], planes[0][1], FIELD, LOW)
     if HIGH > 0:
-        codes = codes | (field_of(high[0], high[1], FIELD, HIGH) << LOW)
-    if IS_INTEGER:
-        return codes.to(tl.float32)
-    flat = tl.gather(levels, tl.reshape(codes, [codes.numel]), 0)
-    return tl.reshape(flat, codes.shape)
+        codes = codes | (field_of(planes[1][0], planes[1][1], FIELD, HIGH) << LOW)
+    if INTEGER:
+        values = codes.to(tl.float32) - zero
+    else:
+        values = tl.reshape(tl.gather(levels, tl.reshape(codes, [codes.numel]), 0), codes.shape)
+    return values
+
+
+@triton.jit
+@no_type_check
+def load_zeros(zeros, block, mask, INTEGER: tl.constexpr):
+    """Zero-points of the blocks numbered `block`; 0 where the format has none."""
+    if INTEGER:
+        zero = tl.load(zeros + block, mask=mask, other=0).to(tl.float32)
+    else:
+        zero = 0.0
+    return zero
 
 
 @triton.jit

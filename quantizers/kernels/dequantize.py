@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quantizers.kernels.configs import config_of
-from quantizers.kernels.decode import load_scales, load_words, values_of
+from quantizers.kernels.decode import load_planes, load_scales, load_zeros, values_of
 from quantizers.kernels.layout import PLANE_BITS, num_superblocks
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def dequantize_kernel(
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
     SUPER_BLOCK: tl.constexpr,
-    IS_INTEGER: tl.constexpr,
+    INTEGER: tl.constexpr,
     ROWS: tl.constexpr,
     SUPERS: tl.constexpr,
 ):
@@ -45,17 +45,13 @@ def dequantize_kernel(
     lane = tl.arange(0, 16)[None, None, :]
     book = tl.load(levels + tl.arange(0, 2 ** (LOW + HIGH)))
     there = (n < N) & (sup < num_supers)
-    low = load_words(low_plane, n * num_supers + sup, lane, there, LOW)
-    high = low
-    if HIGH > 0:
-        high = load_words(high_plane, n * num_supers + sup, lane, there, HIGH)
+    planes = load_planes(low_plane, high_plane, n * num_supers + sup, lane, there, LOW, HIGH)
     for field in tl.static_range(16):
-        value = values_of(low, high, book, field, LOW, HIGH, IS_INTEGER)
         block = sup * (256 // BLOCK) + field * 16 // BLOCK
         has_scale = there & (block < num_blocks)
-        if IS_INTEGER:
-            value -= tl.load(zeros + n * num_blocks + block, mask=has_scale, other=0).to(tl.float32)
-        value *= load_scales(scale_codes, steps, offset, n * num_blocks + block, has_scale, SUPER_BLOCK)
+        scale = load_scales(scale_codes, steps, offset, n * num_blocks + block, has_scale, SUPER_BLOCK)
+        zero = load_zeros(zeros, n * num_blocks + block, has_scale, INTEGER)
+        value = scale * values_of(planes, book, zero, field, LOW, HIGH, INTEGER)
         k = sup * 256 + field * 16 + lane
         tl.store(out + n * K + k, value.to(out.dtype.element_ty), mask=(n < N) & (k < K))
 
@@ -79,7 +75,7 @@ def dequantize(weight: "BlockWeight", dtype: torch.dtype) -> Float[Tensor, "out 
             HIGH=high,
             BLOCK=weight.form.block_size,
             SUPER_BLOCK=weight.form.super_block,
-            IS_INTEGER=weight.zeros is not None,
+            INTEGER=weight.zeros is not None,
             ROWS=config.rows,
             SUPERS=config.supers,
             num_warps=config.num_warps,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quantizers.kernels.abstract_weight import KernelFactors
 from quantizers.kernels.configs import config_of, num_splits
-from quantizers.kernels.decode import load_factor, load_scales, load_words, values_of
+from quantizers.kernels.decode import load_factor, load_planes, load_scales, load_zeros, values_of
 from quantizers.kernels.layout import PLANE_BITS, num_superblocks
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def matmul_kernel(
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
     SUPER_BLOCK: tl.constexpr,
-    IS_INTEGER: tl.constexpr,
+    INTEGER: tl.constexpr,
     RANK: tl.constexpr,
     FACTOR_BITS: tl.constexpr,
     DOT: tl.constexpr,
@@ -58,39 +58,29 @@ def matmul_kernel(
     split = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = rows.to(tl.int64)
-    m = tl.arange(0, 16)[:, None]
-    lane = tl.arange(0, 16)[None, :]
+    m, lane = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     book = tl.load(levels + tl.arange(0, 2 ** (LOW + HIGH)))
     there = (n < N)[:, None]
     total = tl.zeros([16, ROWS], dtype=tl.float32)
     for sup in range(split, num_supers, SPLITS):
-        cell = (n * num_supers + sup)[:, None]
-        low = load_words(low_plane, cell, lane, there, LOW)
-        high = low
-        if HIGH > 0:
-            high = load_words(high_plane, cell, lane, there, HIGH)
+        planes = load_planes(low_plane, high_plane, (n * num_supers + sup)[:, None], lane, there, LOW, HIGH)
         for block_of_super in tl.static_range(256 // BLOCK):
             block = tl.full([ROWS], block_of_super, tl.int32) + sup * (256 // BLOCK)
             has_scale = (n < N) & (block < num_blocks)
             scale = load_scales(scale_codes, steps, offset, n * num_blocks + block, has_scale, SUPER_BLOCK)
+            zero = load_zeros(zeros, (n * num_blocks + block)[:, None], has_scale[:, None], INTEGER)
             part = tl.zeros([16, ROWS], dtype=tl.float32)
-            for field_of_block in tl.static_range(BLOCK // 16):
-                value = values_of(
-                    low, high, book, block_of_super * (BLOCK // 16) + field_of_block, LOW, HIGH, IS_INTEGER
-                )
-                if IS_INTEGER:
-                    zero = tl.load(zeros + n * num_blocks + block, mask=has_scale, other=0).to(tl.float32)
-                    value -= zero[:, None]
-                k = sup * 256 + (block_of_super * BLOCK + field_of_block * 16) + lane
+            for field in tl.static_range(block_of_super * (BLOCK // 16), (block_of_super + 1) * (BLOCK // 16)):
+                k = sup * 256 + field * 16 + lane
                 some = tl.load(x + m * K + k, mask=(m < M) & (k < K), other=0.0).to(DOT)
-                part = tl.dot(some, tl.trans(value.to(DOT)), part, input_precision="ieee")
+                value = values_of(planes, book, zero, field, LOW, HIGH, INTEGER).to(DOT)
+                part = tl.dot(some, tl.trans(value), part, input_precision="ieee")
             total += part * scale[None, :]
     if RANK > 0:
         for start in range(0, RANK, 16):  # the first split adds it, the others nothing
             r = start + lane
             some = tl.load(inner + m * RANK + r, mask=(m < M) & (r < RANK * (1 - split)), other=0.0).to(DOT)
-            mask = there & (r < RANK)
-            factors = load_factor(factor, factor_scale, n[:, None], r, N, mask, RANK, FACTOR_BITS)
+            factors = load_factor(factor, factor_scale, n[:, None], r, N, there & (r < RANK), RANK, FACTOR_BITS)
             total = tl.dot(some, tl.trans(factors.to(DOT)), total, input_precision="ieee")
     at = out + (split * M + m).to(tl.int64) * N + rows[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=(m < M) & (rows < N)[None, :])
@@ -126,7 +116,7 @@ def matmul(
             HIGH=high,
             BLOCK=weight.form.block_size,
             SUPER_BLOCK=weight.form.super_block,
-            IS_INTEGER=weight.zeros is not None,
+            INTEGER=weight.zeros is not None,
             RANK=0 if factors is None else factors.low_rank.rank,
             FACTOR_BITS=16 if factors is None else factors.low_rank.bits,
             DOT=_dot_dtype(x.dtype),

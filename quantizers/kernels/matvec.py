@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantizers.kernels.abstract_weight import KernelFactors
 from quantizers.kernels.configs import config_of, num_splits
-from quantizers.kernels.decode import load_factor, load_scales, load_words, values_of
+from quantizers.kernels.decode import load_factor, load_planes, load_scales, load_zeros, values_of
 from quantizers.kernels.layout import PLANE_BITS, num_superblocks
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def matvec_kernel(
     HIGH: tl.constexpr,
     BLOCK: tl.constexpr,
     SUPER_BLOCK: tl.constexpr,
-    IS_INTEGER: tl.constexpr,
+    INTEGER: tl.constexpr,
     RANK: tl.constexpr,
     FACTOR_BITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,36 +55,28 @@ def matvec_kernel(
     num_blocks = tl.cdiv(K, BLOCK)
     split = tl.program_id(1)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    n = rows.to(tl.int64)[:, None]
-    lane = tl.arange(0, 16)
+    n = rows.to(tl.int64)[:, None, None]
+    lane = tl.arange(0, 16)[None, None, :]
     book = tl.load(levels + tl.arange(0, 2 ** (LOW + HIGH)))
     total = tl.zeros([ROWS, SUPERS, 16], dtype=tl.float32)
     for first in range(split * SUPERS, num_supers, SUPERS * SPLITS):
-        sup = first + tl.arange(0, SUPERS)
-        there = (n < N) & (sup < num_supers)[None, :]
-        cell = (n * num_supers + sup[None, :])[:, :, None]
-        low = load_words(low_plane, cell, lane[None, None, :], there[:, :, None], LOW)
-        high = low
-        if HIGH > 0:
-            high = load_words(high_plane, cell, lane[None, None, :], there[:, :, None], HIGH)
+        sup = (first + tl.arange(0, SUPERS))[None, :, None]
+        there = (n < N) & (sup < num_supers)
+        planes = load_planes(low_plane, high_plane, n * num_supers + sup, lane, there, LOW, HIGH)
         for block_of_super in tl.static_range(256 // BLOCK):
-            block = sup[None, :] * (256 // BLOCK) + block_of_super
+            block = sup * (256 // BLOCK) + block_of_super
             has_scale = there & (block < num_blocks)
             scale = load_scales(scale_codes, steps, offset, n * num_blocks + block, has_scale, SUPER_BLOCK)
+            zero = load_zeros(zeros, n * num_blocks + block, has_scale, INTEGER)
             part = tl.zeros([ROWS, SUPERS, 16], dtype=tl.float32)
-            for field_of_block in tl.static_range(BLOCK // 16):
-                value = values_of(
-                    low, high, book, block_of_super * (BLOCK // 16) + field_of_block, LOW, HIGH, IS_INTEGER
-                )
-                if IS_INTEGER:
-                    zero = tl.load(zeros + n * num_blocks + block, mask=has_scale, other=0).to(tl.float32)
-                    value -= zero[:, :, None]
-                k = sup[:, None] * 256 + (block_of_super * BLOCK + field_of_block * 16) + lane[None, :]
+            for field in tl.static_range(block_of_super * (BLOCK // 16), (block_of_super + 1) * (BLOCK // 16)):
+                k = sup * 256 + field * 16 + lane
                 some = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
-                part += value * some[None, :, :]
-            total += part * scale[:, :, None]
+                part += some * values_of(planes, book, zero, field, LOW, HIGH, INTEGER)
+            total += part * scale
     y = tl.sum(tl.sum(total, 2), 1)
     if RANK > 0:
+        n = rows.to(tl.int64)[:, None]
         for start in range(0, RANK, 16):  # the first split adds it, the others nothing
             r = start + tl.arange(0, 16)[None, :]
             some = tl.load(inner + r, mask=(r < RANK * (1 - split)), other=0.0).to(tl.float32)
@@ -117,7 +109,7 @@ def matvec(x: Float[Tensor, "1 in"], weight: "BlockWeight", factors: KernelFacto
             HIGH=high,
             BLOCK=weight.form.block_size,
             SUPER_BLOCK=weight.form.super_block,
-            IS_INTEGER=weight.zeros is not None,
+            INTEGER=weight.zeros is not None,
             RANK=0 if factors is None else factors.low_rank.rank,
             FACTOR_BITS=16 if factors is None else factors.low_rank.bits,
             ROWS=config.rows,

@@ -51,7 +51,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         )
         factors = {"factor": "*i16" if factor_bits == 16 else "*u8", "factor_scale": "*i16"}
         sizes = {"N": "i32", "K": "i32"}
-        ours = {"LOW": low, "HIGH": high, "BLOCK": block, "SUPER_BLOCK": 256, "IS_INTEGER": is_integer}
+        ours = {"LOW": low, "HIGH": high, "BLOCK": block, "SUPER_BLOCK": 256, "INTEGER": is_integer}
         data = POINTERS[dtype]
         name = f"{bits} bits, blocks of {block}, {'integers' if is_integer else 'levels'}, {dtype}, rank {rank}"
         fused = {"x": data, **weight, "inner": data, **factors}
@@ -76,10 +76,9 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
 
 
 def few() -> list:
-    """Each kernel once, 3 bits with a low-rank part of 8 bits: two planes, look-up and factors."""
-    return [
-        each for each in variants() if "3 bits, blocks of 32" in each[0] or each[0] == "trellis, 3 bits, states of 8"
-    ]
+    """Each kernel with two planes, look-up and factors of 8 bits, and one with integers."""
+    names = ("3 bits, blocks of 32", "dequantize, 2 bits, blocks of 16, integers", "trellis, 3 bits, states of 8")
+    return [each for each in variants() if any(name in each[0] for name in names)]
 
 
 def main() -> None:
