@@ -65,11 +65,7 @@ def values_of(planes, levels, zero, FIELD: tl.constexpr, LOW: tl.constexpr, HIGH
 @no_type_check
 def load_zeros(zeros, block, mask, INTEGER: tl.constexpr):
     """Zero-points of the blocks numbered `block`; 0 where the format has none."""
-    if INTEGER:
-        zero = tl.load(zeros + block, mask=mask, other=0).to(tl.float32)
-    else:
-        zero = 0.0
-    return zero
+    return tl.load(zeros + block, mask=mask, other=0).to(tl.float32) if INTEGER else 0.0
 
 
 @triton.jit
