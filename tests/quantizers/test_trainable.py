@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from quantizers import AbstractQuantizer, LloydMax, LowRankPlus, QuantizedLinear, TrellisCoded
 from quantizers.factors import FactorFormat, dequantize_factors, quantize_factors
+from quantizers.rotated_format import AbstractRotatedFormat
 from quantizers.trainable import TrainableLinear, with_trained
 from solvers.low_rank import Factors
 from tests.quantizers.helpers import normal_weight, quantizer_id
@@ -32,8 +33,11 @@ def inputs(*leading: int) -> Tensor:
 @for_all
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_equals_the_packed_layer(quantizer: AbstractQuantizer, dense_dtype, bias: bool) -> None:
+    """To the last bit; but a rotated weight that is kept dense was turned back, and of a packed one the inputs turn."""
     layer = packed_layer(quantizer, bias)
-    assert torch.equal(TrainableLinear(layer, dense_dtype)(inputs(2, 5)), layer(inputs(2, 5)))
+    found, expected = TrainableLinear(layer, dense_dtype)(inputs(2, 5)), layer(inputs(2, 5))
+    is_rotated = dense_dtype is not None and isinstance(layer.format, AbstractRotatedFormat)
+    torch.testing.assert_close(found, expected, rtol=1e-5 * is_rotated, atol=1e-5 * is_rotated)
 
 
 def test_a_gain_that_bfloat16_does_not_know_still_counts() -> None:
