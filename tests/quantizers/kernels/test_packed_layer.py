@@ -120,7 +120,9 @@ def test_codes_are_in_memory_once() -> None:
     assert not {*weight.replaces} & {name for name, tensor in layer.named_buffers() if tensor is not None}
 
 
-@pytest.mark.parametrize("change", [nn.Module.half, lambda layer: layer.to("cpu"), copy.deepcopy], ids=["half", "move", "copy"])
+@pytest.mark.parametrize(
+    "change", [nn.Module.half, lambda layer: layer.to("cpu"), copy.deepcopy], ids=["half", "move", "copy"]
+)
 def test_a_layer_may_be_moved_cast_and_copied(change) -> None:
     layer, _ = layer_and_dense(WITH_LOW_RANK, torch.ones(24))
     x = inputs(2, 100, torch.float32)
