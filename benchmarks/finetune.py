@@ -80,7 +80,7 @@ def measured(row: str, checkpoint: Path, model: str, dataset: str | None, steps:
     )
     live = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     with tempfile.TemporaryDirectory() as place:
-        state = TrainingState.begin(Path(place) / "training.safetensors", {}, dict(live))
+        state = TrainingState.begin(Path(place) / "training.safetensors", {}, dict(live), torch.device("cpu"))
         training = Training(
             live,
             Answers(network, examples, settings),

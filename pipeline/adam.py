@@ -22,14 +22,14 @@ def adam_step(
     """Move `values` and the moments in place; all float32, and equally named and shaped.
 
     Args:
-        gradients: in any float dtype; a value without one stays where it is.
+        gradients: in any float dtype, on any device; a value without one stays where it is.
         mean: running first moments, zeros at the start.
         square: running second moments, zeros at the start.
         num_before: steps taken before this one.
     """
     bias1, bias2 = (1 - beta ** (num_before + 1) for beta in (BETA1, BETA2))
     for name, gradient in gradients.items():
-        gradient = gradient.float()
+        gradient = gradient.to(values[name].device, torch.float32)
         mean[name].lerp_(gradient, 1 - BETA1)
         square[name].mul_(BETA2).addcmul_(gradient, gradient, value=1 - BETA2)
         spread = (square[name] / bias2).sqrt_().add_(EPSILON)

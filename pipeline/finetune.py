@@ -1,8 +1,9 @@
 """Finetuning: train LoRA factors through the packed weights of a compressed checkpoint (QLoRA, LQ-LoRA).
 
 The packed weights stay packed: each is dequantized for one product, forward and again backward. So it takes the memory
-of the checkpoint, of one dense matrix, of the factors with their two moments, and of the activations, which are
-computed twice where they do not fit (gradient checkpointing).
+of the checkpoint, of one dense matrix, of the factors with their gradients, and of the activations, which are computed
+twice where they do not fit (gradient checkpointing). The optimizer's masters and moments are in the CPU's memory, also
+where the network is on a GPU.
 
 `start` says where the factors begin:
 
@@ -126,7 +127,7 @@ def finetune(
     num_trained = sum(parameter.numel() for parameter in opened.live.values())
     on_start(examples, num_trained)
     started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}
-    state = TrainingState.begin(out.partial / STATE_FILE, started_with, dict(opened.live))
+    state = TrainingState.begin(out.partial / STATE_FILE, started_with, dict(opened.live), torch.device("cpu"))
     failure = _train(opened, examples, settings, state, progress)
     if failure and not state.best:
         shutil.rmtree(out.partial)

@@ -95,7 +95,7 @@ def recover(
     )
     with opened as live:
         started_with = settings.model_dump(mode="json") | {"tokens": tokens_sha256(tokens), "start": sha256_of(live)}
-        state = TrainingState.begin(work / STATE_FILE, started_with, dict(live))
+        state = TrainingState.begin(work / STATE_FILE, started_with, dict(live), network.device)
         training = Training(
             live,
             _Recovery(network, teacher, settings),

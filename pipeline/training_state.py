@@ -52,15 +52,19 @@ class TrainingState:
     _save_seconds: float = 0.0
 
     @staticmethod
-    def begin(path: Path, started_with: dict[str, Any], start: dict[str, Tensor]) -> "TrainingState":
+    def begin(
+        path: Path, started_with: dict[str, Any], start: dict[str, Tensor], device: torch.device
+    ) -> "TrainingState":
         """Before the first step, or where an earlier call was when it last saved to `path`.
 
+        Args:
+            device: where values and moments lie, 12 bytes for each trained number.
         Raises:
             RecipeChangedError: that call was started with something else; names the field.
         """
         if path.exists():
-            return TrainingState._read(path, started_with, next(iter(start.values())).device)
-        master = {name: value.detach().to(torch.float32, copy=True) for name, value in start.items()}
+            return TrainingState._read(path, started_with, device)
+        master = {name: value.detach().to(device, torch.float32, copy=True) for name, value in start.items()}
         mean, square = ({name: torch.zeros_like(value) for name, value in master.items()} for _ in range(2))
         return TrainingState(path, started_with, master, mean, square)
 
