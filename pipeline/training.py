@@ -34,9 +34,12 @@ AsStored = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def compute_of(device: str) -> Compute:
-    """What to train in: bfloat16 where the device multiplies it in hardware (a GPU, a CPU with AMX), else float32."""
-    has_tiles = torch.cpu._is_amx_tile_supported()  # the one name for it in torch 2.11 too
-    return "bfloat16" if device.startswith("cuda") or has_tiles else "float32"
+    """What to train in: bfloat16 where the device multiplies it in hardware (GPUs from 2020 on, AMX), else float32."""
+    if device.startswith("cuda"):
+        multiplies_it = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        multiplies_it = torch.cpu._is_amx_tile_supported()  # the one name for it in torch 2.11 too
+    return "bfloat16" if multiplies_it else "float32"
 
 
 def can_keep_activations(network: PreTrainedModel, num_tokens: int, *, reserved_bytes: int = 0) -> bool:

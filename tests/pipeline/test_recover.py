@@ -214,7 +214,16 @@ def test_wrong_settings_are_named(wrong: dict) -> None:
         RecoverySettings(**wrong)
 
 
-@pytest.mark.parametrize(("device", "has_tiles"), [("cuda:0", False), ("cpu", True), ("cpu", False)])
-def test_bfloat16_is_for_devices_that_multiply_it(device: str, has_tiles: bool, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "has_tiles", "capability", "expected"),
+    [
+        ("cuda:0", False, (9, 0), "bfloat16"),
+        ("cuda", True, (7, 5), "float32"),
+        ("cpu", True, (7, 5), "bfloat16"),
+        ("cpu", False, (9, 0), "float32"),
+    ],
+)
+def test_bfloat16_is_for_devices_that_multiply_it(device, has_tiles, capability, expected: str, monkeypatch) -> None:
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: has_tiles)
-    assert compute_of(device) == ("bfloat16" if has_tiles or device != "cpu" else "float32")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    assert compute_of(device) == expected
