@@ -120,10 +120,11 @@ def finetune(
     _check_fits(examples, network)
     base = base_sha256(network)
     out = OutputFolder(output, _recipe(checkpoint, examples, settings, base))
-    out.claim(resume=resume)
+    out.check_claim(resume=resume)
     if out.is_finished():
         return Finetuned(output, _read_report(output), was_finished=True)
     opened = open_for_finetuning(network, settings, keep_activations=_can_keep(network, examples, settings))
+    out.claim(resume=resume)
     num_trained = sum(parameter.numel() for parameter in opened.live.values())
     on_start(examples, num_trained)
     started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}

@@ -256,9 +256,10 @@ def test_gradients_do_not_depend_on_whether_activations_are_kept(checkpoint: Pat
         assert torch.equal(parameter.grad, gradients[name])
 
 
-def test_rank_zero_without_factors_has_nothing_to_train(checkpoint: Path) -> None:
+def test_rank_zero_without_factors_has_nothing_to_train(checkpoint: Path, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Nothing would be trained: the rank is 0"):
-        open_for_finetuning(load_packed(checkpoint), FinetuneSettings(rank=0, start="zero"))
+        run(checkpoint, dataset, tmp_path / "out", SETTINGS.model_copy(update={"rank": 0, "start": "zero"}))
+    assert list(tmp_path.iterdir()) == []
     assert open_for_finetuning(load_packed(checkpoint), FinetuneSettings(rank=0)).replaced
 
 
