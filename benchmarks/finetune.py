@@ -3,7 +3,8 @@
     python -m benchmarks.finetune [--model demo] [--budget 3.0bpw] [--preset default] [--steps 100] [--dataset FILE]
 
 All rows have the same examples, steps, rank and loop (pipeline/training.py), each in a process of its own; memory is
-the largest resident size of that process, and what Python with its libraries takes before a model is loaded.
+the largest resident size of that process (the peak of a GPU's allocator), and what Python with its libraries takes
+before a model is loaded.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.conversations import read_examples
-from pipeline.finetune import Answers, open_for_finetuning
+from pipeline.finetune import open_for_finetuning, train
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.home import home
 from pipeline.model import Model, open_model
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT
-from pipeline.training import Training, compute_of
+from pipeline.training import compute_of
 from pipeline.training_state import TrainingState
 
 HEAD = """| weights | bits | parameters trained | held-out loss | seconds a step | peak GB | GB before the model |
@@ -81,18 +82,10 @@ def measured(row: str, checkpoint: Path, model: str, dataset: str | None, steps:
     live = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     with tempfile.TemporaryDirectory() as place:
         state = TrainingState.begin(Path(place) / "training.safetensors", {}, dict(live), torch.device("cpu"))
-        training = Training(
-            live,
-            Answers(network, examples, settings),
-            settings,
-            state,
-            batch_size=settings.batch_size,
-            patience=None,
-            as_stored=lambda values: values,
-            what_else="",
-        )
         started = time.monotonic()
-        training.run(SILENT)
+        failure = train(network, live, examples, settings, state, SILENT)
+    if failure:
+        raise failure
     return {
         "bits": bits,
         "num_trained": sum(parameter.numel() for parameter in live.values()),
@@ -138,6 +131,9 @@ def _compressed(model: str, budget: str, preset: str) -> Path:
 
 
 def _peak_bytes() -> int:
+    """Of the GPU's allocator where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -41,7 +41,7 @@ def main() -> None:
         print(json.dumps(measured(asked.row, asked.model, asked.tokens)))
         return
     print(HEAD, flush=True)
-    dense_speed = 0.0
+    dense_speed: float | None = None
     for row in (DENSE, NF4, *map(str, asked.checkpoints)):
         command = [sys.executable, "-m", "benchmarks.generation", *map(str, asked.checkpoints), "--row", row]
         command += ["--model", asked.model, "--tokens", str(asked.tokens)]
@@ -50,10 +50,11 @@ def main() -> None:
             print(f"| {row} | {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
             continue
         found = json.loads(done.stdout.splitlines()[-1])
-        dense_speed = dense_speed or found["speed"]
+        dense_speed = found["speed"] if row == DENSE else dense_speed
+        share = f"{found['speed'] / dense_speed:.2f}x" if dense_speed else ""
         print(
             f"| {Path(row).name} | {1000 * found['prompt_seconds']:.0f} | {found['speed']:.2f} "
-            f"| {found['speed'] / dense_speed:.2f}x | {found['peak_bytes'] / 1e9:.2f} |",
+            f"| {share} | {found['peak_bytes'] / 1e9:.2f} |",
             flush=True,
         )
 

@@ -76,6 +76,13 @@ def check_disk(run: "Run", out: Path, needed_bytes: int | None = None) -> None:
 @contextmanager
 def disk_may_fill(run: "Run", folder: Path) -> Iterator[None]:
     """Inside, a full disk under `folder` is a DiskSpaceError that says how much the run writes."""
+    with disk_may_fill_up(folder, disk_bytes(run)):
+        yield
+
+
+@contextmanager
+def disk_may_fill_up(folder: Path, size_bytes: int) -> Iterator[None]:
+    """The same for work of whatever kind that writes up to `size_bytes`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -85,7 +92,7 @@ def disk_may_fill(run: "Run", folder: Path) -> Iterator[None]:
         free_bytes = shutil.disk_usage(place).free
         raise DiskSpaceError(
             f"The disk of {place} is full: {human_bytes(free_bytes)} are free, and the whole run writes up to "
-            f"{human_bytes(disk_bytes(run))}. What is finished is kept: free some space, and run the same command "
+            f"{human_bytes(size_bytes)}. What is finished is kept: free some space, and run the same command "
             "again."
         ) from error
 

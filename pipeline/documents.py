@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +24,8 @@ from pipeline.quiet import first_line
 
 Messages = list[dict[str, str]]
 Document = str | Messages
-DefaultText = Literal["calibration", "evaluation", "instructions"]
+Row = Mapping[str, Any]
+DefaultText = Literal["calibration", "evaluation"]
 
 CHAT_FIELDS = ("messages", "conversations")
 TURN_FIELDS = (("instruction", "output"), ("prompt", "completion"), ("question", "answer"))
@@ -41,43 +42,70 @@ class Documents:
     revision: str | None
 
 
-def read_documents(
-    source: str | None, *, split: str, revision: str | None, default: DefaultText, keep_empty: bool = False
-) -> Documents:
+def read_documents(source: str | None, *, split: str, revision: str | None, default: DefaultText) -> Documents:
     """All documents of a file, of a Hub dataset, or of the bundled text (`source` None).
 
-    Args:
-        keep_empty: give documents without text too, instead of leaving them out.
     Raises:
-        CalibrationError: missing, unreadable, of an unknown kind or shape, or (unless `keep_empty`) without any text.
+        CalibrationError: missing, unreadable, of an unknown kind or shape, or without any text.
     """
-    nonempty = (lambda _, documents: iter(documents)) if keep_empty else _nonempty
-    if source is None and default == "instructions":
-        with resources.as_file(resources.files("pipeline") / "data" / "instructions.jsonl") as path:
-            return Documents(iter(list(_jsonl_documents(path))), "bundled:instructions.jsonl", None)
     if source is None:
         text = (resources.files("pipeline") / "data" / f"{default}.txt").read_text(encoding="utf-8")
         return Documents(iter((text,)), f"bundled:{default}.txt", None)
+    found = _documents(source, split, revision, prepared=lambda row: row)
+    return replace(found, documents=_nonempty(source, found.documents))
+
+
+def read_instructions(source: str | None, *, revision: str | None) -> Documents:
+    """All documents, those without text too; of a row with a chat and a text, the chat, and nothing for what is null.
+
+    Args:
+        source: a file, a Hub dataset, or None for the bundled instructions.
+    Raises:
+        CalibrationError: missing, unreadable, or of an unknown kind or shape.
+    """
+    if source is None:
+        with resources.as_file(resources.files("pipeline") / "data" / "instructions.jsonl") as path:
+            return Documents(iter(list(_file_documents(path, _instruction))), "bundled:instructions.jsonl", None)
+    return _documents(source, "train", revision, prepared=_instruction)
+
+
+def _documents(source: str, split: str, revision: str | None, prepared: Callable[[Row], Row]) -> Documents:
     path = Path(source).expanduser()
     if path.is_file():
-        return Documents(nonempty(source, _file_documents(path)), path.name, None)
-    if not _HUB_ID.fullmatch(source) or path.is_dir() or path.suffix in READERS:
+        return Documents(_file_documents(path, prepared), path.name, None)
+    if not _HUB_ID.fullmatch(source) or path.is_dir() or path.suffix in SUFFIXES:
         raise CalibrationError(
             f"No text file at {source}. Give a .txt, .jsonl or .parquet file (a path is taken relative to "
             "the current folder), or a dataset on the Hub as user/name or user/name:config."
         )
     hub = _hub_rows(source, split, revision)
-    return Documents(nonempty(source, _row_documents(source, hub.rows)), source, hub.commit)
+    return Documents(_row_documents(source, map(prepared, hub.rows)), source, hub.commit)
 
 
-def _file_documents(path: Path) -> Iterator[Document]:
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+def _file_documents(path: Path, prepared: Callable[[Row], Row]) -> Iterator[Document]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise CalibrationError(
-            f"{path} has the unknown suffix {path.suffix!r}: expected {', '.join(READERS)}. Rename or "
+            f"{path} has the unknown suffix {path.suffix!r}: expected {', '.join(SUFFIXES)}. Rename or "
             "convert it; a file of any other kind would be read as something that it is not."
         )
-    return reader(path)
+    if suffix == ".txt":
+        return _text_documents(path)
+    return _row_documents(str(path), map(prepared, ROW_READERS[suffix](path)))
+
+
+def _instruction(row: Row) -> Row:
+    """A row without its text where it has a chat too, and with nothing in the place of null."""
+    row = {key: "" if value is None else value for key, value in row.items()}
+    for field in CHAT_FIELDS:
+        if isinstance(row.get(field), list):
+            row[field] = [_without_nulls(turn) for turn in row[field]]
+    is_chat = any(field in row for field in CHAT_FIELDS) or any({*pair} <= row.keys() for pair in TURN_FIELDS)
+    return {key: value for key, value in row.items() if key != "text"} if is_chat else row
+
+
+def _without_nulls(turn: Any) -> Any:
+    return {key: "" if value is None else value for key, value in turn.items()} if isinstance(turn, dict) else turn
 
 
 def _text_documents(path: Path) -> Iterator[Document]:
@@ -87,23 +115,7 @@ def _text_documents(path: Path) -> Iterator[Document]:
         raise CalibrationError(f"{path} is not UTF-8 ({error}). Convert it: iconv -t UTF-8.") from error
 
 
-def _jsonl_documents(path: Path) -> Iterator[Document]:
-    return _row_documents(str(path), _jsonl_rows(path))
-
-
-def _parquet_documents(path: Path) -> Iterator[Document]:
-    return _row_documents(str(path), _parquet_rows(path))
-
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
-READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
-    ".txt": _text_documents,
-    ".jsonl": _jsonl_documents,
-    ".parquet": _parquet_documents,
-}
-
-
-def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -123,7 +135,7 @@ def _jsonl_rows(path: Path) -> Iterator[Mapping[str, Any]]:
             yield row
 
 
-def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     from pyarrow import ArrowException, parquet
 
     try:
@@ -136,9 +148,14 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?")
+ROW_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+SUFFIXES = (".txt", *ROW_READERS)
+
+
 @dataclass(frozen=True)
 class _HubRows:
-    rows: Iterator[Mapping[str, Any]]
+    rows: Iterator[Row]
     commit: str
 
 
@@ -159,7 +176,7 @@ def _hub_rows(source: str, split: str, revision: str | None) -> _HubRows:
     return _HubRows(_guarded(rows, source, split), commit)
 
 
-def _guarded(rows: Iterable[Mapping[str, Any]], source: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _guarded(rows: Iterable[Row], source: str, split: str) -> Iterator[Row]:
     with _hub_errors(source, split):
         yield from rows
 
@@ -179,12 +196,12 @@ def _hub_errors(source: str, split: str) -> Iterator[None]:
         ) from error
 
 
-def _row_documents(source: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Document]:
+def _row_documents(source: str, rows: Iterable[Row]) -> Iterator[Document]:
     for number, row in enumerate(rows, start=1):
         yield _row_document(source, number, row)
 
 
-def _row_document(source: str, number: int, row: Mapping[str, Any]) -> Document:
+def _row_document(source: str, number: int, row: Row) -> Document:
     """One row as text or as a chat; `number` counts rows from 1 for error messages."""
     if "text" in row and (row["text"] is None or isinstance(row["text"], str)):
         return row["text"] or ""

@@ -15,8 +15,8 @@ A = [L2'; L2], twice the rank, so that every reader of LoRA factors reads them r
 
     OUT.partial/recipe.json               what is being done
     OUT.partial/training.safetensors      training_state.py, until it is done
-    OUT/adapter_config.json  adapter_model.safetensors      PEFT's
-    OUT/recipe.json                       all that decided the result, and the hash of the base
+    OUT/adapter_config.json  adapter_model.safetensors      PEFT's; binding.json has their hashes and the base's
+    OUT/recipe.json                       all that decided the result
     OUT/finetune.json  report/  README.md     what it did: finetune_report.py
 """
 
@@ -39,6 +39,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from pipeline.adapter import check_adapter
 from pipeline.atomic import replace_file, write_json
 from pipeline.conversations import Examples, read_examples
+from pipeline.disk_space import disk_may_fill_up
 from pipeline.errors import CalibrationError, CheckpointError, NonFiniteError, RecipeError
 from pipeline.finetune_report import FinetuneReport, write_finetune_report
 from pipeline.finetune_settings import FinetuneSettings
@@ -52,7 +53,16 @@ from pipeline.trainable import checkpoint_activations
 from pipeline.training import Lesson, Training, can_keep_activations, sha256_of
 from pipeline.training_state import TrainingState
 from quantizers import QuantizedLinear
-from quantizers.adapter import BASE_FIELD, LoraQuantizedLinear, base_sha256, lora_config, quiet_peft
+from quantizers.adapter import (
+    BASE_FIELD,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    LoraQuantizedLinear,
+    base_sha256,
+    bind,
+    lora_config,
+    quiet_peft,
+)
 from solvers.low_rank import Factors
 
 STATE_FILE = "training.safetensors"
@@ -97,16 +107,66 @@ def finetune(
     Raises:
         CalibrationError: the dataset cannot be used.
         CheckpointError: the checkpoint is damaged, or of a model that does not go on from a text.
-        NonFiniteError: a loss is NaN or infinite; where a measurement was better than the start, the adapter of that
-            step is in `output` all the same.
+        DiskSpaceError: the disk is full.
+        NonFiniteError: a loss is NaN or infinite; where a measurement before that was better than the start, the
+            adapter of that step is in `output` all the same.
         OutputExistsError, RecipeChangedError: `output` or its unfinished work is of something else.
         RecipeError: nothing would be trained.
     """
-    network = load_packed(checkpoint, device)
+    network = load_packed(checkpoint, device, torch.float32 if settings.compute == "float32" else None)
+    if network.dtype == torch.float16:  # which would lose small gradients
+        network = load_packed(checkpoint, device, torch.float32)
     if not isinstance(task_of(network.config), NextToken):
         raise CheckpointError(
             f"The model in {checkpoint} is no decoder that goes on from a text, and finetuning trains such models only."
         )
+    examples = _read(checkpoint, dataset, dataset_revision, settings, network, progress)
+    base = base_sha256(network)
+    out = OutputFolder(output, _recipe(examples, settings, base))
+    out.check_claim(resume=resume)
+    if out.is_finished():
+        return _finished(output)
+    opened = open_for_finetuning(network, settings, keep_activations=_can_keep(network, examples, settings))
+    out.claim(resume=resume)
+    num_trained = sum(parameter.numel() for parameter in opened.live.values())
+    on_start(examples, num_trained)
+    with disk_may_fill_up(output.parent, 3 * 16 * num_trained):
+        started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}
+        state = TrainingState.begin(out.partial / STATE_FILE, started_with, dict(opened.live), torch.device("cpu"))
+        failure = train(opened.network, opened.live, examples, settings, state, progress)
+        if failure and not state.best:
+            shutil.rmtree(out.partial)
+            raise NonFiniteError(
+                f"{failure} No adapter was written: the loss on the held-out examples was not below that of the start."
+            ) from failure
+        report = FinetuneReport.of(
+            state, settings, examples, base=checkpoint.resolve().name, num_trained=num_trained, stopped_by=failure
+        )
+        tokens, logits = _write(opened, state.best or state.master, examples, report, out)
+        del network, opened  # or there would be two models in memory
+        check_adapter(checkpoint, out.partial / "checkpoint", tokens, logits)
+        out.finish()
+    return _finished(output, was_finished=False)
+
+
+def _finished(output: Path, *, was_finished: bool = True) -> Finetuned:
+    report = FinetuneReport.from_json(json.loads((output / REPORT_FILE).read_text(encoding="utf-8")))
+    if report.stopped_by:
+        raise NonFiniteError(
+            f"{report.stopped_by} The adapter of step {report.kept_step}, the best before that, is in {output}; to "
+            "train with other settings, choose another folder with -o."
+        )
+    return Finetuned(output, report, was_finished)
+
+
+def _read(
+    checkpoint: Path,
+    dataset: str | None,
+    revision: str | None,
+    settings: FinetuneSettings,
+    network: PreTrainedModel,
+    progress: Progress,
+) -> Examples:
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
     examples = read_examples(
@@ -114,30 +174,11 @@ def finetune(
         tokenizer,
         seq_len=settings.seq_len,
         most_rows=settings.most_rows,
-        revision=dataset_revision,
+        revision=revision,
         progress=progress,
     )
     _check_fits(examples, network)
-    base = base_sha256(network)
-    out = OutputFolder(output, _recipe(checkpoint, examples, settings, base))
-    out.check_claim(resume=resume)
-    if out.is_finished():
-        return Finetuned(output, _read_report(output), was_finished=True)
-    opened = open_for_finetuning(network, settings, keep_activations=_can_keep(network, examples, settings))
-    out.claim(resume=resume)
-    num_trained = sum(parameter.numel() for parameter in opened.live.values())
-    on_start(examples, num_trained)
-    started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}
-    state = TrainingState.begin(out.partial / STATE_FILE, started_with, dict(opened.live), torch.device("cpu"))
-    failure = _train(opened, examples, settings, state, progress)
-    if failure and not state.best:
-        shutil.rmtree(out.partial)
-        raise NonFiniteError(f"{failure} No adapter was written: none had been better than the start.") from failure
-    report = FinetuneReport.of(state, settings, examples, num_trained=num_trained, stopped_by=failure)
-    _finish(opened, state.best or state.master, examples, report, out, checkpoint)
-    if failure:
-        raise NonFiniteError(f"{failure} The adapter of step {report.kept_step} is in {output}.") from failure
-    return Finetuned(output, report, was_finished=False)
+    return examples
 
 
 @dataclass(frozen=True)
@@ -261,13 +302,18 @@ class Answers(Lesson):
         return logits[:, :-1][is_answer[:, 1:]], tokens[is_answer]
 
 
-def _train(
-    opened: Opened, examples: Examples, settings: FinetuneSettings, state: TrainingState, progress: Progress
+def train(
+    network: PeftModel,
+    live: dict[str, nn.Parameter],
+    examples: Examples,
+    settings: FinetuneSettings,
+    state: TrainingState,
+    progress: Progress,
 ) -> NonFiniteError | None:
-    """Bring the state to its end, or to where a loss was not finite: then the error."""
+    """Bring the state to its end, or to where a loss was not finite: then the error, the last good step measured."""
     training = Training(
-        opened.live,
-        Answers(opened.network, examples, settings),
+        live,
+        Answers(network, examples, settings),
         settings,
         state,
         batch_size=settings.batch_size,
@@ -278,28 +324,22 @@ def _train(
     try:
         training.run(progress)
     except NonFiniteError as error:
+        training.check_last()
         return error
     return None
 
 
-def _finish(
-    opened: Opened,
-    values: dict[str, Tensor],
-    examples: Examples,
-    report: FinetuneReport,
-    out: OutputFolder,
-    checkpoint: Path,
-) -> None:
-    """Write, audit, and put in place."""
+def _write(
+    opened: Opened, values: dict[str, Tensor], examples: Examples, report: FinetuneReport, out: OutputFolder
+) -> tuple[Tensor, Tensor]:
+    """Write the adapter where it is audited; what the trained network says to the last example: tokens, logits."""
     staged = out.partial / "checkpoint"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     tensors = opened.adapter(values)
-    replace_file(staged / "adapter_model.safetensors", partial(save_file, tensors, metadata={"format": "pt"}))
-    config = lora_config(opened.stored_ranks)
-    config.inference_mode = True
-    config.base_model_name_or_path = checkpoint.resolve().name
-    config.save_pretrained(str(staged))
+    replace_file(staged / WEIGHTS_FILE, partial(save_file, tensors, metadata={"format": "pt"}))
+    _write_config(opened, report.base, staged)
+    bind(staged, out.recipe[BASE_FIELD])
     write_json(staged / "recipe.json", out.recipe)
     write_json(staged / REPORT_FILE, report.to_json())
     write_finetune_report(report, out.recipe, staged)
@@ -307,9 +347,18 @@ def _finish(
     with torch.no_grad():
         for name, value in values.items():
             opened.live[name].copy_(value)
-        logits = opened.network(input_ids=tokens[None].to(opened.network.device), use_cache=False).logits[0]
-    check_adapter(checkpoint, staged, tokens, logits)
-    out.finish()
+        found = opened.network(input_ids=tokens[None].to(opened.network.device), use_cache=False)
+    return tokens, found.logits[0]
+
+
+def _write_config(opened: Opened, base: str, folder: Path) -> None:
+    """PEFT's, in an order of its own: PEFT writes the names of modules as a set gives them."""
+    config = lora_config(opened.stored_ranks)
+    config.inference_mode = True
+    config.base_model_name_or_path = base
+    config.save_pretrained(str(folder))
+    content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG_FILE, content | {"target_modules": sorted(content["target_modules"])})
 
 
 def _can_keep(network: PreTrainedModel, examples: Examples, settings: FinetuneSettings) -> bool:
@@ -335,16 +384,11 @@ def _check_fits(examples: Examples, network: PreTrainedModel) -> None:
         )
 
 
-def _recipe(checkpoint: Path, examples: Examples, settings: FinetuneSettings, base: str) -> dict[str, Any]:
+def _recipe(examples: Examples, settings: FinetuneSettings, base: str) -> dict[str, Any]:
     return settings.model_dump(mode="json") | {
         "bitsmith": version("bitsmith"),
-        "base": checkpoint.resolve().name,
         BASE_FIELD: base,
         "dataset": examples.source,
         "dataset_commit": examples.revision,
         "dataset_sha256": examples.sha256,
     }
-
-
-def _read_report(folder: Path) -> FinetuneReport:
-    return FinetuneReport.from_json(json.loads((folder / REPORT_FILE).read_text(encoding="utf-8")))

@@ -61,8 +61,8 @@ def finetune(
 
     Conversations go through the model's chat template; the answers alone are learnt. The weights stay packed, so it
     takes about the memory of the checkpoint, not of the original. The last examples, an eighth of them and 16 at most,
-    are never trained on: the adapter is that of the step with the lowest loss on them. It belongs to this checkpoint
-    and is refused on any other.
+    are never trained on: the adapter is that of the step with the lowest loss on them, or the last one's where none was
+    below the start's. It belongs to this checkpoint and is refused on any other.
     """
     given = {
         "steps": steps,
@@ -80,7 +80,8 @@ def finetune(
     except ValidationError as error:
         raise _wrong(error) from None
     check_compressed(folder)
-    output = (output or folder.with_name(f"{folder.name}-adapter")).expanduser()
+    folder = folder.resolve()
+    output = (output or folder.with_name(f"{folder.name}-adapter")).expanduser().absolute()
     target = device_of(device)
     _require_peft()
     from pipeline.finetune import finetune
@@ -88,7 +89,10 @@ def finetune(
     from pipeline.training import compute_of
 
     if merged is not None:
-        check_merged_folder(merged.expanduser())
+        merged = merged.expanduser().absolute()
+        if merged == output:
+            raise RecipeError("The adapter and the merged model need a folder each: give --merged another one than -o.")
+        check_merged_folder(merged, output)
     done = finetune(
         folder,
         dataset,
@@ -104,7 +108,7 @@ def finetune(
     )
     if merged is not None:
         progress_of(quiet).say(f"Merging into {merged} ...")
-        write_merged(folder, output, merged.expanduser())
+        write_merged(folder, output, merged)
     if as_json:
         print_json({"folder": str(output), "was_finished": done.was_finished} | done.report.to_json())
     elif quiet:
@@ -143,8 +147,6 @@ def _show_result(done: "Finetuned", merged: Path | None) -> None:
         RESULTS.print(f"{done.folder} was finished before; nothing was done anew.", soft_wrap=True)
     table = new_table(title="Result")
     table.add_row("finetuning", done.report.meaning)
-    if done.report.stopped_by:
-        table.add_row("stopped early", done.report.stopped_by)
     table.add_row("adapter", str(done.folder))
     table.add_row("report", str(done.folder / "report" / "index.html"))
     if merged is not None:

@@ -29,23 +29,28 @@ class FinetuneReport:
     """Losses are mean cross-entropies of the answers' tokens, in nats.
 
     Attributes:
+        base: name of the checkpoint's folder.
         steps: that were taken.
         kept_step: of the values that the adapter has.
+        has_gained: whether the held-out loss fell; otherwise the values are the last.
         num_trained: parameters.
         num_train, num_held_out: examples.
-        num_without_answer, num_too_long: rows of the dataset that were left out.
+        num_without_answer, num_too_long, num_refused: rows of the dataset that were left out, see conversations.py.
         losses: of every step's examples, before the step.
         checks: (step, held-out loss), the start first.
         stopped_by: what ended the training early; None where it came to its end.
     """
 
+    base: str
     steps: int
     kept_step: int
+    has_gained: bool
     num_trained: int
     num_train: int
     num_held_out: int
     num_without_answer: int
     num_too_long: int
+    num_refused: int
     losses: tuple[float, ...]
     checks: tuple[tuple[int, float], ...]
     stopped_by: str | None
@@ -56,6 +61,7 @@ class FinetuneReport:
         settings: "FinetuneSettings",
         examples: "Examples",
         *,
+        base: str,
         num_trained: int,
         stopped_by: "NonFiniteError | None",
     ) -> "FinetuneReport":
@@ -63,13 +69,16 @@ class FinetuneReport:
         held_out = settings.num_held_out(len(examples))
         best = min(state.checks, key=lambda check: check.held_out_loss)
         return FinetuneReport(
+            base=base,
             steps=state.step,
-            kept_step=best.step if state.best else state.step,
+            kept_step=best.step if state.best else state.checks[-1].step,
+            has_gained=bool(state.best),
             num_trained=num_trained,
             num_train=len(examples) - held_out,
             num_held_out=held_out,
             num_without_answer=examples.num_without_answer,
             num_too_long=examples.num_too_long,
+            num_refused=examples.num_refused,
             losses=tuple(_rounded(loss) for loss in state.losses),
             checks=tuple((check.step, _rounded(check.held_out_loss)) for check in state.checks),
             stopped_by=None if stopped_by is None else str(stopped_by),
@@ -84,11 +93,6 @@ class FinetuneReport:
     def kept_loss(self) -> float:
         """On the held-out examples, of the adapter."""
         return dict(self.checks)[self.kept_step]
-
-    @property
-    def has_gained(self) -> bool:
-        """Whether the held-out loss fell."""
-        return self.kept_loss < self.start_loss
 
     @property
     def meaning(self) -> str:

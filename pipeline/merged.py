@@ -6,7 +6,7 @@ The folder is an ordinary one of transformers, as large as the original; what ma
 import json
 import shutil
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,55 +15,84 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapter import load_tuned
 from pipeline.atomic import write_json
+from pipeline.disk_space import disk_may_fill_up
 from pipeline.errors import CheckpointError, OutputExistsError
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class
 from quantizers import QuantizedLinear
-from quantizers.adapter import RECIPE_FILE, LoraQuantizedLinear
+from quantizers.adapter import BINDING_FILE, LoraQuantizedLinear
+
+NOTE_FILE = "merged.json"
 
 
-def check_merged_folder(folder: Path) -> None:
-    """Raise OutputExistsError unless there is nothing, or an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputExistsError(f"{folder} is there already, and a merged model needs a new folder. Name another.")
+def check_merged_folder(folder: Path, adapter: Path) -> None:
+    """Raise OutputExistsError unless the merged model of `adapter` is there, is on its way, or can come there."""
+    partial = _partial(folder)
+    for place in (folder, partial):
+        is_free = not place.exists() or (place.is_dir() and not any(place.iterdir()))
+        if not is_free and not _is_merged_from(place, adapter):
+            raise OutputExistsError(
+                f"{place} is there already, and a merged model needs a new folder. Name another one, or move it away."
+            )
 
 
-def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> None:
-    """Write it, whole or not at all.
+def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> bool:
+    """Write it, whole or not at all; False where it was there.
 
     Takes the memory of the packed model and of the dense one in bfloat16.
 
     Raises:
         CheckpointError: see `load_tuned`; or the architecture fuses what is packed apart (mixtures of experts).
-        OutputExistsError: `folder` holds something.
+        DiskSpaceError: the disk is full.
+        OutputExistsError: `folder` holds something else.
     """
-    check_merged_folder(folder)
+    check_merged_folder(folder, adapter)
+    if _is_merged_from(folder, adapter):
+        return False
     tuned = load_tuned(checkpoint, adapter)
     network = cast(PreTrainedModel, tuned.get_base_model())
     dense = _empty(network)
     layers = _layers(network)
     inside = tuple(f"{name}." for name in layers)
-    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(inside)}
+    state = {name: _stored(tensor) for name, tensor in network.state_dict().items() if not name.startswith(inside)}
     for name, layer in layers.items():
-        state |= {f"{name}.{key}": tensor for key, tensor in _dense_tensors(name, layer, dense).items()}
+        state |= {f"{name}.{key}": _stored(tensor) for key, tensor in _dense_tensors(name, layer, dense).items()}
     missing = dense.state_dict().keys() - state.keys()
     if missing:
         raise CheckpointError(
             f"{type(dense).__name__} has the weight {min(missing)} in one piece, which the checkpoint packs apart: "
             "merging is not there for mixtures of experts. Use the adapter on the packed checkpoint."
         )
-    dense.load_state_dict({name: _stored(tensor) for name, tensor in state.items()}, assign=True, strict=False)
+    dense.load_state_dict(state, assign=True, strict=False)
     dense.tie_weights()
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    with quiet_transformers():
+    size_bytes = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    with disk_may_fill_up(folder.parent, size_bytes), quiet_transformers():
+        partial = _partial(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_json(partial / NOTE_FILE, _note(adapter))
         dense.save_pretrained(partial)
         AutoTokenizer.from_pretrained(checkpoint, local_files_only=True).save_pretrained(partial)
-    made_of = json.loads((adapter / RECIPE_FILE).read_text(encoding="utf-8"))
-    write_json(partial / "merged.json", {"adapter": adapter.resolve().name, "adapter_recipe": made_of})
-    if folder.exists():
-        folder.rmdir()
-    partial.rename(folder)
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    return True
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.merging")
+
+
+def _note(adapter: Path) -> dict[str, Any]:
+    """What a merged folder is told by."""
+    return {"adapter": adapter.resolve().name} | json.loads((adapter / BINDING_FILE).read_text(encoding="utf-8"))
+
+
+def _is_merged_from(folder: Path, adapter: Path) -> bool:
+    try:
+        return json.loads((folder / NOTE_FILE).read_text(encoding="utf-8")) == _note(adapter)
+    except (OSError, ValueError):
+        return False
 
 
 def _empty(network: PreTrainedModel) -> PreTrainedModel:

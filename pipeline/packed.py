@@ -41,9 +41,11 @@ def packed_model(
     return network
 
 
-def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
-    """A compressed folder as transformers loads it: packed, float32 on the CPU and its own dtype on a GPU.
+def load_packed(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A compressed folder as transformers loads it: packed, on the device.
 
+    Args:
+        dtype: of what is not packed; None for float32 on the CPU and the checkpoint's own on a GPU.
     Raises:
         CheckpointError: it is not a folder that bitsmith wrote, or it is damaged.
     """
@@ -52,7 +54,7 @@ def load_packed(folder: Path, device: str = "cpu") -> PreTrainedModel:
         with quiet_transformers():
             network = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
                 folder,
-                dtype=torch.float32 if device == "cpu" else "auto",
+                dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
                 local_files_only=True,
                 use_safetensors=True,
             )

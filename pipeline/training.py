@@ -12,6 +12,7 @@ import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -130,6 +131,13 @@ class Training:
                 self._check()
             state.save_if_due()
         state.save()
+
+    def check_last(self) -> None:
+        """After a loss that was not finite: measure the values of the last good step, unless they were measured."""
+        state = self.state
+        if state.checks and state.step > state.checks[-1].step:
+            with suppress(NonFiniteError):
+                self._check()
 
     def _has_stalled(self, step: int) -> bool:
         is_late = step > self.settings.steps / 2

@@ -21,7 +21,7 @@ class TrainingSettings(BaseModel):
     most_held_out: int = Field(16, ge=1, description="and no more items than these")
     check_every: int = Field(30, ge=1, description="steps between measurements on what is held out")
     compute: Compute = Field("bfloat16", description="of the matrix products, by autocast")
-    seed: int = Field(0, ge=0, description="of the order of the items")
+    seed: int = Field(0, ge=0, lt=2**42, description="of the order of the items")
 
     def num_held_out(self, num_items: int) -> int:
         """Items that are never trained on: the share, at least one, and one less than all at most."""

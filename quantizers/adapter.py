@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantizers.linear import QuantizedLinear
 
-RECIPE_FILE = "recipe.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+BINDING_FILE = "binding.json"
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 BASE_FIELD = "base_sha256"
 
 
@@ -43,6 +42,10 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config)
+
+    def _get_base_layer_device_and_dtype(self, base_layer: QuantizedLinear) -> tuple[torch.device, torch.dtype]:
+        """PEFT would look at `weight`, and so dequantize it; factors are float32 whatever the codes stand for."""
+        return base_layer.qweight.device, torch.float32
 
     def factors(self, adapter_name: str = "default") -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"]]:
         """B and A of an adapter, whose product is added to the weight."""
@@ -59,7 +62,7 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         for name in self.active_adapters:
             if name in self.lora_A:
                 out, into = self.factors(name)
-                is_cast = torch.is_autocast_enabled(x.device.type)
+                is_cast = torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
                 low = nn.functional.linear(x if is_cast else x.to(into.dtype), into)
                 y = y + nn.functional.linear(low, out).to(y.dtype)
         return y
@@ -78,9 +81,9 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without what PEFT says of layers that are none of its own, and of tensors that are checked here."""
+    """Without what PEFT says of layers that are none of its own, and what it uses of transformers'."""
     with warnings.catch_warnings():
-        for message in ("Unsupported layer type", "Found missing adapter keys", "`is_gradient_checkpointing`"):
+        for message in ("Unsupported layer type", "`is_gradient_checkpointing`"):
             warnings.filterwarnings("ignore", message)
         yield
 
@@ -111,21 +114,37 @@ def for_packed(config: LoraConfig) -> LoraConfig:
 
 
 def base_sha256(network: PreTrainedModel) -> str:
-    """What a base is told by: names and bytes of all packed tensors, and the rest rounded to bfloat16.
+    """What a base is told by: all packed tensors with their formats and codebooks, and the rest rounded to bfloat16.
 
     The rest may be loaded in another dtype than it is stored in; packed tensors keep theirs.
     """
     digest = hashlib.sha256()
-    state = network.state_dict()
-    packed = {name for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
-    for name in sorted(state):
-        tensor = state[name].detach().cpu()
+    packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, layer in sorted(packed.items()):
+        digest.update(f"{name} {json.dumps(layer.format.to_json(), sort_keys=True)}\n".encode() + _bytes(layer.levels))
+    for name, tensor in sorted(network.state_dict().items()):
         module, _, key = name.rpartition(".")
-        if tensor.is_floating_point() and (module not in packed or key == "bias"):
-            tensor = tensor.to(torch.bfloat16)
+        is_rounded = tensor.is_floating_point() and (module not in packed or key == "bias")
         digest.update(f"{name} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensor.to(torch.bfloat16) if is_rounded else tensor))
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def bind(folder: Path, base: str) -> None:
+    """Write what binds the adapter in `folder` to the base of that `base_sha256`, and its files to each other."""
+    files = {name: hash_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    content = {BASE_FIELD: base, "files": files}
+    (folder / BINDING_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -138,23 +157,20 @@ def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable
     """
     folder = Path(folder)
     try:
-        wanted = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))[BASE_FIELD]
-        config = LoraConfig.from_pretrained(str(folder))
+        binding = json.loads((folder / BINDING_FILE).read_text(encoding="utf-8"))
+        wanted, files = str(binding[BASE_FIELD]), dict(binding["files"])
+        changed = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if hash_of(folder / name) != files.get(name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no adapter that `bitsmith finetune` wrote ({error})") from error
+    if changed:
+        raise ValueError(f"{folder / changed[0]} is damaged or was changed after it was written")
     found = base_sha256(network)
     if found != wanted:
         raise ValueError(
             f"the adapter in {folder} was trained on the base {wanted[:12]}, and this model is {found[:12]}: on any "
-            "other base its factors mean nothing. Load the checkpoint that its README.md names, packed"
+            "other base its factors mean nothing. Load the checkpoint that its README.md names, packed, in its own dtype "
+            "or in float32"
         )
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as stored:
-            there = set(stored.keys())
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} cannot be read ({error}): it is missing or damaged") from error
+    config = for_packed(LoraConfig.from_pretrained(str(folder)))
     with quiet_peft():
-        tuned = PeftModel.from_pretrained(network, str(folder), config=for_packed(config), is_trainable=is_trainable)
-    if missing := set(get_peft_model_state_dict(tuned, save_embedding_layers=False)) ^ there:
-        raise ValueError(f"{folder / WEIGHTS_FILE} lacks {min(missing)}, or has it too much: it is damaged")
-    return tuned
+        return PeftModel.from_pretrained(network, str(folder), config=config, is_trainable=is_trainable)

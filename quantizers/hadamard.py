@@ -67,8 +67,15 @@ def _check(x: Tensor) -> None:
 
 
 def _signs_for(x: Tensor, seed: int, dim: int) -> Tensor:
-    found = signs(x.shape[dim], seed).to(x)
+    found = _signs_on(x.shape[dim], seed, x.dtype, x.device)
     return found if dim == -1 else found[:, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _signs_on(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
+    """Kept on the device: a copy to a GPU for each product would stop it, and a CUDA graph forbids it."""
+    with torch.inference_mode(False):
+        return signs(n, seed).to(device, dtype)
 
 
 def _transform(x: Float[Tensor, "*batch n"], dim: int) -> Float[Tensor, "*batch n"]:
@@ -87,10 +94,17 @@ def _transform_columns(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n column
     All columns go through a factor together, in products of a small matrix and a wide one.
     """
     y, done = x, 1
-    for factor in _factors(x.shape[0]):
-        y = factor.to(x) @ y.reshape(done, len(factor), -1)
+    for factor in _factors_on(x.shape[0], x.dtype, x.device):
+        y = factor @ y.reshape(done, len(factor), -1)
         done *= len(factor)
     return y.reshape(x.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _factors_on(n: int, dtype: torch.dtype, device: torch.device) -> list[Float[Tensor, "order order"]]:
+    """Kept on the device, like signs."""
+    with torch.inference_mode(False):
+        return [factor.to(device, dtype) for factor in _factors(n)]
 
 
 @functools.lru_cache(maxsize=8)

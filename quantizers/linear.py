@@ -23,6 +23,14 @@ from quantizers.kernels.weights import KERNEL_WEIGHTS
 from quantizers.quantized import LowRank, QuantizedTensor
 
 
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of `x`; None where it is off, knows no such device, or leaves such numbers alone."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 class _PackedMatmul(torch.autograd.Function):
     """x Q^T, saving the packed weight only; the codes get no gradient."""
 
@@ -32,9 +40,10 @@ class _PackedMatmul(torch.autograd.Function):
         y = layer.kernel_product(x)
         if y is not None:
             return y
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):  # Q is decoded in float32
+        dtype = _autocast_dtype(x)
+        if dtype is None:
+            return layer.quantized().product(x)
+        with torch.autocast(x.device.type, enabled=False):  # Q is decoded in float32
             return layer.quantized().product(x.to(dtype))
 
     @staticmethod
@@ -94,6 +103,11 @@ class QuantizedLinear(nn.Module):
         quantized_part, low_rank = self.quantized_part(self.levels), self.low_rank()
         return quantized_part if low_rank is None else quantized_part + low_rank.product()
 
+    @property
+    def qweight(self) -> Tensor:
+        """Something on the weight's device: PEFT asks for it by this name, 18 times a layer, and would ask `weight`."""
+        return self.levels
+
     def quantized(self) -> QuantizedTensor:
         """The weight as a `QuantizedTensor` that shares this layer's memory, but for what the kernels hold."""
         shape = (self.out_features, self.in_features)
@@ -133,10 +147,9 @@ class QuantizedLinear(nn.Module):
         """x Q^T, with `low_rank` added, by kernels and without a gradient; None where they do not serve."""
         if x.shape[-1] != self.in_features or not KernelFactors.fits(low_rank):
             return None
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
+            with torch.autocast(x.device.type, enabled=False):
                 return self.kernel_product(x.to(dtype), low_rank)
         flat = x.detach().reshape(-1, self.in_features)
         factors = None if low_rank is None else KernelFactors(low_rank)

@@ -86,7 +86,7 @@ def test_without_a_template_turns_are_paragraphs_and_the_end_is_learnt(tmp_path:
     plain.chat_template = None
     examples = read(written(tmp_path, {"messages": CHAT}, {"messages": CHAT[:2]}), plain)
     both, first = answers(examples, plain)
-    assert first == f"it is the old river{plain.eos_token or ''}"
+    assert first.replace(" ", "") == f"it is the old river{plain.eos_token or ''}".replace(" ", "")
     assert "it is the old river" in both
     assert "and the town" not in both
 
@@ -122,13 +122,55 @@ def test_too_few_examples_are_an_error_that_says_what_was_left_out(found, tmp_pa
         read(written(tmp_path, *found), tiny_tokenizer)
 
 
-def test_a_template_that_writes_earlier_turns_anew_is_refused(tmp_path: Path) -> None:
+def test_a_template_that_writes_earlier_turns_anew_costs_the_conversations_that_it_does_so_to(tmp_path: Path) -> None:
     from tests.models import build_tokenizer
 
     fickle = build_tokenizer()
-    fickle.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    fickle.chat_template = (
+        "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    said = Said()
+    found = [{"messages": CHAT}, {"messages": CHAT[:2]}, {"messages": CHAT[2:]}]
+    examples = read(written(tmp_path, *found), fickle, progress=said)
+    assert (len(examples), examples.num_refused) == (2, 1)
+    assert "one answer each" in said.messages[0]
     with pytest.raises(CalibrationError, match="one answer each"):
         read(written(tmp_path, {"messages": CHAT}), fickle)
+
+
+def test_a_header_that_the_template_puts_before_an_answer_is_not_learnt(tmp_path: Path) -> None:
+    from tests.models import build_tokenizer
+
+    thinking = build_tokenizer()
+    thinking.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: the gate{% endif %}"
+    )
+    examples = read(written(tmp_path, {"messages": CHAT[:2]}, {"messages": CHAT}), thinking)
+    assert answers(examples, thinking)[0].strip() == "it is the old river"
+
+
+def test_of_a_row_with_a_chat_and_a_text_the_chat_is_learnt(tmp_path: Path, tiny_tokenizer) -> None:
+    both = {"instruction": "say", "input": None, "output": "the town is old", "text": "say: the town is old"}
+    examples = read(written(tmp_path, both, both), tiny_tokenizer)
+    assert "say" not in answers(examples, tiny_tokenizer)[0]
+
+
+def test_null_is_nothing(tmp_path: Path, tiny_tokenizer) -> None:
+    found = [
+        {"instruction": "x", "output": None},
+        {"messages": None},
+        {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": None}]},
+        {"messages": CHAT},
+        {"messages": CHAT[:2], "text": None},
+    ]
+    examples = read(written(tmp_path, *found), tiny_tokenizer)
+    assert (len(examples), examples.num_without_answer) == (2, 3)
+
+
+def test_a_conversation_may_begin_with_an_answer(tmp_path: Path, tiny_tokenizer) -> None:
+    examples = read(written(tmp_path, {"messages": CHAT[1:]}, {"messages": CHAT}), tiny_tokenizer)
+    assert "it is the old river" in answers(examples, tiny_tokenizer)[0]
 
 
 def test_only_so_many_rows_are_read(tmp_path: Path, tiny_tokenizer) -> None:

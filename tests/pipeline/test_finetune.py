@@ -1,15 +1,21 @@
 """Finetuning a tiny compressed model: the adapter, kills, bad losses, and the merged model."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline import adapter as adapter_module
 from pipeline import charts, finetune_report, training_state
 from pipeline import finetune as finetune_module
 from pipeline.adapter import load_tuned
@@ -17,6 +23,7 @@ from pipeline.compress import compress
 from pipeline.errors import (
     CalibrationError,
     CheckpointError,
+    DiskSpaceError,
     NonFiniteError,
     OutputExistsError,
     RecipeChangedError,
@@ -34,6 +41,7 @@ from tests.architectures import build_causal
 from tests.models import build_gpt2, build_llama, build_tokenizer, save_model
 from tests.pipeline.small import SMALL, be_quick
 
+ROOT = Path(__file__).parents[2]
 ROWS = [
     {"prompt": f"what is the {word}", "completion": f"the {word} is old"}
     for word in ("river", "town", "house", "road", "field", "church", "mill", "wall", "gate", "hill")
@@ -203,12 +211,31 @@ def test_a_loss_that_becomes_nan_stops_and_the_last_good_adapter_is_kept(
             yield some, loss * (torch.nan if len(steps) > 4 else 1)
 
     monkeypatch.setattr(finetune_module.Answers, "losses", broken)
-    with pytest.raises(NonFiniteError, match=r"is nan at step 4 of the finetuning.*a tenth.* The adapter of step 4 is"):
+    with pytest.raises(NonFiniteError, match=r"is nan at step 4 of the finetuning.*a tenth.* The adapter of step 4, "):
+        run(checkpoint, dataset, tmp_path / "out")
+    with pytest.raises(NonFiniteError, match=r"The adapter of step 4, .*another folder with -o"):
         run(checkpoint, dataset, tmp_path / "out")
     load_tuned(checkpoint, tmp_path / "out")
     report = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert report["kept_step"] == 4
     assert "nan" in report["stopped_by"]
+
+
+def test_a_loss_that_becomes_nan_before_the_first_measurement_keeps_the_step_before(
+    checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch
+) -> None:
+    losses = Answers.losses
+    steps: list[list[int]] = []
+
+    def broken(self, indices: list[int]):
+        steps.append(indices)
+        for some, loss in losses(self, indices):
+            yield some, loss * (torch.nan if len(steps) > 3 else 1)
+
+    monkeypatch.setattr(Answers, "losses", broken)
+    with pytest.raises(NonFiniteError, match=r"is nan at step 3 .* The adapter of step 3, "):
+        run(checkpoint, dataset, tmp_path / "out", SETTINGS.model_copy(update={"check_every": 5}))
+    load_tuned(checkpoint, tmp_path / "out")
 
 
 def test_a_loss_that_is_nan_at_once_leaves_nothing(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
@@ -225,6 +252,43 @@ def test_without_a_gain_the_last_values_are_kept_and_it_is_said(checkpoint: Path
     assert report.kept_step == 6
     assert "no gain" in report.meaning
     assert "<strong>No gain:</strong>" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_passes_its_audit(
+    dtype, checkpoint: Path, dataset: str, tmp_path, monkeypatch
+) -> None:
+    """As on a GPU, where the checkpoint's own dtype is loaded; float16 is trained in float32."""
+    load = finetune_module.load_packed
+    for module, stored in ((finetune_module, dtype), (adapter_module, torch.bfloat16)):
+        loaded = partial(lambda stored, folder, device, own=None: load(folder, device, own or stored), stored)
+        monkeypatch.setattr(module, "load_packed", loaded)
+    settings = SETTINGS.model_copy(update={"compute": "bfloat16", "start": "factors"})
+    assert run(checkpoint, dataset, tmp_path / "out", settings).report.has_gained
+
+
+def test_a_full_disk_is_one_paragraph(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_state, "save_file", full)
+        with pytest.raises(DiskSpaceError, match="run the same command"):
+            run(checkpoint, dataset, tmp_path / "out")
+    assert run(checkpoint, dataset, tmp_path / "out").report.steps == 6
+
+
+def test_another_process_writes_the_same_bytes(finished: Finetuned, checkpoint: Path, dataset: str, tmp_path) -> None:
+    """Names are hashed anew in every process, and PEFT keeps those of modules in a set."""
+    script = (
+        "import sys; from pathlib import Path; from pipeline import finetune_report; from pipeline.finetune import *\n"
+        "finetune_report.png = lambda draw, content, theme: b'a picture'\n"
+        "settings = FinetuneSettings.model_validate_json(sys.argv[4])\n"
+        "finetune(Path(sys.argv[1]), sys.argv[2], settings, Path(sys.argv[3]))\n"
+    )
+    command = [sys.executable, "-c", script, checkpoint, dataset, tmp_path / "out", SETTINGS.model_dump_json()]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert contents(tmp_path / "out") == contents(finished.folder)
 
 
 def test_a_batch_is_the_mean_over_the_answers_of_examples_of_any_length(checkpoint: Path, tmp_path: Path) -> None:
@@ -311,7 +375,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(finished: Finetuned, checkpoi
     tensors = load_file(weights)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, weights)
-    with pytest.raises(CheckpointError, match="lacks"):
+    with pytest.raises(CheckpointError, match="damaged or was changed"):
         load_tuned(checkpoint, tmp_path / "copy")
 
 
@@ -319,15 +383,19 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(finished: Finetuned, checkpoi
 def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(build, dataset: str, tmp_path: Path) -> None:
     folder = checkpoint_of(build(), tmp_path, ranks=(2,))
     adapter = run(folder, dataset, tmp_path / "out").folder
-    write_merged(folder, adapter, tmp_path / "merged")
+    assert write_merged(folder, adapter, tmp_path / "merged")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     tokens = torch.arange(20)[None]
     found, expected = dense(input_ids=tokens).logits, load_tuned(folder, adapter)(input_ids=tokens).logits
     assert (found - expected).norm() < 0.02 * expected.norm()
-    with pytest.raises(OutputExistsError, match="a new folder"):
-        write_merged(folder, adapter, tmp_path / "merged")
+    assert write_merged(folder, adapter, tmp_path / "merged") is False, "it is there"
+    (tmp_path / "other.merging").mkdir()
+    (tmp_path / "other.merging" / "mine").touch()
+    for name in ("other", "out"):
+        with pytest.raises(OutputExistsError, match="a new folder"):
+            write_merged(folder, adapter, tmp_path / name)
 
 
 def test_a_mixture_of_experts_is_finetuned_and_not_merged(dataset: str, tmp_path: Path) -> None:

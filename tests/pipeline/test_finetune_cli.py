@@ -33,12 +33,16 @@ def test_finetune_then_generate_and_the_merged_model(bitsmith, checkpoint: Path,
     plain = bitsmith("generate", checkpoint, "the river", "--max-new-tokens", "2")
     said = bitsmith("generate", checkpoint, "the river", "--max-new-tokens", "2", "--adapter", out)
     assert (plain.code, said.code) == (0, 0), said.err
-    again = bitsmith("finetune", checkpoint, "--dataset", dataset, "-o", out, *FEW, "--json", "-q")
+    again = bitsmith("finetune", checkpoint, "--dataset", dataset, "-o", out, "--merged", merged, *FEW, "--json", "-q")
+    assert again.code == 0, again.err
     assert json.loads(again.out)["was_finished"] is True
 
 
-def test_without_an_output_the_adapter_lies_beside_the_checkpoint(bitsmith, checkpoint: Path, dataset: Path) -> None:
-    done = bitsmith("finetune", checkpoint, "--dataset", dataset, "-q", *FEW)
+def test_without_an_output_the_adapter_lies_beside_the_checkpoint(
+    bitsmith, checkpoint: Path, dataset: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(checkpoint)
+    done = bitsmith("finetune", ".", "--dataset", dataset, "-q", *FEW)
     assert done.code == 0, done.err
     assert done.out.split() == [f"{checkpoint}-adapter"]
     assert (checkpoint.with_name("packed-adapter") / "adapter_model.safetensors").is_file()
@@ -49,6 +53,8 @@ def test_without_an_output_the_adapter_lies_beside_the_checkpoint(bitsmith, chec
     [
         (["--steps", "0"], "--steps is 0: input should be greater than or equal to 1"),
         (["--rank", "-1"], "--rank is -1"),
+        (["--seed", str(2**44)], "--seed is 17592186044416: input should be less than"),
+        (["--merged", "OUT"], "a folder each"),
         (["--learning-rate", "0"], "--learning-rate is 0.0"),
         (["--start", "middle"], "--start is 'middle': input should be 'factors' or 'zero'"),
         (["--dataset", "nowhere.jsonl"], "No text file at nowhere.jsonl"),
@@ -56,6 +62,7 @@ def test_without_an_output_the_adapter_lies_beside_the_checkpoint(bitsmith, chec
     ],
 )
 def test_a_wrong_setting_is_one_paragraph(flags, said: str, bitsmith, checkpoint: Path, tmp_path: Path) -> None:
+    flags = [str(tmp_path / "out") if flag == "OUT" else flag for flag in flags]
     done = bitsmith("finetune", checkpoint, "-o", tmp_path / "out", *flags)
     assert done.code == 1
     assert said in done.err

@@ -1,7 +1,7 @@
 """Adapters on packed layers: PEFT's product, the base's hash, and what is refused."""
 
 import copy
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from quantizers import QuantizedLinear
-from quantizers.adapter import LoraQuantizedLinear, attach_adapter, base_sha256, lora_config
+from quantizers.adapter import LoraQuantizedLinear, attach_adapter, base_sha256, bind, lora_config
 from tests.pipeline.tiny_packed import packed_llama, random_windows
 
 RANKS = {"model.layers.0.self_attn.q_proj": 4, "model.layers.1.mlp.down_proj": 4, "model.layers.1.mlp.up_proj": 2}
@@ -30,7 +30,7 @@ def tuned(network=None) -> PeftModel:
 def saved(tmp_path: Path) -> Path:
     adapter = tuned()
     adapter.save_pretrained(tmp_path)
-    (tmp_path / "recipe.json").write_text(json.dumps({"base_sha256": base_sha256(packed_llama())}))
+    bind(tmp_path, base_sha256(packed_llama()))
     return tmp_path
 
 
@@ -88,19 +88,43 @@ def test_plain_peft_does_not_take_a_packed_layer_by_mistake(saved: Path) -> None
         PeftModel.from_pretrained(packed_llama(), str(saved))
 
 
-@pytest.mark.parametrize("damage", ["no recipe", "no hash", "not JSON", "no config"])
+@pytest.mark.parametrize("damage", ["no binding", "no hash", "not JSON", "no config", "no files", "a list"])
 def test_a_folder_without_a_bound_adapter_is_an_error(damage: str, saved: Path) -> None:
-    recipe = saved / "recipe.json"
-    if damage == "no recipe":
-        recipe.unlink()
-    elif damage == "no hash":
-        recipe.write_text("{}")
-    elif damage == "not JSON":
-        recipe.write_text("{")
-    else:
+    binding = saved / "binding.json"
+    if damage == "no binding":
+        binding.unlink()
+    elif damage == "no config":
         (saved / "adapter_config.json").unlink()
+    else:
+        texts = {"no hash": "{}", "not JSON": "{", "no files": '{"base_sha256": 5, "files": 7}', "a list": "[]"}
+        binding.write_text(texts[damage])
     with pytest.raises(ValueError, match="holds no adapter that `bitsmith finetune` wrote"):
         attach_adapter(packed_llama(), saved)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_file_that_was_changed_is_refused(name: str, saved: Path) -> None:
+    content = (saved / name).read_bytes()
+    for changed in (content[:-1], content.replace(b"4", b"5", 1)):
+        (saved / name).write_bytes(changed)
+        with pytest.raises(ValueError, match=rf"{name} is damaged or was changed"):
+            attach_adapter(packed_llama(), saved)
+
+
+def test_wrapping_dequantizes_nothing(saved: Path, monkeypatch) -> None:
+    """PEFT looks at each layer's weight 19 times, for its device."""
+    network = packed_llama()
+    monkeypatch.setattr(QuantizedLinear, "weight", property(lambda self: pytest.fail("the weight was asked for")))
+    assert isinstance(attach_adapter(network, saved), PeftModel)
+    assert isinstance(get_peft_model(packed_llama(), lora_config(RANKS)), PeftModel)
+
+
+def test_codebook_and_format_belong_to_the_base() -> None:
+    first, second, third = packed_llama(), packed_llama(), packed_llama()
+    layers = [next(m for m in each.modules() if isinstance(m, QuantizedLinear)) for each in (second, third)]
+    layers[0].set_levels(layers[0].levels * 3)
+    layers[1].format = replace(layers[1].format, super_block=layers[1].format.super_block * 2)
+    assert len({base_sha256(each) for each in (first, second, third)}) == 3
 
 
 def test_the_hash_is_of_the_weights_and_not_of_the_dtype_that_the_rest_is_loaded_in() -> None:

@@ -92,8 +92,9 @@ def test_a_layer_uses_them(quantizer: AbstractQuantizer) -> None:
         assert torch.equal(part, state[name])
 
 
-def test_under_a_cuda_graph() -> None:
-    tensor = LowRankPlus(NormalFloat(4), 4).quantize(normal_weight((96, 512)))
+@pytest.mark.parametrize("quantizer", [LowRankPlus(NormalFloat(4), 4), TrellisCoded(3)], ids=lambda q: q.format.label)
+def test_under_a_cuda_graph(quantizer: AbstractQuantizer) -> None:
+    tensor = quantizer.quantize(normal_weight((96, 512)))
     layer = QuantizedLinear.from_quantized(tensor, None).cuda()
     x = inputs(1, 512, torch.float16).cuda()
     with torch.no_grad():
