@@ -168,8 +168,8 @@ def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable
     if found != wanted:
         raise ValueError(
             f"the adapter in {folder} was trained on the base {wanted[:12]}, and this model is {found[:12]}: on any "
-            "other base its factors mean nothing. Load the checkpoint that its README.md names, packed, in its own dtype "
-            "or in float32"
+            "other base its factors mean nothing. Load the checkpoint that its README.md names, packed, in its own "
+            "dtype or in float32"
         )
     config = for_packed(LoraConfig.from_pretrained(str(folder)))
     with quiet_peft():
