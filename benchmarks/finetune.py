@@ -23,9 +23,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.conversations import read_examples
-from pipeline.finetune import open_for_finetuning, train
+from pipeline.finetune import train
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.home import home
+from pipeline.lora_network import open_for_finetuning
 from pipeline.model import Model, open_model
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT

@@ -29,8 +29,9 @@ from pipeline.errors import (
     RecipeChangedError,
     RecipeError,
 )
-from pipeline.finetune import Answers, Finetuned, finetune, open_for_finetuning
+from pipeline.finetune import Answers, Finetuned, finetune
 from pipeline.finetune_settings import FinetuneSettings
+from pipeline.lora_network import Opened, open_for_finetuning
 from pipeline.merged import write_merged
 from pipeline.packed import load_packed
 from pipeline.recipe import Recipe
@@ -344,9 +345,9 @@ def test_an_example_longer_than_the_positions_is_refused_before_the_work(tmp_pat
 
 
 def test_a_damaged_adapter_does_not_get_its_name(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:
-    honest = finetune_module.Opened.adapter
+    honest = Opened.adapter
     monkeypatch.setattr(
-        finetune_module.Opened,
+        Opened,
         "adapter",
         lambda self, values: {name: tensor * 1.5 + 0.1 for name, tensor in honest(self, values).items()},
     )
