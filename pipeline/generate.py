@@ -13,7 +13,7 @@ from pipeline.task import task_of
 
 
 def stream_text(
-    folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, adapter: Path | None, device: str
+    folder: Path, prompt: str, *, max_new_tokens: int, chat: bool, device: str, adapter: Path | None = None
 ) -> None:
     """Print the continuation of `prompt`, greedily decoded, on standard output.
 
