@@ -167,7 +167,10 @@ PICTURES: dict[str, Callable[[dict[str, Any], Theme], "Figure"]] = {
 
 def draw_losses(figures: dict[str, Any], theme: Theme) -> "Figure":
     """Loss by step: of every step's examples as dots, on the held-out ones as a line, the kept step marked."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _figure(3.2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     losses, checks = figures["losses"], dict(figures["checks"])
     axes.plot(range(len(losses)), losses, ".", markersize=3, color=theme.muted, label="training examples of the step")
     axes.plot(*zip(*checks.items(), strict=True), "o-", color=theme.accent, markersize=4, label="held-out examples")
