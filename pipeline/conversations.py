@@ -103,7 +103,7 @@ def read_examples(
             try:
                 examples = _examples_of(document, tokenizer, seq_len)
             except CalibrationError as error:
-                refusals.append(str(error))
+                refusals.append(str(error).removesuffix("."))
                 continue
             for example in examples:
                 if not example.is_answer.any():

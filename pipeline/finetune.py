@@ -57,6 +57,7 @@ from quantizers.adapter import (
 
 STATE_FILE = "training.safetensors"
 REPORT_FILE = "finetune.json"
+BYTES_A_NUMBER = 2 * 16 + 8  # two saves of value, moments and best value, and the adapter with twice the rank
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def finetune(
     out.claim(resume=resume)
     num_trained = sum(parameter.numel() for parameter in opened.live.values())
     on_start(examples, num_trained)
-    with disk_may_fill_up(output.parent, 3 * 16 * num_trained):
+    with disk_may_fill_up(output.parent, BYTES_A_NUMBER * num_trained):
         started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}
         state = TrainingState.begin(out.partial / STATE_FILE, started_with, dict(opened.live), torch.device("cpu"))
         failure = train(opened.network, opened.live, examples, settings, state, progress)
