@@ -5,7 +5,8 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantizers import StorageFormat, quantizer_from_label
 from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
 BYTE_BUDGET_ROUNDS = 8
+EMBEDDINGS_ADVICE = "--embeddings lloyd6-g64-s6"
 SPARE_BYTES_A_MATRIX = 24  # by which the text of another plan for the same model may be longer
 
 
@@ -44,11 +46,31 @@ class PlannedMatrix:
 
 
 @dataclass(frozen=True)
+class PlannedEmbedding:
+    """What token embeddings or an output head are packed with, where the recipe asks for it."""
+
+    label: str
+    shape: tuple[int, int]
+    size_bits: int
+
+    @property
+    def format(self) -> StorageFormat:
+        """How they will be stored."""
+        return quantizer_from_label(self.label).format
+
+    @property
+    def bits_per_param(self) -> float:
+        """Everything stored over the number of weights."""
+        return self.size_bits / math.prod(self.shape)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The choice for every matrix, and how good it provably is.
 
     Attributes:
         matrices: module name -> its part.
+        embeddings: module name -> what the recipe says; not counted in the bits below, which are of `matrices`.
         budget: as the user wrote it.
         predicted_cost: sum of the matrices' costs.
         lower_bound: no plan within the budget costs less.
@@ -63,6 +85,12 @@ class Plan:
     gap: float
     status: str
     solver: str
+    embeddings: dict[str, PlannedEmbedding] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> dict[str, PlannedMatrix | PlannedEmbedding]:
+        """All that is stored packed, by module."""
+        return self.matrices | self.embeddings
 
     @property
     def size_bits(self) -> int:
@@ -95,6 +123,10 @@ class Plan:
         stored["matrices"] = {
             name: PlannedMatrix(**{**entry, "shape": tuple(entry["shape"])})
             for name, entry in stored["matrices"].items()
+        }
+        stored["embeddings"] = {
+            name: PlannedEmbedding(**{**entry, "shape": tuple(entry["shape"])})
+            for name, entry in stored.get("embeddings", {}).items()
         }
         del stored["size_bits"], stored["bits_per_param"]
         return Plan(**stored)
@@ -131,12 +163,21 @@ def offered_choices(matrices: Sequence[Matrix], labels: list[str], overrides: di
     return offered
 
 
-def allocate(table: CostTable, budget_bits: int, *, budget: str, solver: str, share_groups: bool) -> Plan:
+def allocate(
+    table: CostTable,
+    budget_bits: int,
+    *,
+    budget: str,
+    solver: str,
+    share_groups: bool,
+    embeddings: dict[str, PlannedEmbedding] | None = None,
+) -> Plan:
     """Solve the integer program.
 
     Args:
         budget_bits: for all matrices of the table together.
         share_groups: matrices that read the same input get the same choice (fused kernels want that).
+        embeddings: of the plan, see Plan.
     Raises:
         BudgetError: not even the smallest choices fit.
     """
@@ -153,13 +194,14 @@ def allocate(table: CostTable, budget_bits: int, *, budget: str, solver: str, sh
             f"the smallest plan takes {error.smallest_bits / params:.4f} ({human_bytes(error.smallest_bits / 8)}). "
             f"Raise the budget to at least {_rounded_up(error.smallest_bits / params)}bpw, or offer smaller candidates."
         ) from None
-    matrices = {
+    planned = {
         name.removesuffix(".weight"): PlannedMatrix(
             table.choices[choice], shape, int(table.size_bits[row, choice]), float(table.cost[row, choice])
         )
         for row, (name, shape, choice) in enumerate(zip(table.matrices, table.shapes, found.choice, strict=True))
     }
-    return Plan(matrices, budget, found.cost, found.lower_bound, found.gap, found.status.name.lower(), found.solver)
+    status = found.status.name.lower()
+    return Plan(planned, budget, found.cost, found.lower_bound, found.gap, status, found.solver, embeddings or {})
 
 
 def allocate_to_budget(
@@ -170,6 +212,7 @@ def allocate_to_budget(
     *,
     solver: str,
     share_groups: bool,
+    embeddings: dict[str, PlannedEmbedding] | None = None,
 ) -> Plan:
     """`allocate`, for a budget of any kind.
 
@@ -182,30 +225,26 @@ def allocate_to_budget(
     Raises:
         BudgetError: no plan fits.
     """
+    solved = partial(
+        allocate, table, budget=budget.text, solver=solver, share_groups=share_groups, embeddings=embeddings
+    )
     limit = budget.limit_bytes(original_bytes)
     if limit is None:
         assert budget.bits_per_param is not None
-        bits = int(budget.bits_per_param * int(table.num_params.sum()))
-        return allocate(table, bits, budget=budget.text, solver=solver, share_groups=share_groups)
-    smallest = allocate(
-        table,
-        _smallest_bits(table, share_groups),
-        budget=budget.text,
-        solver=solver,
-        share_groups=share_groups,
-    )
+        return solved(int(budget.bits_per_param * int(table.num_params.sum())))
+    smallest = solved(_smallest_bits(table, share_groups))
     around_bytes = folder_bytes(smallest) - -(-smallest.size_bits // 8)
     if folder_bytes(smallest) > limit:
         enough = folder_bytes(smallest) + SPARE_BYTES_A_MATRIX * (len(table.matrices) + 10)
         raise BudgetError(
             f"The budget {budget.text} is {human_bytes(limit)} for the finished folder, and the smallest plan takes "
-            f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are embeddings, norms, head, "
+            f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are norms, embeddings, head, "
             f"tokenizer and configuration. Raise the budget to {math.ceil(enough / 1000) / 1000:.3f}MB, or offer "
-            "smaller candidates."
+            f"smaller candidates{'' if smallest.embeddings else f', or pack the embeddings ({EMBEDDINGS_ADVICE})'}."
         )
     budget_bits = 8 * (limit - around_bytes)
     for _ in range(BYTE_BUDGET_ROUNDS):
-        plan = allocate(table, budget_bits, budget=budget.text, solver=solver, share_groups=share_groups)
+        plan = solved(budget_bits)
         over_bytes = folder_bytes(plan) - limit
         if over_bytes <= 0:
             return plan

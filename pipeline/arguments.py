@@ -12,7 +12,8 @@ _SAME_NAME = (
     *("model", "revision", "dataset", "dataset_revision", "num_samples", "seq_len", "seed", "sensitivity"),
     *("recover", "recover_samples", "recover_steps", "recover_learning_rate"),
     *("recover_kl_weight", "recover_hidden_weight", "recover_ce_weight"),
-    *("share_groups", "cost_rows", "solver", "eval_dataset", "eval_dataset_revision", "eval_windows", "eval_seq_len"),
+    *("embeddings", "share_groups", "cost_rows", "solver"),
+    *("eval_dataset", "eval_dataset_revision", "eval_windows", "eval_seq_len"),
 )
 
 

@@ -21,6 +21,7 @@ from pipeline.errors import CheckpointError
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class, task_of
 from quantizers import QuantizedLinear
+from quantizers.embedding import PackedRows
 
 LARGEST_DIFFERENCE = 1e-3  # of the answer, relative to its range: rounding, not damage
 NUM_TOKENS = 32
@@ -89,9 +90,9 @@ def load_checked(folder: Path) -> PreTrainedModel:
                 f"{folder} has {what.replace('_', ' ')}: {', '.join(map(str, sorted(info[what])[:5]))}"
             )
     plan = json.loads((folder / "plan.json").read_text())
-    for name, planned in plan["matrices"].items():
+    for name, planned in (plan["matrices"] | plan.get("embeddings", {})).items():
         layer = model.get_submodule(name)
-        if not isinstance(layer, QuantizedLinear):
+        if not isinstance(layer, QuantizedLinear | PackedRows):
             raise CheckpointError(f"{name} was planned as {planned['label']}, and {folder} holds it uncompressed")
         if layer.quantized().size_bits != planned["size_bits"]:
             raise CheckpointError(

@@ -59,7 +59,7 @@ class Checkpoint:
         if self.model.config.architectures:  # of what is in the files, see settle_architecture
             config["architectures"] = self.model.config.architectures
         config["quantization_config"] = quantization_config(
-            {module: (matrix.format, matrix.shape) for module, matrix in self.plan.matrices.items()}
+            {module: (matrix.format, matrix.shape) for module, matrix in self.plan.packed.items()}
         )
         texts = {"config.json": config, "plan.json": self.plan.to_json(), "recipe.json": self.recipe}
         if len(self.shards) > 1:
@@ -109,7 +109,7 @@ class Checkpoint:
     def _specs(self) -> list[TensorSpec]:
         specs = []
         for name, info in self.model.tensors.items():
-            planned = self.plan.matrices.get(name.removesuffix(".weight"))
+            planned = self.plan.packed.get(name.removesuffix(".weight"))
             if planned is None:
                 specs.append(TensorSpec(info.name, DTYPES[info.dtype], info.shape))
                 continue
@@ -134,7 +134,7 @@ class _Reader:
         self._model, self._plan, self._matrix_path, self._kept = model, plan, matrix_path, kept
         self._parameter_of = {info.name: name for name, info in model.tensors.items()}
         self._module_of = {
-            model.tensors[f"{module}.weight"].name.removesuffix(".weight"): module for module in plan.matrices
+            model.tensors[f"{module}.weight"].name.removesuffix(".weight"): module for module in plan.packed
         }
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
+from pipeline.embeddings import pack_embedding
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
 from pipeline.progress import SILENT, Progress
@@ -31,7 +32,7 @@ def decompose(
     spread: Spread = over_cores,
     progress: Progress = SILENT,
 ) -> None:
-    """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
+    """Quantize all that is planned into `work`/out/<module>.safetensors; finished ones are kept over kills.
 
     Always on the CPU's cores, so that the bytes do not depend on the device: error feedback is a chain of small
     operations, for which a core takes less time than a large GPU (LOG.md).
@@ -47,6 +48,10 @@ def decompose(
     task = QuantizeMatrix(model, {name: plan.matrices[name].label for name in plan.matrices}, statistics, out)
     for _ in progress.track(spread(task, model.matrices), "Decompose", total=len(model.matrices)):
         pass
+    for module, planned in plan.embeddings.items():
+        target = out / matrix_file(module)
+        if not target.exists():
+            pack_embedding(model, module, planned, target, progress)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,7 @@ def matrix_file(module: str) -> str:
 
 def read_matrix(path: Path, plan: Plan, module: str) -> QuantizedTensor:
     """What `decompose` wrote for `module`."""
-    planned = plan.matrices[module]
+    planned = plan.packed[module]
     with safe_open(path, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     return QuantizedTensor.from_tensors(planned.format, planned.shape, planned.format.levels, tensors)

@@ -27,7 +27,9 @@ def checkpoint_disk_bytes(run: "Run") -> int:
     """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
     model = run.model
     compressed = run.smallest_plan().size_bits // 8
-    around = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    around = (
+        model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices) - run.saved_bytes
+    )
     total = 3 * (compressed + around)
     if run.texts.recovery is not None:
         total += 2 * compressed + _training_bytes(run)

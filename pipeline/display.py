@@ -169,6 +169,8 @@ def add_run_rows(table: Table, run: "Run") -> None:
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
     table.add_row("original", human_bytes(model.size_bytes))
     table.add_row("choices", f"{len(run.labels)} a matrix, ranks {', '.join(map(str, sorted({0, *recipe.ranks})))}")
+    for module, each in run.embeddings.items():
+        table.add_row("packed too", f"{module} as {each.label}, {human_bytes(each.size_bits / 8)}")
     if calibration := run.texts.calibration:
         table.add_row("calibration", _windows(calibration))
         table.add_row("statistics", _reused(run.resume and run.has_statistics()))
@@ -246,6 +248,10 @@ def show_plan(made: "Planned") -> None:
             human_bytes(matrix.size_bits / 8),
             f"{matrix.cost:.4g}",
         )
+    for name, embedding in plan.embeddings.items():
+        shape, bits = f"{embedding.shape[0]}x{embedding.shape[1]}", f"{embedding.bits_per_param:.3f}"
+        size_bytes = embedding.size_bits / 8
+        table.add_row(name.removeprefix(prefix), shape, embedding.label, bits, human_bytes(size_bytes), "")
     RESULTS.print(table)
     files = new_table("file", "bytes", title="Forecast")
     for name, size in made.files_bytes.items():

@@ -92,7 +92,8 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
                 "status": plan.status,
                 "solver": plan.solver,
             },
-            "skipped": skipped(model),
+            "embeddings": embeddings(plan),
+            "skipped": skipped(model, plan),
             "recipe": recipe,
             "command": compress_command(recipe),
             "checkpoint_digest": facts.checkpoint_digest,
@@ -106,15 +107,25 @@ def sizes(facts: ReportFacts) -> dict[str, dict[str, int]]:
     """Bytes before and after, by part; `folder` is the sum of the others."""
     model, plan = facts.model, facts.plan
     matrices = sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-    kept = model.size_bytes - matrices
+    tables = sum(model.tensors[f"{module}.weight"].size_bytes for module in plan.embeddings)
+    kept = model.size_bytes - matrices - tables
     around = model.folder_bytes - model.size_bytes
-    after = plan.size_bits // 8
+    after, packed = plan.size_bits // 8, sum(each.size_bits for each in plan.embeddings.values()) // 8
     return {
         "matrices": {"original": matrices, "compressed": after},
+        "embeddings": {"original": tables, "compressed": packed},
         "kept": {"original": kept, "compressed": kept},
-        "around": {"original": around, "compressed": facts.size_bytes - after - kept},
-        "folder": {"original": matrices + kept + around, "compressed": facts.size_bytes},
+        "around": {"original": around, "compressed": facts.size_bytes - after - packed - kept},
+        "folder": {"original": matrices + tables + kept + around, "compressed": facts.size_bytes},
     }
+
+
+def embeddings(plan: Plan) -> list[dict[str, Any]]:
+    """What embeddings and head are packed with, where they are."""
+    return [
+        {"module": module, "label": each.label, "meaning": meaning(each.label), "bits_per_param": each.bits_per_param}
+        for module, each in plan.embeddings.items()
+    ]
 
 
 def matrix_types(matrices: tuple[Matrix, ...]) -> dict[str, str]:
@@ -211,10 +222,13 @@ def budget_curve(table: CostTable, plan: Plan, recipe: dict[str, Any]) -> dict[s
     }
 
 
-def skipped(model: Model) -> list[dict[str, Any]]:
+def skipped(model: Model, plan: Plan) -> list[dict[str, Any]]:
     """What stays as it is, by reason, the largest first; numbers in names become `*`."""
     by_reason = defaultdict(list)
+    packed = {f"{module}.weight" for module in plan.embeddings}
     for entry in model.skipped:
+        if entry.name in packed:
+            continue
         by_reason[entry.reason].append(entry)
     rows = []
     for reason, entries in by_reason.items():

@@ -3,6 +3,7 @@
 Memory is what is held at once, term by term. Time (stage_seconds.py) is only about right. The disk is in disk_space.py.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import psutil
@@ -100,8 +101,10 @@ class _Facts:
 
     @property
     def around_packed(self) -> int:
-        """Float32 of all that is not compressed."""
-        return FLOAT32_BYTES * (self.run.model.num_params - self.run.model.num_matrix_params)
+        """Float32 of all that is not compressed, and packed embeddings."""
+        model, packed = self.run.model, self.run.embeddings.values()
+        dense = model.num_params - model.num_matrix_params - sum(math.prod(each.shape) for each in packed)
+        return FLOAT32_BYTES * dense + sum(each.size_bits // 8 for each in packed)
 
     @property
     def packed(self) -> int:

@@ -21,8 +21,10 @@ from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class
 from quantizers import QuantizedLinear
 from quantizers.adapter import BINDING_FILE, LoraQuantizedLinear
+from quantizers.embedding import PackedRows, TiedEmbedding, TiedHead
 
 NOTE_FILE = "merged.json"
+PACKED_EMBEDDINGS = (PackedRows, TiedEmbedding, TiedHead)
 
 
 def check_merged_folder(folder: Path, adapter: Path) -> None:
@@ -53,10 +55,15 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> bool:
     network = cast(PreTrainedModel, tuned.get_base_model())
     dense = _empty(network)
     layers = _layers(network)
-    inside = tuple(f"{name}." for name in layers)
+    embeddings = {name: module for name, module in network.named_modules() if isinstance(module, PACKED_EMBEDDINGS)}
+    inside = tuple(f"{name}." for name in (*layers, *embeddings))
     state = {name: _stored(tensor) for name, tensor in network.state_dict().items() if not name.startswith(inside)}
     for name, layer in layers.items():
         state |= {f"{name}.{key}": _stored(tensor) for key, tensor in _dense_tensors(name, layer, dense).items()}
+    for name, each in embeddings.items():
+        state[f"{name}.weight"] = _stored(each.weight)
+        if (bias := getattr(each, "bias", None)) is not None:
+            state[f"{name}.bias"] = _stored(bias)
     missing = dense.state_dict().keys() - state.keys()
     if missing:
         raise CheckpointError(

@@ -29,14 +29,14 @@ from pipeline.quiet import first_line, quiet_transformers
 from pipeline.shards import TensorInfo, read_folder
 from pipeline.sources import EXTRA_FILES, find_source
 from pipeline.stored_names import StoredNames, match_names
-from pipeline.structure import Structure, build_skeleton, read_structure
+from pipeline.structure import Embedding, Structure, build_skeleton, read_structure
 from pipeline.task import Task, auto_class, settle_architecture, task_of
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Matrix", "Model", "Skipped", "TensorInfo", "open_model"]
+__all__ = ["Embedding", "Matrix", "Model", "Skipped", "TensorInfo", "open_model"]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
@@ -93,7 +93,8 @@ class Model:
         tensors: parameter name -> where and how it is stored. Tensors that become no parameter unchanged
             (experts that are merged on loading, left-over buffers) stand under their stored name.
         matrices: by layer, then in module order.
-        skipped: everything else.
+        embeddings: of the input and of the output, where they can be packed on request; they stand in `skipped` too.
+        skipped: everything that is no matrix.
         ties: parameter name -> the parameter whose tensor it shares.
         num_positions: the longest text that it can read, in tokens; None where positions are computed.
         experts_apart: each expert of a mixture is layers of its own, in whatever network is made of the model.
@@ -105,6 +106,7 @@ class Model:
     config: "PretrainedConfig" = field(repr=False)
     tensors: dict[str, TensorInfo] = field(repr=False)
     matrices: tuple[Matrix, ...] = field(repr=False)
+    embeddings: tuple[Embedding, ...] = field(repr=False)
     skipped: tuple[Skipped, ...] = field(repr=False)
     ties: dict[str, str] = field(repr=False)
     num_positions: int | None = field(repr=False)
@@ -271,6 +273,7 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
         config=config,
         tensors=tensors,
         matrices=matrices,
+        embeddings=tuple(each for each in structure.embeddings if _is_float(tensors.get(each.name))),
         skipped=_skipped(structure, names, tensors, {matrix.name for matrix in matrices}),
         ties=structure.ties,
         num_positions=structure.num_positions,
@@ -286,13 +289,17 @@ def _tensors(
     return plain | experts
 
 
+def _is_float(info: TensorInfo | None) -> bool:
+    return info is not None and info.dtype in FLOAT_DTYPES
+
+
 def _matrices(structure: Structure, tensors: dict[str, TensorInfo]) -> tuple[Matrix, ...]:
     matrices = []
     for site in structure.sites:
         info = tensors.get(site.name)
         if info is None:
             continue
-        if info.dtype not in FLOAT_DTYPES:
+        if not _is_float(info):
             raise ModelError(
                 f"{info.name} in {info.file} is stored as {info.dtype}, not as {', '.join(FLOAT_DTYPES)}. "
                 "These weights look quantized already: open the original model instead."

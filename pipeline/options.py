@@ -71,6 +71,10 @@ Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e
 Override = Annotated[
     list[str] | None, typer.Option(help="'REGEX=QUANTIZER': what matching matrices get, e.g. 'down_proj=nf4'")
 ]
+Embeddings = Annotated[
+    str | None,
+    typer.Option(help="quantizer of token embeddings and output head, e.g. lloyd6-g64-s6; left as they are by default"),
+]
 ShareGroups = Annotated[
     bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")
 ]

@@ -16,7 +16,9 @@ from pipeline.output import check_compressed
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class
 from pipeline.unloaded import MergedError, Unloaded
-from quantizers import QuantizedLinear
+from quantizers import BlockFormat, QuantizedLinear
+from quantizers.embedding import QuantizedHead, TiedHead
+from quantizers.embedding_swap import swap_in
 
 
 def packed_model(
@@ -27,10 +29,20 @@ def packed_model(
     Args:
         kept: parameter name -> value in place of the original's, of parameters that are not planned.
     """
+    shared = [name.removesuffix(".weight") for name, source in model.ties.items()
+              if source.removesuffix(".weight") in plan.embeddings]  # fmt: skip
     try:
-        network = Unloaded(model, "cpu", list(plan.matrices)).network
+        network = Unloaded(model, "cpu", [*plan.packed, *shared]).network
     except MergedError:
         network = model.load()
+    for module, embedding in plan.embeddings.items():
+        assert isinstance(embedding.format, BlockFormat), "as planned_embeddings makes sure"
+        swap_in(network, module, embedding.shape, embedding.format).fill(read_matrix(matrix_path(module), plan, module))
+    for module in (*plan.embeddings, *shared):
+        head = network.get_submodule(module)
+        if isinstance(head, QuantizedHead | TiedHead) and head.bias is not None:
+            bias = f"{module}.bias"
+            head.bias = nn.Parameter(model.tensor(model.ties.get(bias, bias)).float(), requires_grad=False)
     for module in plan.matrices:
         parent, _, child = module.rpartition(".")
         bias = f"{module}.bias"
@@ -65,10 +77,17 @@ def load_packed(folder: Path, device: str = "cpu", dtype: torch.dtype | None = N
 
 
 def unpack(network: PreTrainedModel) -> None:
-    """Make every packed layer a dense one, in place: a sample of text would dequantize them anew for each token."""
+    """Make packed layers and heads dense, in place: a sample of text would dequantize them anew for each token."""
     packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
     for name, layer in packed.items():
-        dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        dense.weight = nn.Parameter(layer.weight.to(network.dtype), requires_grad=False)
-        dense.register_parameter("bias", layer.bias)
-        network.set_submodule(name, dense)
+        network.set_submodule(name, _dense(layer, network.dtype))
+    heads = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedHead | TiedHead)}
+    for name, head in heads.items():
+        network.set_submodule(name, _dense(head, network.dtype))
+
+
+def _dense(layer: QuantizedLinear | QuantizedHead | TiedHead, dtype: torch.dtype) -> nn.Linear:
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    dense.register_parameter("bias", layer.bias)
+    return dense

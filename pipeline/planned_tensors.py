@@ -46,10 +46,11 @@ def _check_tensors(
     for name in checkpoint.files:
         if name.endswith(".safetensors"):
             stored |= {info.name: info for info in read_header(registry.path(checkpoint, name))}
-    if set(plan["matrices"]) != set(formats.matrices):
-        different = sorted(set(plan["matrices"]) ^ set(formats.matrices))
+    packed = plan["matrices"] | plan["embeddings"]
+    if set(packed) != set(formats.matrices):
+        different = sorted(set(packed) ^ set(formats.matrices))
         raise CheckpointError(f"{version}: plan.json and config.json disagree about {', '.join(different[:3])}.")
-    for module, planned in plan["matrices"].items():
+    for module, planned in packed.items():
         form, shape = formats.format_of(module)
         if (form.label, list(shape)) != (planned["label"], planned["shape"]):
             raise CheckpointError(
@@ -68,4 +69,4 @@ def _check_tensors(
             raise CheckpointError(
                 f"{version}: {module} was planned with {planned['size_bits']} bits, and {size_bits} are stored."
             )
-    return len(plan["matrices"])
+    return len(packed)

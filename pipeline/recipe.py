@@ -44,6 +44,10 @@ class Recipe(BaseModel):
     )
     candidates: tuple[str, ...] = Field(min_length=1, description="quantizers on offer")
     overrides: tuple[tuple[str, str], ...] = Field((), description="(regular expression, quantizer) pairs")
+    embeddings: str | None = Field(
+        None,
+        description="quantizer of token embeddings and of an untied output head; None leaves them",
+    )
     share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")
     cost_rows: int = Field(ge=1, description="rows of a matrix that the cost table samples")

@@ -82,6 +82,8 @@ def recover_matrices(
             continue
         quantized = with_trained(read_matrix(source, plan, matrix.module), gain=gain, factors=factors)
         write_matrix(target, quantized, model.weight(matrix), statistics.of(matrix) if statistics else None)
+    for module in plan.embeddings:
+        replace_file(out / matrix_file(module), partial(shutil.copyfile, matrix_path(module)))
     if kept := _kept(model, found.values):
         replace_file(out / KEPT_FILE, lambda path: save_file(kept, path))
     write_json(out / REPORT_FILE, _report(found, settings, len(teacher)).to_json())

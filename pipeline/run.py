@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.allocation import Plan, allocate_to_budget, offered_choices
+from pipeline.allocation import Plan, PlannedEmbedding, allocate_to_budget, offered_choices
 from pipeline.atomic import write_json
 from pipeline.audit import audit, fixed_answer
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
@@ -26,6 +26,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import EVAL_CACHE_BYTES, disk_may_fill
+from pipeline.embeddings import planned_embeddings
 from pipeline.errors import RecipeError
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
@@ -67,6 +68,7 @@ class Run:
     resume: bool
     texts: Texts
     offered: dict[str, list[str]]
+    embeddings: dict[str, PlannedEmbedding]
     log: StageLog
     progress: Progress
     spread: Spread | None = None
@@ -99,11 +101,12 @@ class Run:
                 f"{recipe.model} is an encoder, which has neither an output head nor next tokens. Leave "
                 "--recover-hidden-weight and --recover-ce-weight at 0: the divergence of its features is trained on."
             )
+        embeddings = planned_embeddings(model, recipe.embeddings)
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
         offered = offered_choices(model.matrices, labels, overrides)
         texts = Texts.of(recipe, model, progress)
-        return Run(recipe, model, registry, device, resume, texts, offered, log, progress)
+        return Run(recipe, model, registry, device, resume, texts, offered, embeddings, log, progress)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -151,7 +154,16 @@ class Run:
         if budget.bits_per_param is not None:
             return int(min(most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
         kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+        kept -= self.saved_bytes
         return min(most_bits // 8, max(0, (budget.limit_bytes(model.size_bytes) or 0) - kept))
+
+    @property
+    def saved_bytes(self) -> int:
+        """By which packed embeddings are smaller than the original's."""
+        return sum(
+            self.model.tensors[f"{module}.weight"].size_bytes - each.size_bits // 8
+            for module, each in self.embeddings.items()
+        )
 
     @property
     def recovery_settings(self) -> RecoverySettings:
@@ -260,6 +272,7 @@ class Run:
         """Every matrix quantized as planned."""
         chosen = self.results.plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
+        labels |= {name: each.label for name, each in chosen.embeddings.items()}
         settings = {"model": self.model.digest, "labels": labels}
 
         def build(work: Path) -> None:
@@ -472,6 +485,7 @@ class Run:
             lambda plan: Checkpoint(self.model, plan, self.facts).size_bytes,
             solver=self.recipe.solver,
             share_groups=self.recipe.share_groups,
+            embeddings=self.embeddings,
         )
 
 

@@ -6,6 +6,7 @@ forward pass on meta tells which layers read the very same tensor, and so form a
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import ModelError
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.task import auto_class, task_of
+from quantizers.embedding_swap import input_embeddings, is_packable
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
@@ -45,11 +47,33 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """Token embeddings, or an output head of its own (output embeddings): packed on request.
+
+    `shape` is [tokens, width].
+    """
+
+    module: str
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Of the parameter."""
+        return f"{self.module}.weight"
+
+    @property
+    def num_params(self) -> int:
+        """Its elements."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
 class Structure:
     """What `read_structure` finds.
 
     Attributes:
         sites: by layer, then in module order.
+        embeddings: those of the input first; ones that quantizers/embedding_swap.py knows.
         shapes: every parameter and saved buffer that the architecture knows -> its shape as stored.
         required: the parameters that a checkpoint must bring.
         reasons: every name in `shapes` that is no site -> why.
@@ -58,6 +82,7 @@ class Structure:
     """
 
     sites: tuple[Site, ...]
+    embeddings: tuple[Embedding, ...]
     shapes: dict[str, tuple[int, ...]]
     required: frozenset[str]
     reasons: dict[str, str]
@@ -107,6 +132,7 @@ def read_structure(model: "PreTrainedModel") -> Structure:
     site_names = {site.name for site in sites}
     return Structure(
         sites=tuple(sorted(sites, key=lambda site: site.layer)),
+        embeddings=tuple(_embeddings(model)),
         shapes=shapes,
         required=frozenset(name for name, _ in model.named_parameters() if name not in ties),
         reasons={
@@ -222,6 +248,15 @@ def _site(name: str, module: nn.Module, layer: int, group: str) -> Site:
     num_rows, num_columns = weight.shape
     shape = (num_columns, num_rows) if transposed else (num_rows, num_columns)
     return Site(f"{name}.weight", name, shape, transposed, layer, group)
+
+
+def _embeddings(model: "PreTrainedModel") -> Iterator[Embedding]:
+    head = model.get_output_embeddings()
+    output = next((name for name, module in model.named_modules() if module is head), None)
+    for name in dict.fromkeys((input_embeddings(model), output)):
+        if name is not None and is_packable(model, name):
+            rows, columns = model.get_parameter(f"{name}.weight").shape
+            yield Embedding(name, (rows, columns))
 
 
 def _reason(

@@ -60,7 +60,7 @@ class VersionDiff:
 
 
 def _choices(facts: VersionFacts) -> dict[str, str]:
-    return {name: matrix["label"] for name, matrix in facts.plan["matrices"].items()}
+    return {name: matrix["label"] for name, matrix in (facts.plan["matrices"] | facts.plan["embeddings"]).items()}
 
 
 def _both(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

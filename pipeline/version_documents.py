@@ -36,13 +36,15 @@ def read_document(path: Path, what: str) -> dict[str, Any]:
 
 
 def read_plan(path: Path, what: str) -> dict[str, Any]:
-    """plan.json with all that commands look at. Raises CheckpointError."""
+    """plan.json with all that commands look at; `embeddings` is empty where it says none. Raises CheckpointError."""
     plan = read_document(path, what)
     with reading(what):
         _check(plan, "bits_per_param", float, int)
         _check(plan, "budget", str)
         _check(plan, "matrices", dict)
-        for matrix in plan["matrices"].values():
+        plan.setdefault("embeddings", {})
+        _check(plan, "embeddings", dict)
+        for matrix in (*plan["matrices"].values(), *plan["embeddings"].values()):
             _check(matrix, "label", str)
             _check(matrix, "size_bits", int)
             _check(matrix, "shape", list)

@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantizers.embedding import PackedRows
 from quantizers.linear import QuantizedLinear
 
 BINDING_FILE = "binding.json"
@@ -119,7 +120,8 @@ def base_sha256(network: PreTrainedModel) -> str:
     The rest may be loaded in another dtype than it is stored in; packed tensors keep theirs.
     """
     digest = hashlib.sha256()
-    packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    kinds = QuantizedLinear | PackedRows
+    packed = {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
     for name, layer in sorted(packed.items()):
         digest.update(f"{name} {json.dumps(layer.format.to_json(), sort_keys=True)}\n".encode() + _bytes(layer.levels))
     for name, tensor in sorted(network.state_dict().items()):

@@ -52,11 +52,14 @@ def round_onto_levels(
     scale: ScaleRule = "search",
 ) -> dict[str, Tensor]:
     """Codes and scales as they are stored."""
-    find = partial(_scales, levels=levels, rule=scale)
+    find = partial(block_scales, levels=levels, rule=scale)
     return round_blocks(weight, metric, form, find, lambda first: _CodebookParameters(first, form, levels))
 
 
-def _scales(blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule) -> Float32[Tensor, "blocks 1"]:
+def block_scales(
+    blocks: Tensor, weights: Tensor | None, *, levels: Tensor, rule: ScaleRule
+) -> Float32[Tensor, "blocks 1"]:
+    """What each block asks for, under the importance of its weights (None: all alike)."""
     scales = blocks.abs().amax(dim=1) if rule == "absmax" else search_scales(blocks, weights, levels)
     return scales[:, None]
 

@@ -23,7 +23,7 @@ from quantizers.kernels.weights import KERNEL_WEIGHTS
 from quantizers.quantized import LowRank, QuantizedTensor
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast makes of `x`; None where it is off, knows no such device, or leaves such numbers alone."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
@@ -40,7 +40,7 @@ class _PackedMatmul(torch.autograd.Function):
         y = layer.kernel_product(x)
         if y is not None:
             return y
-        dtype = _autocast_dtype(x)
+        dtype = autocast_dtype(x)
         if dtype is None:
             return layer.quantized().product(x)
         with torch.autocast(x.device.type, enabled=False):  # Q is decoded in float32
@@ -147,7 +147,7 @@ class QuantizedLinear(nn.Module):
         """x Q^T, with `low_rank` added, by kernels and without a gradient; None where they do not serve."""
         if x.shape[-1] != self.in_features or not KernelFactors.fits(low_rank):
             return None
-        dtype = _autocast_dtype(x)
+        dtype = autocast_dtype(x)
         if dtype is not None:
             with torch.autocast(x.device.type, enabled=False):
                 return self.kernel_product(x.to(dtype), low_rank)

@@ -15,7 +15,7 @@ Reading goes by fields of a few whole codes: bytes for 1, 2, 4 and 8 bits, 12 bi
 import math
 
 import torch
-from jaxtyping import Int32, UInt8
+from jaxtyping import Int32, Int64, UInt8
 from torch import Tensor
 
 WORD_BITS = 32
@@ -77,6 +77,13 @@ def look_up(words: Int32[Tensor, " words"], bits: int, num_codes: int, levels: T
     codes = (torch.arange(2**field_bits, device=words.device)[:, None] >> shifts) & (2**bits - 1)
     table = levels[codes]  # [values of a field, codes of a field]
     return table.index_select(0, _fields(words, field_bits)).view(-1)[:num_codes]
+
+
+def gather(words: Int32[Tensor, " words"], bits: int, positions: Int64[Tensor, "..."]) -> UInt8[Tensor, "..."]:
+    """The codes at some positions of a bit stream made by `pack`; the rest of it is not read."""
+    word, shift = positions * bits // WORD_BITS, positions * bits % WORD_BITS
+    low, high = (words[each].long() & 0xFFFFFFFF for each in (word, (word + 1).clamp_max(words.numel() - 1)))
+    return (((high << WORD_BITS | low) >> shift) & (2**bits - 1)).to(torch.uint8)
 
 
 def _fields(words: Int32[Tensor, " words"], field_bits: int) -> Int32[Tensor, " fields"]:

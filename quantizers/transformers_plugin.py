@@ -1,8 +1,9 @@
 """Teach transformers to load a bitsmith checkpoint packed: `import quantizers` before `from_pretrained`.
 
 The checkpoint's keys are the names of the modules' buffers, so loading is: swap the named linear layers
-for empty `QuantizedLinear`s on the meta device, let transformers fill them, check that every tensor was
-there with its shape and dtype (transformers makes up what is missing), and hand out the codebooks.
+for empty `QuantizedLinear`s on the meta device (embeddings and heads for what embedding_swap.py says), let
+transformers fill them, check that every tensor was there with its shape and dtype (transformers makes up what is
+missing), and hand out the codebooks.
 """
 
 from collections.abc import Iterable
@@ -18,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantizers.block_format import BlockFormat
+from quantizers.embedding import PackedRows
+from quantizers.embedding_swap import is_packable, swap_in
 from quantizers.experts import fused_experts, set_experts_apart
 from quantizers.format import StorageFormat
 from quantizers.formats import PACKED_NAMES, format_from_json
@@ -113,11 +117,8 @@ class BitsmithHfQuantizer(HfQuantizer):
             set_experts_apart(model)
         for stored_name, name in _as_named(model, config.matrices).items():
             form, shape = config.format_of(stored_name)
-            old = _linear_layer(model, name, shape)
             with torch.device("meta"):
-                layer = QuantizedLinear(shape, form, bias=old.bias is not None, dtype=old.weight.dtype)
-            parent_name, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent_name), child, layer)
+                layer = _packed_rows(model, name, shape, form) or _packed_layer(model, name, shape, form)
             expected |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         if checkpoint_files is not None:
             _check_complete(expected, _as_loaded(model, _headers(checkpoint_files)), f"{model.base_model_prefix}.")
@@ -194,6 +195,28 @@ def _check_complete(expected: dict[str, Tensor], stored: Headers, base_prefix: s
             raise _damaged(name, f"expected shape {list(tensor.shape)}, found {found[0] if found else 'nothing'}")
         if name.rpartition(".")[2] in PACKED_NAMES and found[1] != STORED_DTYPES[tensor.dtype]:
             raise _damaged(name, f"expected {STORED_DTYPES[tensor.dtype]}, found {found[1]}")
+
+
+def _packed_rows(model: PreTrainedModel, name: str, shape: tuple[int, int], form: StorageFormat) -> PackedRows | None:
+    """An empty packed module in the place of an embedding or a head; None where `name` is neither, or not by rows."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        return None
+    if not isinstance(form, BlockFormat) or form.rank or not is_packable(model, name):
+        return None
+    found = tuple(module.weight.shape)  # type: ignore[arg-type]
+    if found != shape:
+        raise _foreign(model, name, f"has a weight of shape {list(found)} there, not {list(shape)}")
+    return swap_in(model, name, shape, form)
+
+
+def _packed_layer(model: PreTrainedModel, name: str, shape: tuple[int, int], form: StorageFormat) -> QuantizedLinear:
+    """An empty packed layer in the place of a linear one."""
+    old = _linear_layer(model, name, shape)
+    layer = QuantizedLinear(shape, form, bias=old.bias is not None, dtype=old.weight.dtype)
+    model.set_submodule(name, layer)
+    return layer
 
 
 def _linear_layer(model: PreTrainedModel, name: str, shape: tuple[int, int]) -> torch.nn.Linear | Conv1D:

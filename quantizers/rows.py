@@ -1,0 +1,103 @@
+"""Some rows of a matrix quantized in blocks, without the others: what a table of embeddings is for.
+
+A row's codes lie one after the other wherever the row begins, so a few rows are gathered bit by bit. Runs of rows that
+begin at a multiple of `aligned_rows` begin at a whole word and a whole super-block: they are matrices of their own that
+share the memory of the whole one. So a table of any size is made and read with little of it dense at a time.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Float32, Int64
+from torch import Tensor
+
+from quantizers.base import finite_float32
+from quantizers.block_codebook import ScaleRule, block_scales
+from quantizers.block_format import BlockFormat
+from quantizers.blocks import num_blocks, spread, to_blocks
+from quantizers.packing import WORD_BITS, gather, num_words, pack
+from quantizers.quantized import QuantizedTensor
+from quantizers.scale_search import nearest
+from quantizers.stored_scales import TINY, StoredScales
+
+WEIGHTS_AT_ONCE = 2**22
+
+
+def aligned_rows(form: BlockFormat) -> int:
+    """Rows of which each multiple fills whole words and super-blocks, whatever the width of the matrix."""
+    return math.lcm(WORD_BITS, form.super_block)
+
+
+def runs(shape: tuple[int, int], form: BlockFormat) -> list[range]:
+    """All rows of a matrix [rows, columns], in runs of about WEIGHTS_AT_ONCE weights."""
+    step = aligned_rows(form)
+    step *= max(1, WEIGHTS_AT_ONCE // (step * shape[1]))
+    return [range(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def quantize_rows(
+    read: Callable[[range], Tensor], shape: tuple[int, int], form: BlockFormat, scale: ScaleRule = "search"
+) -> QuantizedTensor:
+    """What quantizing the whole matrix without statistics gives, with a run of its rows in memory.
+
+    Args:
+        read: gives a run of rows, [run, columns] of any float dtype; called twice for each.
+    Raises:
+        ValueError: the matrix has a NaN or an infinity.
+    """
+    levels, all_runs = form.levels, runs(shape, form)
+    first = []
+    for run in all_runs:
+        weight = finite_float32(read(run))
+        blocks = to_blocks(weight, form.block_size).reshape(-1, form.block_size)
+        is_weight = to_blocks(torch.ones_like(weight), form.block_size).reshape(-1, form.block_size)
+        counted = is_weight if shape[1] % form.block_size else None  # padding must not count
+        first.append(block_scales(blocks, counted, levels=levels, rule=scale))
+    wanted = torch.cat(first).view(shape[0], num_blocks(shape[1], form.block_size))
+    stored = StoredScales(wanted, form)
+    scales = stored.store(slice(None), wanted)[:, :, None].clamp_min(TINY)
+    words = []
+    for run in all_runs:
+        blocks = to_blocks(finite_float32(read(run)), form.block_size)
+        codes = nearest(blocks / scales[run.start : run.stop], levels)
+        words.append(pack(codes.flatten(1)[:, : shape[1]].reshape(-1), form.bits))
+    return QuantizedTensor(form, shape, {"weight_packed": torch.cat(words)} | stored.tensors(), levels)
+
+
+def decode_rows(quantized: QuantizedTensor, rows: Int64[Tensor, " rows"]) -> Float32[Tensor, "rows in"]:
+    """These rows of Q, in any order and as often as they are named; every index must be a row's."""
+    form, stored, columns = _block_format(quantized), quantized.plain, quantized.shape[1]
+    blocks = num_blocks(columns, form.block_size)
+    place = torch.arange(columns, device=rows.device)
+    codes = gather(stored["weight_packed"], form.bits, rows[:, None] * columns + place)
+    scale = rows[:, None] * blocks + place[:blocks]
+    scale_codes = gather(stored["weight_scale_packed"], form.scale_bits, scale).float()
+    steps = stored["weight_scale_step"][scale // form.super_block]
+    scales = torch.addcmul(stored["weight_scale_offset"], scale_codes, steps)
+    return quantized.levels[codes.int()] * spread(scales, form.block_size, columns)
+
+
+def decode_runs(quantized: QuantizedTensor) -> Iterator[tuple[range, Float32[Tensor, "run in"]]]:
+    """All of Q, a run of rows after the other."""
+    form, stored, columns = _block_format(quantized), quantized.plain, quantized.shape[1]
+    scales_a_row = num_blocks(columns, form.block_size)
+    for run in runs(quantized.shape, form):
+        scales = range(run.start * scales_a_row, run.stop * scales_a_row)
+        steps = slice(scales.start // form.super_block, -(-scales.stop // form.super_block))
+        part = {
+            "weight_packed": _words(stored["weight_packed"], form.bits * columns, run),
+            "weight_scale_packed": _words(stored["weight_scale_packed"], form.scale_bits * scales_a_row, run),
+            "weight_scale_step": stored["weight_scale_step"][steps],
+            "weight_scale_offset": stored["weight_scale_offset"],
+        }
+        yield run, form.decode(part, (len(run), columns), quantized.levels)
+
+
+def _block_format(quantized: QuantizedTensor) -> BlockFormat:
+    assert isinstance(quantized.format, BlockFormat), "other formats do not store rows one by one"
+    return quantized.format
+
+
+def _words(words: Tensor, bits_a_row: int, run: range) -> Tensor:
+    return words[run.start * bits_a_row // WORD_BITS :][: num_words(len(run), bits_a_row)]
