@@ -22,8 +22,10 @@ from registry import Artifact, Registry, checked_name
 
 if TYPE_CHECKING:
     from pipeline.compress import Compressed
+    from pipeline.forecast import StageForecast
     from pipeline.run import Run
 
+SHARED = ("statistics", "costs", "decompose")  # stages whose work a cluster takes
 _opened: dict[str, "Run"] = {}  # the latest of this process: opening reads and hashes the whole model
 
 
@@ -34,11 +36,16 @@ class Done(TypedDict):
     seconds: float
     peak_memory_bytes: int
     reused: bool
+    forecast_seconds: float | None
+    forecast_memory_bytes: int | None
     digest: str | None
 
 
 class Job(TypedDict):
-    """A prepared run. `facts` pins what the recipe's words stood for when it was prepared."""
+    """A prepared run. `facts` pins what the recipe's words stood for when it was prepared.
+
+    `forecasts` are of pipeline.forecast.StageForecast, for the stages that were to come then.
+    """
 
     recipe: dict[str, Any]
     facts: dict[str, Any]
@@ -49,6 +56,7 @@ class Job(TypedDict):
     runner: str
     resume: bool
     was_finished: bool
+    forecasts: list[dict[str, Any]]
     opened: Done
 
 
@@ -76,7 +84,8 @@ def prepare_job(
     from pipeline.run import Run
 
     checked_name(name)
-    Runner.parse(runner).task_runner()
+    where = Runner.parse(runner)
+    where.task_runner()
     log = StageLog()
     with log.stage("open"):
         run = Run.prepare(
@@ -89,6 +98,8 @@ def prepare_job(
         )
         output = OutputFolder(Path(out).expanduser(), run.facts)
         check_disk(run, output.path)
+        if not output.is_finished():
+            log.forecasts = checked_forecast(run, where)
         with disk_may_fill(run, output.path.parent):
             output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()
@@ -105,9 +116,16 @@ def prepare_jobs(
     Raises:
         PipelineError: see pipeline/errors.py; for whichever budget, nothing is written then.
     """
-    from pipeline.sweep import prepare_parts
+    from pipeline.sweep import largest_run, prepare_parts
 
-    Runner.parse(runner).task_runner()
+    where = Runner.parse(runner)
+    where.task_runner()
+
+    def forecast(runs: "list[Run]") -> None:
+        forecasts = checked_forecast(largest_run(runs), where)
+        for run in runs:
+            run.log.forecasts = forecasts
+
     parts = prepare_parts(
         [Recipe.from_json(recipe) for recipe in recipes],
         Registry(Path(registry)),
@@ -115,16 +133,31 @@ def prepare_jobs(
         name=name,
         device=device,
         resume=resume,
+        before_claim=forecast,
         progress=RunProgress(),
     )
     opened = done_of(parts[0].run.log, None)
-    found = Done(name="open", seconds=0.0, peak_memory_bytes=0, reused=True, digest=None)
+    found = opened | {"seconds": 0.0, "peak_memory_bytes": 0, "reused": True}
     jobs = [
         _job(part.run, part.output, registry, part.name, runner, part.is_finished, found if number else opened)
         for number, part in enumerate(parts)
     ]
     _remember(jobs[0], parts[0].run)
     return jobs
+
+
+def checked_forecast(run: "Run", runner: Runner) -> "tuple[StageForecast, ...]":
+    """What the stages to come will take.
+
+    Raises:
+        MemoryShortError: one of them does not fit; those that a cluster's machines share are not this one's to judge.
+    """
+    from pipeline.forecast import forecast
+    from pipeline.memory_check import check_memory
+
+    stages = forecast(run)
+    check_memory(run, tuple(stage for stage in stages if runner.address is None or stage.name not in SHARED))
+    return stages
 
 
 def open_run(job: Job, progress: Progress) -> "Run":
@@ -203,6 +236,7 @@ def _job(
         runner=runner,
         resume=run.resume,
         was_finished=was_finished,
+        forecasts=[asdict(stage) for stage in run.log.forecasts],
         opened=opened,
     )
 
@@ -217,4 +251,4 @@ def _remember(job: Job, run: "Run") -> None:
 
 
 def _stage(done: Done) -> Stage:
-    return Stage(done["name"], done["seconds"], done["peak_memory_bytes"], done["reused"])
+    return Stage(**{key: value for key, value in done.items() if key != "digest"})  # type: ignore[arg-type]

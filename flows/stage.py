@@ -65,8 +65,10 @@ def _in_child(call: Call, say: Say) -> Done:
 
 def _measured(call: Call, progress: Progress, spread: str | None) -> Done:
     from flows.spread import PartsSpread, TaskSpread
+    from pipeline.forecast import StageForecast
 
     log = StageLog()
+    log.forecasts = tuple(StageForecast(**stage) for stage in call.job["forecasts"])
     run = replace(open_run(call.job, progress), log=log, progress=progress)
     if spread == "matrices":
         statistics = artifact_if_any(run, call.inputs[-1])

@@ -29,15 +29,16 @@ def summary(done: "Compressed") -> str:
         (
             stage.name,
             f"{stage.seconds:.1f}",
+            "already done" if stage.reused else _seconds(stage.forecast_seconds),
             human_bytes(stage.peak_memory_bytes) if stage.peak_memory_bytes else "",
-            "already done" * stage.reused,
+            human_bytes(stage.forecast_memory_bytes) if stage.forecast_memory_bytes else "",
         )
         for stage in done.stages
     ]
     parts = [f"# {done.version}", _table(("", ""), result)]
     if evaluation is not None:
         parts += ["## Quality", _table(("", "original", "compressed"), evaluation.rows())]
-    parts += ["## Stages", _table(("stage", "seconds", "peak memory", ""), stages)]
+    parts += ["## Stages", _table(("stage", "seconds", "forecast", "peak memory", "forecast"), stages)]
     parts += ["## Plan", _table(("choice", "matrices"), _choices(done))]
     return "\n\n".join(parts) + "\n"
 
@@ -69,6 +70,10 @@ def _figure(value: float | None) -> str:
     if value is None:
         return "none"
     return f"{value:,.0f}" if value >= MANY else f"{value:.6g}"
+
+
+def _seconds(forecast: float | None) -> str:
+    return "" if forecast is None else f"{forecast:.0f}"
 
 
 def _choices(done: "Compressed") -> list[tuple[str, str]]:

@@ -77,6 +77,12 @@ def test_summary_stands_beside_the_run(finished: Any) -> None:
     assert page.description == finished.result()[0]["version"]
     for expected in ("budget 4.5bpw", "| perplexity |", "| decompose |", "nf4-g64-s8"):
         assert expected in str(page.data)
+    (line,) = [line for line in str(page.data).splitlines() if line.startswith("| report |")]
+    _, seconds, forecast, peak, expected_peak = (cell.strip() for cell in line.strip("|").split("|"))
+    assert float(seconds) > 0
+    assert float(forecast) > 0
+    assert peak.endswith("MB")
+    assert expected_peak.endswith("MB")
 
 
 def test_report_and_figures_stand_beside_the_run(finished: Any) -> None:

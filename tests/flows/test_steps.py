@@ -59,6 +59,43 @@ def test_each_step_can_run_in_a_process_of_its_own(server: str, recipe: dict[str
     assert {costs["digest"], plan["digest"], quantized["digest"], matrices["digest"]} <= lineage
 
 
+def test_what_cannot_fit_is_refused_before_anything_is_written(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import steps
+    from pipeline import memory_check
+    from pipeline.errors import MemoryShortError
+
+    monkeypatch.setattr(memory_check, "free_bytes", lambda device: -(2**40))
+    for budgets in (None, ["4.5bpw", "5bpw"]):
+        with pytest.raises(MemoryShortError, match=r"takes about .* of memory"):
+            steps.prepare.fn(
+                recipe, budgets, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", "threads", True
+            )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_cluster_takes_is_not_judged_here(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import job
+    from flows.runner import Runner
+    from pipeline import memory_check
+
+    prepared = job.prepare_job(
+        recipe, str(tmp_path / "registry"), str(tmp_path / "out"), "tiny", "cpu", "threads", True
+    )
+    run, checked = job._opened[job._key(prepared)], []
+    monkeypatch.setattr(
+        memory_check, "check_memory", lambda run, stages: checked.append([each.name for each in stages])
+    )
+    for runner in ("threads", "dask:tcp://scheduler:8786"):
+        assert "costs" in [stage.name for stage in job.checked_forecast(run, Runner.parse(runner))]
+    here, elsewhere = checked
+    assert set(here) - set(elsewhere) == {"statistics", "costs", "decompose"}
+    assert {"checkpoint", "evaluate"} <= set(elsewhere)
+
+
 @pytest.mark.parametrize("name", STEPS)
 def test_only_plain_types_cross_the_border(name: str) -> None:
     from flows import steps
