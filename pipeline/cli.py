@@ -20,6 +20,7 @@ from pipeline.finetune_cli import finetune
 from pipeline.home import home
 from pipeline.hub_cli import pull, push
 from pipeline.options import (
+    Adapter,
     AsJson,
     BudgetOption,
     Candidate,
@@ -284,6 +285,7 @@ def evaluate(
     dataset_revision: DatasetRevision = None,
     num_windows: Annotated[int, typer.Option(min=1, help="windows to evaluate on, from the start of the text")] = 24,
     seq_len: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
+    adapter: Adapter = None,
     device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -303,6 +305,7 @@ def evaluate(
         num_windows=num_windows,
         seq_len=seq_len,
         device=device_of(device),
+        adapter=adapter,
         progress=progress_of(quiet),
     )
     if as_json:
@@ -317,7 +320,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="text to go on from")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 64,
     chat: Annotated[bool, typer.Option(help="send the prompt through the chat template")] = False,
-    adapter: Annotated[Path | None, typer.Option(help="folder that `finetune` wrote for this model")] = None,
+    adapter: Adapter = None,
     device: Device = "auto",
 ) -> None:
     """Continue a text with a compressed model, token by token as they come."""

@@ -16,7 +16,7 @@ from pipeline.evaluate import evaluate
 from pipeline.home import home
 from pipeline.model import open_model
 from pipeline.output import check_compressed
-from pipeline.packed import load_packed
+from pipeline.packed import load_with_adapter
 from pipeline.progress import SILENT, Progress
 from pipeline.unloaded import original_network
 from registry import Registry
@@ -32,15 +32,18 @@ def evaluate_folder(
     num_windows: int,
     seq_len: int,
     device: str,
+    adapter: Path | None = None,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Perplexity, KL divergence and top-1 agreement on the first windows of a text.
 
+    Args:
+        adapter: folder that `finetune` wrote for this model.
     Raises:
-        CheckpointError: `folder` is not a sound compressed checkpoint.
+        CheckpointError: `folder` is not a sound compressed checkpoint, or the adapter is another model's.
         ModelError, CalibrationError: see pipeline/errors.py.
     """
-    network = load_packed(folder, device)
+    network = load_with_adapter(folder, adapter, device)
     original = open_model(base, revision=base_revision, progress=progress)
     made_from = json.loads((folder / "recipe.json").read_text()).get("model_sha256")
     if made_from != original.digest:

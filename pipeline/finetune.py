@@ -48,10 +48,11 @@ from pipeline.training import Lesson, Training, can_keep_activations, sha256_of
 from pipeline.training_state import TrainingState
 from quantizers.adapter import (
     BASE_FIELD,
+    BINDING_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
     base_sha256,
-    bind,
+    binding,
     lora_config,
 )
 
@@ -248,7 +249,7 @@ def _write(
     tensors = opened.adapter(values)
     replace_file(staged / WEIGHTS_FILE, partial(save_file, tensors, metadata={"format": "pt"}))
     _write_config(opened, report.base, staged)
-    bind(staged, out.recipe[BASE_FIELD])
+    write_json(staged / BINDING_FILE, binding(staged, out.recipe[BASE_FIELD]))
     write_json(staged / "recipe.json", out.recipe)
     write_json(staged / REPORT_FILE, report.to_json())
     write_finetune_report(report, out.recipe, staged)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoTokenizer, TextStreamer
 
 from pipeline.errors import CheckpointError
-from pipeline.packed import load_packed
+from pipeline.packed import load_with_adapter
 from pipeline.quiet import quiet_transformers
 from pipeline.task import task_of
 
@@ -24,7 +24,7 @@ def stream_text(
         CheckpointError: `folder` is not a sound compressed checkpoint, or an encoder's, or the adapter is another
             model's.
     """
-    network: Any = load_packed(folder, device) if adapter is None else _tuned(folder, adapter, device)
+    network: Any = load_with_adapter(folder, adapter, device)
     if not task_of(network.config).generates:
         raise CheckpointError(
             f"The model in {folder} is an encoder: it gives features of a text and continues none. Its card "
@@ -48,9 +48,3 @@ def stream_text(
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
-
-
-def _tuned(folder: Path, adapter: Path, device: str) -> Any:
-    from pipeline.adapter import load_tuned  # brings peft along, which not everybody has
-
-    return load_tuned(folder, adapter, device)

@@ -106,5 +106,6 @@ EvalDatasetRevision = Annotated[str | None, typer.Option(help="commit of that da
 EvalWindows = Annotated[int | None, typer.Option(help="windows to evaluate on; 0 to skip")]
 EvalSeqLen = Annotated[int | None, typer.Option(help="tokens of an evaluation window")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")]
+Adapter = Annotated[Path | None, typer.Option(help="folder that `finetune` wrote for this model")]
 AsJson = Annotated[bool, typer.Option("--json", help="print the result as JSON on standard output")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no tables")]

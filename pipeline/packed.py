@@ -76,6 +76,19 @@ def load_packed(folder: Path, device: str = "cpu", dtype: torch.dtype | None = N
     return network.eval()
 
 
+def load_with_adapter(folder: Path, adapter: Path | None, device: str) -> PreTrainedModel:
+    """The same, with what `finetune` wrote for it on top, if that is asked for.
+
+    Raises:
+        CheckpointError: see `load_packed`; or the adapter is damaged, or another model's.
+    """
+    if adapter is None:
+        return load_packed(folder, device)
+    from pipeline.adapter import load_tuned  # brings peft along, which not everybody has
+
+    return load_tuned(folder, adapter, device).get_base_model()  # type: ignore[return-value]
+
+
 def unpack(network: PreTrainedModel) -> None:
     """Make packed layers and heads dense, in place: a sample of text would dequantize them anew for each token."""
     packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}

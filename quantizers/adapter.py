@@ -136,11 +136,9 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def bind(folder: Path, base: str) -> None:
-    """Write what binds the adapter in `folder` to the base of that `base_sha256`, and its files to each other."""
-    files = {name: hash_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
-    content = {BASE_FIELD: base, "files": files}
-    (folder / BINDING_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+def binding(folder: Path, base: str) -> dict[str, Any]:
+    """Content of BINDING_FILE: it binds the adapter in `folder` to the base of that `base_sha256`, and its files."""
+    return {BASE_FIELD: base, "files": {name: hash_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}}
 
 
 def hash_of(path: Path) -> str:

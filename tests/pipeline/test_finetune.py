@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pipeline import adapter as adapter_module
 from pipeline import charts, finetune_report, training_state
@@ -380,9 +380,16 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(finished: Finetuned, checkpoi
         load_tuned(checkpoint, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("build", [build_llama, build_gpt2], ids=["llama", "gpt2"])
-def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(build, dataset: str, tmp_path: Path) -> None:
-    folder = checkpoint_of(build(), tmp_path, ranks=(2,))
+def build_untied() -> PreTrainedModel:
+    return build_llama(tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("embeddings", [None, "lloyd6-g32-s6"])
+@pytest.mark.parametrize("build", [build_llama, build_gpt2, build_untied], ids=["llama", "gpt2", "untied"])
+def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(
+    build, embeddings: str | None, dataset: str, tmp_path: Path
+) -> None:
+    folder = checkpoint_of(build(), tmp_path, ranks=(2,), embeddings=embeddings)
     adapter = run(folder, dataset, tmp_path / "out").folder
     assert write_merged(folder, adapter, tmp_path / "merged")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.models import build_llama
+from tests.pipeline.small import SMALL
 from tests.pipeline.test_finetune import ROWS, checkpoint_of
 
 FEW = ["--steps", "2", "--batch-size", "1", "--rank", "2", "--seq-len", "64"]
@@ -33,6 +34,14 @@ def test_finetune_then_generate_and_the_merged_model(bitsmith, checkpoint: Path,
     plain = bitsmith("generate", checkpoint, "the river", "--max-new-tokens", "2")
     said = bitsmith("generate", checkpoint, "the river", "--max-new-tokens", "2", "--adapter", out)
     assert (plain.code, said.code) == (0, 0), said.err
+    few = ["--num-windows", "2", "--seq-len", "32", "--dataset", SMALL["eval_dataset"], "--json", "-q"]
+    model = checkpoint.with_name("model")
+    before, after = (
+        bitsmith("evaluate", checkpoint, "--base", model, *few, *flags) for flags in ([], ["--adapter", out])
+    )
+    assert (before.code, after.code) == (0, 0), after.err
+    divergences = [json.loads(each.out)["kl_divergence"]["mean"] for each in (before, after)]
+    assert divergences[0] != divergences[1]
     again = bitsmith("finetune", checkpoint, "--dataset", dataset, "-o", out, "--merged", merged, *FEW, "--json", "-q")
     assert again.code == 0, again.err
     assert json.loads(again.out)["was_finished"] is True

@@ -1,6 +1,7 @@
 """Adapters on packed layers: PEFT's product, the base's hash, and what is refused."""
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from quantizers import QuantizedLinear
-from quantizers.adapter import LoraQuantizedLinear, attach_adapter, base_sha256, bind, lora_config
+from quantizers.adapter import BINDING_FILE, LoraQuantizedLinear, attach_adapter, base_sha256, binding, lora_config
 from tests.pipeline.tiny_packed import packed_llama, random_windows
 
 RANKS = {"model.layers.0.self_attn.q_proj": 4, "model.layers.1.mlp.down_proj": 4, "model.layers.1.mlp.up_proj": 2}
@@ -30,7 +31,7 @@ def tuned(network=None) -> PeftModel:
 def saved(tmp_path: Path) -> Path:
     adapter = tuned()
     adapter.save_pretrained(tmp_path)
-    bind(tmp_path, base_sha256(packed_llama()))
+    (tmp_path / BINDING_FILE).write_text(json.dumps(binding(tmp_path, base_sha256(packed_llama()))))
     return tmp_path
 
 
