@@ -213,6 +213,7 @@ def allocate_to_budget(
     solver: str,
     share_groups: bool,
     embeddings: dict[str, PlannedEmbedding] | None = None,
+    can_pack_embeddings: bool = False,
 ) -> Plan:
     """`allocate`, for a budget of any kind.
 
@@ -222,6 +223,7 @@ def allocate_to_budget(
     Args:
         original_bytes: of the original's weight files, which "40%" refers to.
         folder_bytes: exact size of the finished folder for a plan.
+        can_pack_embeddings: the model has some (for the message where nothing fits).
     Raises:
         BudgetError: no plan fits.
     """
@@ -235,12 +237,13 @@ def allocate_to_budget(
     smallest = solved(_smallest_bits(table, share_groups))
     around_bytes = folder_bytes(smallest) - -(-smallest.size_bits // 8)
     if folder_bytes(smallest) > limit:
+        is_advised = can_pack_embeddings and not embeddings
         enough = folder_bytes(smallest) + SPARE_BYTES_A_MATRIX * (len(table.matrices) + 10)
         raise BudgetError(
             f"The budget {budget.text} is {human_bytes(limit)} for the finished folder, and the smallest plan takes "
             f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are norms, embeddings, head, "
             f"tokenizer and configuration. Raise the budget to {math.ceil(enough / 1000) / 1000:.3f}MB, or offer "
-            f"smaller candidates{'' if smallest.embeddings else f', or pack the embeddings ({EMBEDDINGS_ADVICE})'}."
+            f"smaller candidates{f', or pack the embeddings ({EMBEDDINGS_ADVICE})' if is_advised else ''}."
         )
     budget_bits = 8 * (limit - around_bytes)
     for _ in range(BYTE_BUDGET_ROUNDS):

@@ -59,7 +59,8 @@ class Checkpoint:
         if self.model.config.architectures:  # of what is in the files, see settle_architecture
             config["architectures"] = self.model.config.architectures
         config["quantization_config"] = quantization_config(
-            {module: (matrix.format, matrix.shape) for module, matrix in self.plan.packed.items()}
+            {module: (matrix.format, matrix.shape) for module, matrix in self.plan.packed.items()},
+            [each.module for each in self.model.embeddings if each.is_head and each.module in self.plan.embeddings],
         )
         texts = {"config.json": config, "plan.json": self.plan.to_json(), "recipe.json": self.recipe}
         if len(self.shards) > 1:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
-from pipeline.embeddings import pack_embedding
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
 from pipeline.progress import SILENT, Progress
@@ -32,7 +31,7 @@ def decompose(
     spread: Spread = over_cores,
     progress: Progress = SILENT,
 ) -> None:
-    """Quantize all that is planned into `work`/out/<module>.safetensors; finished ones are kept over kills.
+    """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
 
     Always on the CPU's cores, so that the bytes do not depend on the device: error feedback is a chain of small
     operations, for which a core takes less time than a large GPU (LOG.md).
@@ -48,10 +47,6 @@ def decompose(
     task = QuantizeMatrix(model, {name: plan.matrices[name].label for name in plan.matrices}, statistics, out)
     for _ in progress.track(spread(task, model.matrices), "Decompose", total=len(model.matrices)):
         pass
-    for module, planned in plan.embeddings.items():
-        target = out / matrix_file(module)
-        if not target.exists():
-            pack_embedding(model, module, planned, target, progress)
 
 
 @dataclass(frozen=True)

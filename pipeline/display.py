@@ -117,6 +117,8 @@ def show_model(model: "Model") -> None:
         f"{len(model.matrices)} matrices in {len(model.groups())} groups, {model.num_matrix_params:,} of "
         f"{model.num_params:,} parameters ({share:.1%}); {human_bytes(model.size_bytes)} of weights"
     )
+    if model.embeddings:
+        RESULTS.print(f"--embeddings packs {' and '.join(each.module for each in model.embeddings)} too")
 
 
 def _common_prefix(names: list[str]) -> str:

@@ -4,6 +4,7 @@ They are half of a small model, and take no part in the integer program: nothing
 Rounding is unweighted, and a table of any size is quantized a run of rows at a time (quantizers/rows.py).
 """
 
+import math
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -11,11 +12,16 @@ from safetensors.torch import save_file
 from pipeline.allocation import EMBEDDINGS_ADVICE, PlannedEmbedding
 from pipeline.atomic import replace_file
 from pipeline.costs import full_label
+from pipeline.decompose import matrix_file
 from pipeline.errors import RecipeError
 from pipeline.model import Model
-from pipeline.progress import Progress
+from pipeline.progress import SILENT, Progress
 from quantizers import BlockFormat, quantizer_from_label
-from quantizers.rows import quantize_rows
+from quantizers.rows import WEIGHTS_AT_ONCE, quantize_rows
+
+PACK_SECONDS = 1.8e-7  # for each weight, on one core
+SCALE_BYTES = 32  # for each block, while scales are found and stored
+RUN_BYTES = 40  # for each weight of a run
 
 
 def planned_embeddings(model: Model, label: str | None) -> dict[str, PlannedEmbedding]:
@@ -36,8 +42,9 @@ def planned_embeddings(model: Model, label: str | None) -> dict[str, PlannedEmbe
         )
     if not model.embeddings:
         raise RecipeError(
-            f"{model.spec} has no embeddings that can be packed: what stands there is no plain table of tokens, or is "
-            "stored in several tensors. Leave --embeddings out."
+            f"{model.spec} has no embeddings that can be packed: what stands there does more than to look tokens up, "
+            "or the files have it in several tensors, under the name of what shares it, or once more as a head of its "
+            "own. Leave --embeddings out."
         )
     return {
         embedding.module: PlannedEmbedding(full, embedding.shape, form.size_bits(embedding.shape))
@@ -45,11 +52,37 @@ def planned_embeddings(model: Model, label: str | None) -> dict[str, PlannedEmbe
     }
 
 
-def pack_embedding(model: Model, module: str, planned: PlannedEmbedding, target: Path, progress: Progress) -> None:
-    """Write the quantized weight of `module` as the file `target`."""
-    stored, form = model.tensor(f"{module}.weight"), planned.format
-    assert isinstance(form, BlockFormat), "as planned_embeddings makes sure"
-    progress.say(f"Packing {module}, {planned.shape[0]} x {planned.shape[1]}, as {planned.label}.")
-    quantized = quantize_rows(lambda run: stored[run.start : run.stop], planned.shape, form)
+def pack_embeddings(
+    model: Model, planned: dict[str, PlannedEmbedding], work: Path, *, progress: Progress = SILENT
+) -> None:
+    """Quantize each into `work`/out/<module>.safetensors; finished ones are kept over kills."""
+    out = work / "out"
+    out.mkdir(exist_ok=True)
+    for module, embedding in planned.items():
+        target = out / matrix_file(module)
+        if not target.exists():
+            progress.say(f"Packing {module}, {embedding.shape[0]} x {embedding.shape[1]}, as {embedding.label}.")
+            _pack(model, module, embedding, target)
+
+
+def packing_bytes(model: Model, planned: dict[str, PlannedEmbedding]) -> int:
+    """What `pack_embeddings` takes at most, about: the original's table, its scales, the codes twice, and a run."""
+    each = [
+        model.tensors[f"{module}.weight"].size_bytes
+        + SCALE_BYTES * math.prod(embedding.shape) // _format(embedding).block_size
+        + embedding.size_bits // 4
+        for module, embedding in planned.items()
+    ]
+    return RUN_BYTES * WEIGHTS_AT_ONCE + max(each) if each else 0
+
+
+def _pack(model: Model, module: str, planned: PlannedEmbedding, target: Path) -> None:
+    stored = model.tensor(f"{module}.weight")
+    quantized = quantize_rows(lambda run: stored[run.start : run.stop], planned.shape, _format(planned))
     tensors = {name: tensor.contiguous() for name, tensor in quantized.tensors().items()}
     replace_file(target, lambda path: save_file(tensors, path))
+
+
+def _format(planned: PlannedEmbedding) -> BlockFormat:
+    assert isinstance(planned.format, BlockFormat), "planned_embeddings takes no others"
+    return planned.format

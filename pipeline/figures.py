@@ -226,6 +226,7 @@ def skipped(model: Model, plan: Plan) -> list[dict[str, Any]]:
     """What stays as it is, by reason, the largest first; numbers in names become `*`."""
     by_reason = defaultdict(list)
     packed = {f"{module}.weight" for module in plan.embeddings}
+    packed |= {name for name, source in model.ties.items() if source in packed}
     for entry in model.skipped:
         if entry.name in packed:
             continue

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.base_logits import SLICE_TOKENS
 from pipeline.curvature_sums import sums_of
+from pipeline.embeddings import packing_bytes
 from pipeline.evaluate import batch_of
 from pipeline.layered_pass import loss_bytes
 from pipeline.memory import free_bytes, give_back
@@ -167,10 +168,12 @@ class _Facts:
         in_processes = is_in_processes(True, model.matrices)
         workers = num_workers(each, in_processes, self.free)
         seconds = self.seconds.decompose(workers)
+        packing = self.now + packing_bytes(model, self.run.embeddings)  # before the matrices (run.py)
         if not in_processes:
-            return self._host("decompose", seconds, self.now + workers * max(each))
+            return self._host("decompose", seconds, max(packing, self.now + workers * max(each)))
         worker = PROCESS_BYTES + max(each)
-        return StageForecast("decompose", seconds, max(self.now, worker), self.now + workers * worker)
+        total = max(packing, self.now + workers * worker)
+        return StageForecast("decompose", seconds, max(packing, worker), total)
 
     def recover(self) -> StageForecast:
         """The original's answers (teacher.py), then training (recover.py, trainable.py)."""

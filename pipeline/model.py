@@ -273,7 +273,7 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
         config=config,
         tensors=tensors,
         matrices=matrices,
-        embeddings=tuple(each for each in structure.embeddings if _is_float(tensors.get(each.name))),
+        embeddings=_embeddings(structure, tensors),
         skipped=_skipped(structure, names, tensors, {matrix.name for matrix in matrices}),
         ties=structure.ties,
         num_positions=structure.num_positions,
@@ -318,6 +318,14 @@ def _matrices(structure: Structure, tensors: dict[str, TensorInfo]) -> tuple[Mat
             )
         )
     return tuple(matrices)
+
+
+def _embeddings(structure: Structure, tensors: dict[str, TensorInfo]) -> tuple[Embedding, ...]:
+    """Those that are stored as one tensor, which all that share it according to the architecture do share."""
+    stored_twice = {source for target, source in structure.ties.items() if target in tensors}
+    return tuple(
+        each for each in structure.embeddings if _is_float(tensors.get(each.name)) and each.name not in stored_twice
+    )
 
 
 def _skipped(

@@ -29,8 +29,7 @@ def packed_model(
     Args:
         kept: parameter name -> value in place of the original's, of parameters that are not planned.
     """
-    shared = [name.removesuffix(".weight") for name, source in model.ties.items()
-              if source.removesuffix(".weight") in plan.embeddings]  # fmt: skip
+    shared = _sharing(model, plan)
     try:
         network = Unloaded(model, "cpu", [*plan.packed, *shared]).network
     except MergedError:
@@ -42,7 +41,8 @@ def packed_model(
         head = network.get_submodule(module)
         if isinstance(head, QuantizedHead | TiedHead) and head.bias is not None:
             bias = f"{module}.bias"
-            head.bias = nn.Parameter(model.tensor(model.ties.get(bias, bias)).float(), requires_grad=False)
+            stored = model.tensor(bias if bias in model.tensors else model.ties[bias])
+            head.bias = nn.Parameter(stored.float(), requires_grad=False)
     for module in plan.matrices:
         parent, _, child = module.rpartition(".")
         bias = f"{module}.bias"
@@ -51,6 +51,12 @@ def packed_model(
         setattr(network.get_submodule(parent), child, layer)
     network.load_state_dict(kept, strict=False)
     return network
+
+
+def _sharing(model: Model, plan: Plan) -> list[str]:
+    """Modules that have the weight of packed embeddings."""
+    packed = {f"{module}.weight" for module in plan.embeddings}
+    return [name.removesuffix(".weight") for name, source in model.ties.items() if source in packed]
 
 
 def load_packed(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:

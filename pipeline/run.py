@@ -6,6 +6,7 @@ disk_space.py says how much a run writes.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.allocation import Plan, PlannedEmbedding, allocate_to_budget, offered_choices
-from pipeline.atomic import write_json
+from pipeline.atomic import replace_file, write_json
 from pipeline.audit import audit, fixed_answer
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget
@@ -26,7 +27,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import EVAL_CACHE_BYTES, disk_may_fill
-from pipeline.embeddings import planned_embeddings
+from pipeline.embeddings import pack_embeddings, planned_embeddings
 from pipeline.errors import RecipeError
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
@@ -272,14 +273,30 @@ class Run:
         """Every matrix quantized as planned."""
         chosen = self.results.plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
-        labels |= {name: each.label for name, each in chosen.embeddings.items()}
         settings = {"model": self.model.digest, "labels": labels}
+        embeddings = self.packed_embeddings()
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
             decompose(self.model, chosen, learnt, work, spread=self._spread, progress=self.progress)
+            if embeddings is None:
+                return
+            for name in embeddings.files:
+                replace_file(work / "out" / name, partial(shutil.copyfile, self.registry.path(embeddings, name)))
 
-        return self._step("matrices", _digests(statistics), settings, build)
+        return self._step("matrices", _digests(statistics, embeddings), settings, build)
+
+    def packed_embeddings(self) -> Artifact | None:
+        """Embeddings and head as the recipe packs them: the same at every budget. None where it does not."""
+        if not self.embeddings:
+            return None
+
+        def build(work: Path) -> None:
+            pack_embeddings(self.model, self.embeddings, work, progress=self.progress)
+
+        settings = {"model": self.model.digest, "labels": {name: each.label for name, each in self.embeddings.items()}}
+        # not `_step`: found or not, the stage is the decomposition
+        return self.registry.step("embeddings", (), self._keyed(settings), build, progress=self.progress)
 
     def teacher(self) -> Artifact:
         """The original's answers to the windows that recovery trains on: the same at every budget."""
@@ -486,6 +503,7 @@ class Run:
             solver=self.recipe.solver,
             share_groups=self.recipe.share_groups,
             embeddings=self.embeddings,
+            can_pack_embeddings=bool(self.model.embeddings),
         )
 
 

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from pipeline.curvature_sums import sums_of
+from pipeline.embeddings import PACK_SECONDS
 from pipeline.evaluate import batch_of
 from pipeline.machine_speed import flops
 from pipeline.parallel import num_cores
@@ -90,7 +91,8 @@ class StageSeconds:
         millions = self.run.model.num_matrix_params / 1e6
         each = [quantizer_from_label(label).seconds_per_million(self._has_curvature) for label in self.run.labels]
         seconds = millions * sum(each) / len(each) + QUANTIZE_FACTOR_SECONDS * self._cubes
-        return seconds * self._slowness / workers + START_SECONDS
+        packed = sum(math.prod(embedding.shape) for embedding in self.run.embeddings.values())
+        return (seconds / workers + PACK_SECONDS * packed) * self._slowness + START_SECONDS
 
     def recover(self) -> float:
         """The original's pass over all windows, and two passes for each of a step's."""

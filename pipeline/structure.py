@@ -50,21 +50,19 @@ class Site:
 class Embedding:
     """Token embeddings, or an output head of its own (output embeddings): packed on request.
 
-    `shape` is [tokens, width].
+    Attributes:
+        shape: [tokens, width].
+        is_head: it is the output's.
     """
 
     module: str
     shape: tuple[int, int]
+    is_head: bool
 
     @property
     def name(self) -> str:
         """Of the parameter."""
         return f"{self.module}.weight"
-
-    @property
-    def num_params(self) -> int:
-        """Its elements."""
-        return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
@@ -256,7 +254,7 @@ def _embeddings(model: "PreTrainedModel") -> Iterator[Embedding]:
     for name in dict.fromkeys((input_embeddings(model), output)):
         if name is not None and is_packable(model, name):
             rows, columns = model.get_parameter(f"{name}.weight").shape
-            yield Embedding(name, (rows, columns))
+            yield Embedding(name, (rows, columns), is_head=name == output)
 
 
 def _reason(

@@ -84,23 +84,33 @@ class QuantizedEmbedding(PackedRows):
 
     Attributes:
         scale: that the rows are multiplied with, as some architectures do inside of their embedding.
+        scale_is_rounded: to the rows' dtype first.
     """
 
-    def __init__(self, shape: tuple[int, int], form: BlockFormat, dtype: torch.dtype, scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        form: BlockFormat,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        *,
+        scale_is_rounded: bool = False,
+    ) -> None:
         super().__init__(shape, form, dtype)
         self.num_embeddings, self.embedding_dim = shape
-        self.scale = scale
+        self.scale, self.scale_is_rounded = scale, scale_is_rounded
 
     def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... columns"]:
         """The rows of `tokens`.
 
         Raises:
-            IndexError: one is not in the vocabulary (on a CPU; a GPU would have to be waited for).
+            IndexError: one is not in the vocabulary, see `decode_rows`.
         """
-        if tokens.device.type == "cpu" and ((tokens < 0) | (tokens >= self.num_embeddings)).any():
-            raise IndexError(f"a token is outside of the vocabulary of {self.num_embeddings}")
         rows = decode_rows(self.quantized(), tokens.reshape(-1).long()).to(self.like.dtype)
-        return (rows if self.scale == 1 else rows * self.scale).view(*tokens.shape, self.embedding_dim)
+        if self.scale != 1:
+            scale = torch.tensor(self.scale, dtype=rows.dtype if self.scale_is_rounded else torch.float64)
+            rows = rows * scale.item()
+        return rows.view(*tokens.shape, self.embedding_dim)
 
 
 class QuantizedHead(PackedRows):
@@ -131,8 +141,9 @@ class TiedHead(nn.Module):
         return self._source[0].weight
 
     def forward(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
-        """The logits."""
-        return _plus(self._source[0].product(x), self.bias)
+        """The logits, on the device of `x`, wherever the embedding is."""
+        source = self._source[0]
+        return _plus(source.product(x.to(source.like.device)).to(x.device), self.bias)
 
 
 class TiedEmbedding(nn.Module):
@@ -149,8 +160,9 @@ class TiedEmbedding(nn.Module):
         return self._source[0].weight
 
     def forward(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... columns"]:
-        """See QuantizedEmbedding."""
-        return self._source[0](tokens)
+        """See QuantizedEmbedding; on the device of `tokens`."""
+        source = self._source[0]
+        return source(tokens.to(source.like.device)).to(tokens.device)
 
 
 def _plus(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -16,7 +16,7 @@ from quantizers.base import finite_float32
 from quantizers.block_codebook import ScaleRule, block_scales
 from quantizers.block_format import BlockFormat
 from quantizers.blocks import num_blocks, spread, to_blocks
-from quantizers.packing import WORD_BITS, gather, num_words, pack
+from quantizers.packing import WORD_BITS, gather, look_up, num_words, pack
 from quantizers.quantized import QuantizedTensor
 from quantizers.scale_search import nearest
 from quantizers.stored_scales import TINY, StoredScales
@@ -66,16 +66,32 @@ def quantize_rows(
 
 
 def decode_rows(quantized: QuantizedTensor, rows: Int64[Tensor, " rows"]) -> Float32[Tensor, "rows in"]:
-    """These rows of Q, in any order and as often as they are named; every index must be a row's."""
-    form, stored, columns = _block_format(quantized), quantized.plain, quantized.shape[1]
-    blocks = num_blocks(columns, form.block_size)
+    """These rows of Q, in any order and as often as they are named.
+
+    Raises:
+        IndexError: one is no row (on a CPU; on a GPU the device stops, as in any look-up).
+    """
+    form, columns = _block_format(quantized), quantized.shape[1]
+    rows = torch.arange(quantized.shape[0], device=rows.device).index_select(0, rows)  # looks at each of them
+    parts = [_decode(quantized, form, some) for some in rows.split(max(1, WEIGHTS_AT_ONCE // columns))]
+    return torch.cat(parts) if parts else quantized.levels.new_empty(0, columns)
+
+
+def _decode(quantized: QuantizedTensor, form: BlockFormat, rows: Int64[Tensor, " rows"]) -> Float32[Tensor, "rows in"]:
+    stored, columns = quantized.plain, quantized.shape[1]
     place = torch.arange(columns, device=rows.device)
-    codes = gather(stored["weight_packed"], form.bits, rows[:, None] * columns + place)
+    if columns % WORD_BITS == 0:  # each row begins with a word
+        words = stored["weight_packed"].view(-1, columns // WORD_BITS * form.bits).index_select(0, rows)
+        values = look_up(words.view(-1), form.bits, rows.numel() * columns, quantized.levels).view(-1, columns)
+    else:
+        values = quantized.levels[gather(stored["weight_packed"], form.bits, rows[:, None] * columns + place).int()]
+    blocks = num_blocks(columns, form.block_size)
     scale = rows[:, None] * blocks + place[:blocks]
     scale_codes = gather(stored["weight_scale_packed"], form.scale_bits, scale).float()
-    steps = stored["weight_scale_step"][scale // form.super_block]
-    scales = torch.addcmul(stored["weight_scale_offset"], scale_codes, steps)
-    return quantized.levels[codes.int()] * spread(scales, form.block_size, columns)
+    scales = torch.addcmul(
+        stored["weight_scale_offset"], scale_codes, stored["weight_scale_step"][scale // form.super_block]
+    )
+    return values * spread(scales, form.block_size, columns)
 
 
 def decode_runs(quantized: QuantizedTensor) -> Iterator[tuple[range, Float32[Tensor, "run in"]]]:

@@ -6,7 +6,7 @@ transformers fill them, check that every tensor was there with its shape and dty
 missing), and hand out the codebooks.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,15 +41,22 @@ STORED_DTYPES = {
 }
 
 
-def quantization_config(matrices: dict[str, tuple[StorageFormat, tuple[int, int]]]) -> dict[str, Any]:
-    """The `quantization_config` of config.json for matrices named by their modules, with shapes (out, in)."""
+def quantization_config(
+    matrices: dict[str, tuple[StorageFormat, tuple[int, int]]], heads: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The `quantization_config` of config.json for matrices named by their modules, with shapes (out, in).
+
+    Args:
+        heads: those of `matrices` that a class without the model's head does not have.
+    """
     codebooks = {form.codebook_name: form.levels.tolist() for form, _ in matrices.values()}
-    return {
+    config = {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "codebooks": dict(sorted(codebooks.items())),
         "matrices": {name: form.to_json() | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())},
     }
+    return config | ({"heads": sorted(heads)} if heads else {})
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -65,6 +72,7 @@ class BitsmithConfig(QuantizationConfigMixin):
         format_version: int | None = None,
         codebooks: dict[str, list[float]] | None = None,
         matrices: dict[str, dict[str, Any]] | None = None,
+        heads: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
         if format_version not in READABLE_VERSIONS:
@@ -78,6 +86,9 @@ class BitsmithConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.codebooks = codebooks
         self.matrices = matrices
+        if not isinstance(heads, list | tuple):
+            raise ValueError("`heads` in quantization_config is no list; the config.json is damaged")
+        self.heads = list(heads)
         for name in matrices:
             self.format_of(name)
 
@@ -115,7 +126,7 @@ class BitsmithHfQuantizer(HfQuantizer):
         fused = fused_experts(model)
         if any(name.startswith(f"{experts}.") for experts in fused for name in config.matrices):
             set_experts_apart(model)
-        for stored_name, name in _as_named(model, config.matrices).items():
+        for stored_name, name in _as_named(model, config).items():
             form, shape = config.format_of(stored_name)
             with torch.device("meta"):
                 layer = _packed_rows(model, name, shape, form) or _packed_layer(model, name, shape, form)
@@ -133,7 +144,7 @@ class BitsmithHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         config = self.quantization_config
-        for stored_name, name in _as_named(model, config.matrices).items():
+        for stored_name, name in _as_named(model, config).items():
             form, _ = config.format_of(stored_name)
             levels = torch.tensor(config.codebooks[form.codebook_name], dtype=torch.float32)
             model.get_submodule(name).set_levels(levels)
@@ -147,14 +158,15 @@ class BitsmithHfQuantizer(HfQuantizer):
         return True
 
 
-def _as_named(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+def _as_named(model: PreTrainedModel, config: BitsmithConfig) -> dict[str, str]:
     """Each module's name in `model`, which may be the checkpoint's without its head, or with one: `bert.encoder` ..."""
     prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
 
     def here(name: str) -> str:
         return next((each for each in (name, name.removeprefix(prefix), prefix + name) if each in modules), name)
 
-    return {name: here(name) for name in names}
+    names = {name: here(name) for name in config.matrices}
+    return {stored: name for stored, name in names.items() if name in modules or stored not in config.heads}
 
 
 def _headers(files: list[str]) -> Headers:

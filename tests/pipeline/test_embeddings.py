@@ -6,19 +6,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, BertForMaskedLM
 
 from pipeline.allocation import Plan
-from pipeline.audit import fixed_answer
+from pipeline.audit import fixed_answer, load_checked
 from pipeline.compress import Compressed, compress
+from pipeline.disk_space import checkpoint_disk_bytes
 from pipeline.embeddings import planned_embeddings
 from pipeline.errors import BudgetError, CheckpointError, RecipeError
+from pipeline.forecast import forecast
 from pipeline.model import open_model
-from pipeline.packed import load_packed
+from pipeline.packed import load_packed, unpack
 from pipeline.planned_tensors import check_planned
 from pipeline.planning import make_plan
+from pipeline.progress import SILENT, Silent
 from pipeline.recipe import Recipe
+from pipeline.run import Run
+from pipeline.stages import StageLog
+from pipeline.sweep import compress_budgets
 from quantizers import LloydMax, quantizer_from_label
 from quantizers.embedding import PackedRows, QuantizedEmbedding, QuantizedHead, TiedEmbedding, TiedHead
+from quantizers.embedding_swap import embedding_scale
 from registry import Registry
 from tests.architectures import build_causal
 from tests.models import save_model
@@ -33,8 +42,14 @@ ARCHITECTURES = ["qwen2", "llama", "gpt2", "gemma3_text", "phi", "opt", "bert", 
 
 
 def compressed(model_type: str, folder: Path, **settings: object) -> tuple[Recipe, Compressed]:
-    model = save_model(build_causal(model_type), folder / "model", dtype=torch.float32)
-    recipe = Recipe.of(model=str(model), **(SMALL | QUICK | settings))
+    network = build_causal(model_type)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("bias"):  # zeros, of which nobody would miss one
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    recipe = Recipe.of(
+        model=str(save_model(network, folder / "model", dtype=torch.float32)), **(SMALL | QUICK | settings)
+    )
     return recipe, compress(recipe, Registry(folder / "registry"), folder / "out")
 
 
@@ -69,13 +84,52 @@ def test_what_is_tied_stays_tied(tmp_path: Path) -> None:
     assert kinds == {"shared": QuantizedEmbedding, "encoder.embed_tokens": TiedEmbedding, "lm_head": TiedHead}
     network.tie_weights()
     assert isinstance(network.lm_head, TiedHead)
+    assert isinstance(network.encoder.embed_tokens, TiedEmbedding)
+
+
+@pytest.mark.parametrize("model_type", ["t5", "phi", "qwen2"])
+def test_saved_again_it_is_the_same_model(model_type: str, tmp_path: Path) -> None:
+    _, done = compressed(model_type, tmp_path)
+    network = load_packed(done.folder)
     network.save_pretrained(tmp_path / "again")
-    assert torch.equal(fixed_answer(load_packed_anywhere(tmp_path / "again", done.folder)), fixed_answer(network))
+    (tmp_path / "again" / "plan.json").write_bytes((done.folder / "plan.json").read_bytes())
+    assert torch.equal(fixed_answer(load_packed(tmp_path / "again")), fixed_answer(network))
 
 
-def load_packed_anywhere(folder: Path, original: Path) -> torch.nn.Module:
-    (folder / "plan.json").write_bytes((original / "plan.json").read_bytes())
-    return load_packed(folder)
+def test_an_encoders_head_for_masked_words_reads_the_packed_table(tmp_path: Path) -> None:
+    recipe, done = compressed("bert", tmp_path)
+    tokens = torch.arange(12)[None]
+    packed, dense = (BertForMaskedLM.from_pretrained(folder).eval() for folder in (done.folder, recipe.model))
+    weight = dense.bert.embeddings.word_embeddings.weight
+    values = LloydMax(4, 32, 4).quantize(weight).dequantize()
+    with torch.no_grad():
+        weight.copy_(values)
+        hidden = packed.cls.predictions.transform(packed.bert(tokens).last_hidden_state)
+        expected = torch.nn.functional.linear(hidden, values, dense.cls.predictions.bias)
+        torch.testing.assert_close(packed(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    packed.save_pretrained(tmp_path / "again")  # with the tied bias that is not packed
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_a_class_without_the_head_loads_the_rest(tmp_path: Path) -> None:
+    _, done = compressed("phi", tmp_path)
+    assert json.loads((done.folder / "config.json").read_text())["quantization_config"]["heads"] == ["lm_head"]
+    whole = load_packed(done.folder)
+    tokens = torch.arange(12)[None]
+    with torch.no_grad():
+        for loads in (AutoModel, AutoModelForSequenceClassification):
+            base = loads.from_pretrained(done.folder, dtype=torch.float32, pad_token_id=2).eval().base_model
+            assert torch.equal(base(tokens).last_hidden_state, whole.model(tokens).last_hidden_state)
+
+
+def test_in_bfloat16_scales_keep_their_precision(tmp_path: Path) -> None:
+    _, done = compressed("gemma3_text", tmp_path)
+    network = load_packed(done.folder, dtype=torch.bfloat16)
+    rows = network.get_input_embeddings()
+    assert rows(torch.tensor([5])).dtype == torch.bfloat16
+    assert torch.equal(rows.quantized().dequantize(), load_packed(done.folder).get_input_embeddings().weight)
+    answer, exact = fixed_answer(network), fixed_answer(load_packed(done.folder))
+    assert (answer - exact).norm() < 0.05 * exact.norm()
 
 
 def test_a_head_of_its_own_is_packed_too(tmp_path: Path) -> None:
@@ -118,8 +172,6 @@ def test_a_folder_without_them_is_refused(tmp_path: Path) -> None:
     config = json.loads((done.folder / "config.json").read_text())
     del config["quantization_config"]["matrices"]["model.embed_tokens"]
     (done.folder / "config.json").write_text(json.dumps(config))
-    from pipeline.audit import load_checked
-
     with pytest.raises(CheckpointError, match=r"missing keys: .*model\.embed_tokens\.weight"):
         load_checked(done.folder)
 
@@ -142,3 +194,70 @@ def test_recovery_keeps_them(tmp_path: Path) -> None:
     stored = open_model(recipe.model).tensor("model.embed_tokens.weight").float()
     expected = LloydMax(4, 32, 4).quantize(stored).dequantize()
     assert torch.equal(network.get_submodule("model.embed_tokens").weight, expected)
+
+
+def test_the_sample_of_the_report_has_dense_heads(tmp_path: Path) -> None:
+    _, done = compressed("qwen2", tmp_path, eval_windows=2)
+    network, expected = load_packed(done.folder), fixed_answer(load_packed(done.folder))
+    unpack(network)
+    assert type(network.lm_head) is torch.nn.Linear
+    torch.testing.assert_close(fixed_answer(network), expected)
+
+
+def test_they_are_packed_once_for_all_budgets(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Lines(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
+
+    model = save_model(build_causal("qwen2"), tmp_path / "model", dtype=torch.float32)
+    small = {"candidates": ("lloyd2-g32-s4", "lloyd4-g32-s4")}
+    recipes = [Recipe.of(model=str(model), **(SMALL | QUICK | small | {"budget": each})) for each in ("3bpw", "4bpw")]
+    sweep = compress_budgets(recipes, Registry(tmp_path / "registry"), tmp_path / "out", progress=Lines())
+    assert len([line for line in said if line.startswith("Packing model.embed_tokens")]) == 1
+    tables = [load_packed(done.folder).get_input_embeddings().weight for done in sweep.results]
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_a_head_that_is_stored_beside_what_it_is_tied_to_is_refused(is_equal: bool, tmp_path: Path) -> None:
+    folder = save_model(build_causal("qwen2"), tmp_path / "model", dtype=torch.float32)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (not is_equal)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match=r"no embeddings that can be packed.*once more as a head of its own"):
+        planned_embeddings(open_model(str(folder)), LABEL)
+
+
+def test_a_table_that_does_more_than_to_look_up_is_left_alone() -> None:
+    class Odd(torch.nn.Embedding):
+        embed_scale = 2.0
+
+        def __init__(self) -> None:
+            super().__init__(4, 2)
+            self.extra = torch.nn.Parameter(torch.zeros(2))
+
+    assert embedding_scale(Odd()) is None
+    assert embedding_scale(torch.nn.Embedding(4, 2, max_norm=1.0)) is None
+    assert embedding_scale(torch.nn.Embedding(4, 2)) == (1.0, False)
+
+
+def test_the_forecast_and_the_disk_count_them(tmp_path: Path) -> None:
+    folder = save_model(build_causal("qwen2"), tmp_path / "model", dtype=torch.float32)
+    plain, packed = (
+        Run.open(
+            Recipe.of(model=str(folder), **(SMALL | QUICK | {"embeddings": label})),
+            Registry(tmp_path / "registry"),
+            device="cpu",
+            resume=True,
+            log=StageLog(),
+            progress=SILENT,
+        )
+        for label in (None, LABEL)
+    )
+    saved = 4 * 384 * 32 - LloydMax(4, 32, 4).size_bits((384, 32)) // 8
+    assert packed.saved_bytes == saved
+    assert checkpoint_disk_bytes(plain) - checkpoint_disk_bytes(packed) == 3 * saved
+    checkpoints = [next(each for each in forecast(run) if each.name == "checkpoint") for run in (plain, packed)]
+    assert abs(checkpoints[0].memory_bytes - checkpoints[1].memory_bytes - saved) < 2**20

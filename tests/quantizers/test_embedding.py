@@ -42,9 +42,17 @@ def test_a_scale_is_the_architectures_own(quantized):
     assert torch.equal(module(torch.tensor([4])), quantized.dequantize()[[4]] * 3.5)
 
 
+@pytest.mark.parametrize(("is_rounded", "factor"), [(False, 5.656854), (True, 5.65625)])
+def test_a_scale_is_rounded_to_the_rows_dtype_where_the_architecture_does_that(quantized, is_rounded, factor):
+    module = QuantizedEmbedding(SHAPE, quantized.format, torch.float32, 5.656854, scale_is_rounded=is_rounded)
+    module.fill(quantized)
+    module.bfloat16()
+    assert torch.equal(module(torch.tensor([4])), quantized.dequantize(torch.bfloat16)[[4]] * factor)
+
+
 @pytest.mark.parametrize("token", [-1, 700])
 def test_a_token_outside_of_the_vocabulary_is_an_error(embedding, token):
-    with pytest.raises(IndexError, match="vocabulary of 700"):
+    with pytest.raises(IndexError, match="out of range"):
         embedding(torch.tensor([token]))
 
 

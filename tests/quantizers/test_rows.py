@@ -44,8 +44,12 @@ def test_runs_quantize_to_the_bytes_of_the_whole(quantizer, shape):
 def test_rows_decode_to_those_of_the_whole(quantizer, shape):
     quantized = quantizer.quantize(_weight(shape))
     whole = quantized.dequantize()
-    some = torch.tensor([shape[0] - 1, 0, shape[0] // 2, 0])
+    some = torch.tensor([shape[0] - 1, 0, shape[0] // 2, 0] * 200)  # more than are decoded at once
     assert torch.equal(decode_rows(quantized, some), whole[some])
+    assert decode_rows(quantized, some[:0]).shape == (0, shape[1])
+    for wrong in (-1, shape[0]):
+        with pytest.raises(IndexError):
+            decode_rows(quantized, torch.tensor([wrong]))
     assert torch.equal(torch.cat([part for _, part in decode_runs(quantized)]), whole)
 
 
