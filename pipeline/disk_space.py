@@ -15,8 +15,6 @@ from pipeline.errors import DiskSpaceError
 if TYPE_CHECKING:
     from pipeline.run import Run
 
-EVAL_CACHE_BYTES = 2 * 2**30  # of the original's predictions on the evaluation windows
-
 
 def disk_bytes(run: "Run") -> int:
     """What the run writes at most, in the registry and beside it."""
@@ -38,6 +36,7 @@ def checkpoint_disk_bytes(run: "Run") -> int:
 
 def shared_disk_bytes(run: "Run") -> int:
     """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
+    from pipeline.base_logits import LIMIT_BYTES
     from pipeline.curvature_sums import sums_of
     from pipeline.summed_parts import PART_WINDOWS, layers_of, sum_bytes
 
@@ -55,7 +54,7 @@ def shared_disk_bytes(run: "Run") -> int:
         total += bytes_a_token * run.texts.recovery.tokens.numel()
     if run.texts.evaluation is not None:
         answer_bytes = run.model.task.answer_bytes(run.model.config)
-        total += min(EVAL_CACHE_BYTES, answer_bytes * run.texts.evaluation.tokens.numel())
+        total += min(LIMIT_BYTES, answer_bytes * run.texts.evaluation.tokens.numel())
     return total
 
 

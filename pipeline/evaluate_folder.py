@@ -3,22 +3,17 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-
-from pipeline.base_logits import base_log_probs, cache_key
 from pipeline.calibration import check_fits, token_windows
 from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate
-from pipeline.home import home
 from pipeline.model import open_model
 from pipeline.output import check_compressed
 from pipeline.packed import load_with_adapter
 from pipeline.progress import SILENT, Progress
-from pipeline.unloaded import original_network
+from pipeline.quality import original_logits
 from registry import Registry
 
 
@@ -61,13 +56,7 @@ def evaluate_folder(
         ends=original.task.ends(tokenizer),
     )
     check_fits(windows, original.config.get_text_config().vocab_size, original.num_positions)
-    logits = base_log_probs(
-        partial(original_network, original, device),
-        windows.tokens,
-        cache_dir=home() / "logits",
-        key=cache_key(original.digest, windows.tokens, torch.float32),
-        progress=progress,
-    )
+    logits = original_logits(original, windows.tokens, device, progress)
     return evaluate(network, logits, windows.tokens, progress=progress)
 
 

@@ -14,29 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.allocation import Plan, PlannedEmbedding, allocate_to_budget, offered_choices
 from pipeline.atomic import replace_file, write_json
 from pipeline.audit import audit, fixed_answer
-from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.budget import Budget
 from pipeline.calibration import TokenWindows
 from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
-from pipeline.disk_space import EVAL_CACHE_BYTES, disk_may_fill
+from pipeline.disk_space import disk_may_fill
 from pipeline.embeddings import pack_embeddings, planned_embeddings
 from pipeline.errors import RecipeError
-from pipeline.evaluate import evaluate, sample_text
-from pipeline.home import home
-from pipeline.memory import give_back
+from pipeline.evaluate import evaluate
 from pipeline.model import Model, open_model
 from pipeline.origin import without_local_folders
 from pipeline.output import OutputFolder
-from pipeline.packed import load_packed, packed_model, unpack
+from pipeline.packed import packed_model
 from pipeline.progress import Progress
+from pipeline.quality import measured, original_logits
 from pipeline.recipe import Recipe, check_trainable
 from pipeline.recovered import recover_matrices
 from pipeline.recovery_settings import RecoverySettings
@@ -49,13 +46,10 @@ from pipeline.statistics import SpreadParts, collect_statistics
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
 from pipeline.training import compute_of
-from pipeline.unloaded import is_whole, original_network
+from pipeline.unloaded import original_network
 from pipeline.version import TOOLS, VERSION
 from quantizers import quantizer_from_label
 from registry import Artifact, Registry
-
-SAMPLE_PROMPT = "Explain in two sentences why the sky is blue."
-SAMPLE_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -381,27 +375,8 @@ class Run:
         settings = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device}
 
         def build(work: Path) -> None:
-            original = self._original(windows.tokens)
-            network = load_packed(folder, self.device)
-            report = evaluate(network, original, windows.tokens, progress=self.progress)
-            original.release()
-            samples: dict[str, str | None] = {"compressed": None, "original": None}
-            if self.model.task.generates and is_whole(
-                self.model, self.device
-            ):  # else all of it would be read, or dequantized, for every token
-                unpack(network)
-                samples["compressed"] = self._sample("compressed", network)
-                del network
-                give_back()
-                samples["original"] = self._sample("original", self.model.load(device=self.device))
+            content = measured(self.model, folder, windows, self.device, self.progress)
             (work / "out").mkdir(exist_ok=True)
-            content = {
-                "report": report.to_json(),
-                "prompt": SAMPLE_PROMPT,
-                "samples": samples,
-                "text": windows.source,
-                "text_commit": windows.revision,
-            }
             write_json(work / "out" / "evaluation.json", content)
 
         return self._step("evaluation", (checkpoint.digest,), settings, build)
@@ -434,27 +409,13 @@ class Run:
 
         return self._step("report", (checkpoint.digest, costs.digest, *_digests(evaluation)), {}, build)
 
-    def _sample(self, label: str, network: PreTrainedModel) -> str:
-        for _ in self.progress.track([label], f"Sample text, {label}", total=1):
-            text = sample_text(network, self.model.tokenizer(), SAMPLE_PROMPT, SAMPLE_TOKENS)
-        return text
-
-    def _original(self, tokens: Tensor) -> BaseLogits:
-        return base_log_probs(
-            partial(original_network, self.model, self.device),
-            tokens,
-            cache_dir=home() / "logits",
-            key=cache_key(self.model.digest, tokens, torch.float32),
-            limit_bytes=EVAL_CACHE_BYTES,
-            progress=self.progress,
-        )
-
     def _divergence(self, network: PreTrainedModel) -> float:
         """From the original, on the evaluation windows, in nats a token."""
         assert self.texts.evaluation is not None
         tokens = self.texts.evaluation.tokens
         network.to(torch.device(self.device))  # type: ignore[arg-type]
-        return evaluate(network, self._original(tokens), tokens, progress=self.progress).kl_divergence.mean
+        original = original_logits(self.model, tokens, self.device, self.progress)
+        return evaluate(network, original, tokens, progress=self.progress).kl_divergence.mean
 
     def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
         settings = self._keyed(settings)

@@ -12,7 +12,8 @@ from pipeline.embeddings import PACK_SECONDS
 from pipeline.evaluate import batch_of
 from pipeline.machine_speed import flops
 from pipeline.parallel import num_cores
-from pipeline.run import SAMPLE_TOKENS, Run
+from pipeline.quality import SAMPLE_TOKENS
+from pipeline.run import Run
 from quantizers import quantizer_from_label
 
 REFERENCE_FLOPS = 140e9  # in float32

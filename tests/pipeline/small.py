@@ -31,9 +31,9 @@ def be_quick(set_attribute: Callable[[object, str, Any], None] = setattr) -> Non
 
     For a process that does nothing else; a test takes the fixture `quick`.
     """
-    from pipeline import audit, figures, report, run
+    from pipeline import audit, figures, quality, report
 
     set_attribute(audit, "answer_in_fresh_process", lambda folder: audit.fixed_answer(audit.load_checked(folder)))
-    set_attribute(run, "SAMPLE_TOKENS", 4)
+    set_attribute(quality, "SAMPLE_TOKENS", 4)
     set_attribute(report, "png", lambda draw, content, theme: f"{draw.__name__} on {theme.surface}".encode())
     set_attribute(figures, "NUM_CURVE_BUDGETS", 3)
