@@ -41,28 +41,29 @@ class Child:
         theirs.close()
         _living.add(self)
 
-    def call(self, work: Work, argument: Any, say: Say) -> Any:
+    def call(self, work: Work, argument: Any, say: Say, *, doing: str) -> Any:
         """`work(argument, say)` there; `work` is a function of a module, argument and result must pickle.
 
         Args:
             say: told what the child says; as a text, the last of it names what was going on should the child die.
+            doing: names it before the child has said anything.
         Raises:
             WorkerError: the child died.
             Exception: what `work` raised there, with a ConnectionError as its cause where a network caused it.
         """
-        doing: Any = "start"
+        now: Any = doing
         try:
             self._pipe.send((work, argument))
             kind, content = self._pipe.recv()
             while kind in ("says", "logs"):
                 if kind == "says":
-                    doing = content
+                    now = content
                     say(content)
                 else:
                     _log(content)
                 kind, content = self._pipe.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            raise self._death(doing) from None
+            raise self._death(now) from None
         if kind == "returns":
             return content
         error, network_failure = content

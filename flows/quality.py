@@ -44,7 +44,7 @@ def measure(
     options |= {"num_windows": num_windows, "seq_len": seq_len, "device": device}
     asked = Asked(registry, what, base, base_revision, options, torch.get_num_threads())
     with borrowed_child() as child:
-        report: EvalReport = child.call(evaluate_in_child, asked, RunDisplay())
+        report: EvalReport = child.call(evaluate_in_child, asked, RunDisplay(), doing="evaluate")
     rows = [{"": label, "original": before, "compressed": after} for label, before, after in report.rows()]
     create_table_artifact(rows, key=f"{artifact_key(what)}-quality", description=f"Quality of {what}")
     original = {"base_perplexity": report.base_perplexity.mean} if report.base_perplexity else {}

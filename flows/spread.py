@@ -228,7 +228,7 @@ def make(batch: Batch, in_child: bool) -> Made:
     if not in_child:
         return measured_batch(batch, lambda text: None)
     with borrowed_child() as child:
-        return child.call(measured_batch, batch, lambda text: None)
+        return child.call(measured_batch, batch, lambda text: None, doing=batch["stage"])
 
 
 def measured_batch(batch: Batch, say: Say) -> Made:

@@ -48,7 +48,8 @@ def do(job: Job, stage: str, work: Work, *inputs: Done, spread: Literal["windows
         done = _measured(Call(job, stage, work, inputs, torch.get_num_threads()), RunProgress(), spread)
     else:
         with borrowed_child() as child:
-            done = child.call(_in_child, Call(job, stage, work, inputs, torch.get_num_threads()), RunDisplay())
+            asked = Call(job, stage, work, inputs, torch.get_num_threads())
+            done = child.call(_in_child, asked, RunDisplay(), doing=stage)
     return done | {"seconds": time.monotonic() - started}  # type: ignore[return-value]
 
 

@@ -56,7 +56,7 @@ def _call(work, argument):
 
     said: list[str] = []
     with borrowed_child() as child:
-        return child.call(work, argument, said.append)
+        return child.call(work, argument, said.append, doing="work")
 
 
 def test_one_child_does_one_call_after_another_elsewhere() -> None:
@@ -98,7 +98,7 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path) -> None:
     program = (
         "import sys\nfrom flows.child import Child\nfrom tests.flows import test_child\n"
         "if __name__ == '__main__':\n"
-        "    Child().call(test_child._tell_pid_and_sleep, sys.argv[1], lambda text: None)\n"
+        "    Child().call(test_child._tell_pid_and_sleep, sys.argv[1], lambda text: None, doing='work')\n"
     )
     script, told = tmp_path / "parent.py", tmp_path / "pid"
     script.write_text(program)

@@ -42,6 +42,10 @@ def _die_at_work(run: Any, job: Any) -> Any:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _die_at_once(run: Any, job: Any) -> Any:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _lose_the_network(run: Any, job: Any) -> Any:
     raise ModelError("the download broke off") from ConnectionResetError("reset by peer")
 
@@ -66,6 +70,8 @@ def test_a_stage_whose_process_is_killed_is_named_with_what_it_was_doing(job: An
 
     with pytest.raises(WorkerError, match="Out of memory in recover, Work: the process was killed"):
         do(job, "recover", _die_at_work)
+    with pytest.raises(WorkerError, match="Out of memory in decompose: the process was killed"):
+        do(job, "decompose", _die_at_once)
 
 
 def test_what_a_network_did_in_a_child_may_be_tried_again(job: Any, lines: list[str]) -> None:
