@@ -167,10 +167,15 @@ def human_seconds(seconds: float) -> str:
 
 def add_run_rows(table: Table, run: "Run") -> None:
     """What is the same at every budget: the model, the choices, the texts, and what was measured before."""
+    from pipeline.allocation import EMBEDDINGS_ADVICE
+
     recipe, model = run.recipe, run.model
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
     table.add_row("original", human_bytes(model.size_bytes))
     table.add_row("choices", f"{len(run.labels)} a matrix, ranks {', '.join(map(str, sorted({0, *recipe.ranks})))}")
+    if model.embeddings and not run.embeddings:
+        size_bytes = sum(model.tensors[each.name].size_bytes for each in model.embeddings)
+        table.add_row("embeddings", f"{human_bytes(size_bytes)}, as they are; {EMBEDDINGS_ADVICE} packs them")
     for module, each in run.embeddings.items():
         table.add_row("packed too", f"{module} as {each.label}, {human_bytes(each.size_bits / 8)}")
     if calibration := run.texts.calibration:
