@@ -50,13 +50,13 @@ def quantization_config(
         heads: those of `matrices` that a class without the model's head does not have.
     """
     codebooks = {form.codebook_name: form.levels.tolist() for form, _ in matrices.values()}
-    config = {
+    return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
         "codebooks": dict(sorted(codebooks.items())),
         "matrices": {name: form.to_json() | {"shape": list(shape)} for name, (form, shape) in sorted(matrices.items())},
+        "heads": sorted(heads),
     }
-    return config | ({"heads": sorted(heads)} if heads else {})
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -81,8 +81,8 @@ def test_summary_stands_beside_the_run(finished: Any) -> None:
     _, seconds, forecast, peak, expected_peak = (cell.strip() for cell in line.strip("|").split("|"))
     assert float(seconds) > 0
     assert float(forecast) > 0
-    assert peak.endswith("MB")
-    assert expected_peak.endswith("MB")
+    assert peak.endswith("B")
+    assert expected_peak.endswith("B")
 
 
 def test_report_and_figures_stand_beside_the_run(finished: Any) -> None:

@@ -121,7 +121,7 @@ def test_curve_with_an_override_and_shared_groups(facts: ReportFacts) -> None:
 
 
 def test_skipped_is_grouped_by_reason(facts: ReportFacts) -> None:
-    rows = {row["reason"]: row for row in skipped(facts.model)}
+    rows = {row["reason"]: row for row in skipped(facts.model, facts.plan)}
     assert rows["norm"]["num_tensors"] == 5
     assert "model.layers.*.input_layernorm.weight" in rows["norm"]["names"]
     assert len(rows["norm"]["names"]) == 3

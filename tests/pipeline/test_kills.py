@@ -28,7 +28,7 @@ KILL_POINTS = {
     "audit": ("pipeline.run", "audit", 1),
     "finish": ("pipeline.output.OutputFolder", "finish", 1),
     "logits": ("pipeline.base_logits", "write_window", 2),
-    "evaluate": ("pipeline.run", "evaluate", 1),
+    "evaluate": ("pipeline.quality", "evaluate", 1),
     "report": ("pipeline.run", "write_report", 1),
     "add report": ("pipeline.output.OutputFolder", "add_report", 1),
     "publish": ("registry.registry.Registry", "publish", 1),

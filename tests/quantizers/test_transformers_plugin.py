@@ -29,6 +29,7 @@ from quantizers import (
     VariableTrellis,
     quantization_config,
 )
+from quantizers.embedding import QuantizedHead
 from tests.models import build_llama, save_model
 
 # Taken in turn: every matrix of the tiny models gets another one.
@@ -238,7 +239,7 @@ def test_an_untied_head_can_be_packed_too(tmp_path: Path) -> None:
     quantized = quantize_all(original, also=("lm_head",))
     assert "lm_head" in quantized
     model = load(write_checkpoint(source, tmp_path / "packed", quantized), dtype=torch.float32)
-    assert isinstance(model.lm_head, QuantizedLinear)
+    assert isinstance(model.lm_head, QuantizedHead)
     assert torch.equal(logits_of(model), logits_of(swap(original, quantized)))
 
 
