@@ -26,13 +26,12 @@ SPARE_BYTES_A_MATRIX = 24  # by which the text of another plan for the same mode
 
 
 @dataclass(frozen=True)
-class PlannedMatrix:
-    """What one matrix gets: a quantizer's label, its exact size, and the error that the cost table expects."""
+class PlannedWeight:
+    """What is planned for one weight: a quantizer's label, its shape [out, in], and its exact size."""
 
     label: str
     shape: tuple[int, int]
     size_bits: int
-    cost: float
 
     @property
     def format(self) -> StorageFormat:
@@ -42,26 +41,19 @@ class PlannedMatrix:
     @property
     def bits_per_param(self) -> float:
         """Everything stored over out * in."""
-        return self.size_bits / (self.shape[0] * self.shape[1])
+        return self.size_bits / math.prod(self.shape)
 
 
 @dataclass(frozen=True)
-class PlannedEmbedding:
-    """What token embeddings or an output head are packed with, where the recipe asks for it."""
+class PlannedMatrix(PlannedWeight):
+    """What one matrix gets from the program, with the error that the cost table expects."""
 
-    label: str
-    shape: tuple[int, int]
-    size_bits: int
+    cost: float
 
-    @property
-    def format(self) -> StorageFormat:
-        """How they will be stored."""
-        return quantizer_from_label(self.label).format
 
-    @property
-    def bits_per_param(self) -> float:
-        """Everything stored over the number of weights."""
-        return self.size_bits / math.prod(self.shape)
+@dataclass(frozen=True)
+class PlannedEmbedding(PlannedWeight):
+    """What token embeddings or an output head, [tokens, width], are packed with where the recipe asks for it."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +80,9 @@ class Plan:
     embeddings: dict[str, PlannedEmbedding] = field(default_factory=dict)
 
     @property
-    def packed(self) -> dict[str, PlannedMatrix | PlannedEmbedding]:
+    def packed(self) -> dict[str, PlannedWeight]:
         """All that is stored packed, by module."""
-        return self.matrices | self.embeddings
+        return {**self.matrices, **self.embeddings}
 
     @property
     def size_bits(self) -> int:

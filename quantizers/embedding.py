@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from quantizers.block_format import BlockFormat
+from quantizers.kept_dtypes import kept_dtypes
 from quantizers.linear import autocast_dtype
 from quantizers.quantized import QuantizedTensor
 from quantizers.rows import decode_rows, decode_runs
@@ -66,12 +67,8 @@ class PackedRows(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "PackedRows":
         """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
-        before = {name: tensor for name, tensor in self.named_buffers() if name != "like"}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
+        with kept_dtypes(self, but=("like",)):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quantizers.format import StorageFormat
+from quantizers.kept_dtypes import kept_dtypes
 from quantizers.kernels.abstract_weight import AbstractKernelWeight, KernelFactors
 from quantizers.kernels.switch import KERNELS
 from quantizers.kernels.weights import KERNEL_WEIGHTS
@@ -212,12 +213,8 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
         self._leave_kernels()
-        before = {name: tensor for name, tensor in self.named_buffers() if tensor is not None}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != tensor.dtype:
-                setattr(self, name, tensor.to(moved.device))
+        with kept_dtypes(self):
+            super()._apply(fn, recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Int64
 from torch import Tensor
 
 from quantizers.base import finite_float32
-from quantizers.block_codebook import ScaleRule, block_scales
+from quantizers.block_codebook import block_scales
 from quantizers.block_format import BlockFormat
 from quantizers.blocks import num_blocks, spread, to_blocks
 from quantizers.packing import WORD_BITS, gather, look_up, num_words, pack
@@ -36,9 +36,7 @@ def runs(shape: tuple[int, int], form: BlockFormat) -> list[range]:
     return [range(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def quantize_rows(
-    read: Callable[[range], Tensor], shape: tuple[int, int], form: BlockFormat, scale: ScaleRule = "search"
-) -> QuantizedTensor:
+def quantize_rows(read: Callable[[range], Tensor], shape: tuple[int, int], form: BlockFormat) -> QuantizedTensor:
     """What quantizing the whole matrix without statistics gives, with a run of its rows in memory.
 
     Args:
@@ -51,9 +49,10 @@ def quantize_rows(
     for run in all_runs:
         weight = finite_float32(read(run))
         blocks = to_blocks(weight, form.block_size).reshape(-1, form.block_size)
-        is_weight = to_blocks(torch.ones_like(weight), form.block_size).reshape(-1, form.block_size)
-        counted = is_weight if shape[1] % form.block_size else None  # padding must not count
-        first.append(block_scales(blocks, counted, levels=levels, rule=scale))
+        counted = None
+        if shape[1] % form.block_size:  # padding must not count
+            counted = to_blocks(torch.ones_like(weight), form.block_size).reshape(-1, form.block_size)
+        first.append(block_scales(blocks, counted, levels=levels, rule="search"))
     wanted = torch.cat(first).view(shape[0], num_blocks(shape[1], form.block_size))
     stored = StoredScales(wanted, form)
     scales = stored.store(slice(None), wanted)[:, :, None].clamp_min(TINY)

@@ -215,7 +215,8 @@ def _packed_rows(model: PreTrainedModel, name: str, shape: tuple[int, int], form
         module = model.get_submodule(name)
     except AttributeError:
         return None
-    if not isinstance(form, BlockFormat) or form.rank or not is_packable(model, name):
+    is_table = isinstance(module, torch.nn.Embedding) or module is model.get_output_embeddings()
+    if not is_table or not isinstance(form, BlockFormat) or form.rank or not is_packable(model, name):
         return None
     found = tuple(module.weight.shape)  # type: ignore[arg-type]
     if found != shape:
