@@ -97,12 +97,10 @@ def load_with_adapter(folder: Path, adapter: Path | None, device: str) -> PreTra
 
 def unpack(network: PreTrainedModel) -> None:
     """Make packed layers and heads dense, in place: a sample of text would dequantize them anew for each token."""
-    packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    kinds = QuantizedLinear | QuantizedHead | TiedHead
+    packed = {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
     for name, layer in packed.items():
         network.set_submodule(name, _dense(layer, network.dtype))
-    heads = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedHead | TiedHead)}
-    for name, head in heads.items():
-        network.set_submodule(name, _dense(head, network.dtype))
 
 
 def _dense(layer: QuantizedLinear | QuantizedHead | TiedHead, dtype: torch.dtype) -> nn.Linear:

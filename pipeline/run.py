@@ -286,7 +286,8 @@ class Run:
             return None
 
         def build(work: Path) -> None:
-            pack_embeddings(self.model, self.embeddings, work, progress=self.progress)
+            with disk_may_fill(self, work):
+                pack_embeddings(self.model, self.embeddings, work, progress=self.progress)
 
         settings = {"model": self.model.digest, "labels": {name: each.label for name, each in self.embeddings.items()}}
         # not `_step`: found or not, the stage is the decomposition

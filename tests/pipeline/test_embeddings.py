@@ -1,5 +1,6 @@
 """Embeddings and heads packed on request, from the recipe to the loaded folder."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipeline.compress import Compressed, compress
 from pipeline.disk_space import checkpoint_disk_bytes
 from pipeline.display import add_run_rows, new_table
 from pipeline.embeddings import planned_embeddings
-from pipeline.errors import BudgetError, CheckpointError, RecipeError
+from pipeline.errors import BudgetError, CheckpointError, DiskSpaceError, RecipeError
 from pipeline.forecast import forecast
 from pipeline.model import open_model
 from pipeline.packed import load_packed, unpack
@@ -274,3 +275,12 @@ def test_the_forecast_and_the_disk_count_them_and_the_start_names_them(
         said.append(dict(zip(*(column.cells for column in table.columns), strict=True)))
     assert said[0]["embeddings"] == "49.15 kB, as they are; --embeddings lloyd6-g64-s6 packs them"
     assert said[1]["packed too"].startswith(f"model.embed_tokens as {LABEL}, ")
+
+
+def test_a_disk_that_fills_while_they_are_packed_is_one_paragraph(tmp_path: Path, monkeypatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.embeddings.replace_file", full)
+    with pytest.raises(DiskSpaceError):
+        compressed("qwen2", tmp_path)
