@@ -73,10 +73,9 @@ def test_logits_and_gradient_are_those_of_a_dense_head(embedding, quantized, dty
     y = head(x)
     assert y.dtype == dtype
     (found,) = torch.autograd.grad(y.float().square().sum(), x)
-    is_exact = dtype == torch.float32
-    close = {"rtol": 1e-4, "atol": 1e-4} if is_exact else {"rtol": 3e-2, "atol": 3.0}  # of gradients in the hundreds
-    torch.testing.assert_close(y, wanted, **close)
-    torch.testing.assert_close(found, gradient, **close)
+    for ours, dense in ((y, wanted), (found, gradient)):  # each number of a sum of many roundings may be further off
+        error = (ours.float() - dense.float()).norm() / dense.float().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_under_autocast_the_product_is_in_its_dtype(embedding):
