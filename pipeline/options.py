@@ -92,7 +92,10 @@ RecoverSamples = Annotated[
 RecoverSteps = Annotated[
     int | None, typer.Option(help="steps of that training at most, 200 by default, 300 with `best`")
 ]
-RecoverLearningRate = Annotated[float | None, typer.Option(help="of that training, at its height; 0.001 by default")]
+RecoverLearningRate = Annotated[
+    float | None,
+    typer.Option(help="of that training, at its height; 0.001 by default; less is taken where little is left"),
+]
 RecoverKlWeight = Annotated[
     float | None, typer.Option(help="weight in that training's loss of the divergence from the original, 1 by default")
 ]

@@ -54,7 +54,7 @@ class Recipe(BaseModel):
     recover: bool = Field(description="train what is stored beside the codes until it answers like the original")
     recover_samples: int = Field(ge=2, description="windows of the calibration text to train on and to check with")
     recover_steps: int = Field(ge=1, description="of the optimizer, at most")
-    recover_learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its height")
+    recover_learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its height; less where little is left")
     recover_kl_weight: float = Field(1.0, ge=0, description="in its loss, of the divergence from the original")
     recover_hidden_weight: float = Field(0.0, ge=0, description="of the relative error of what the head reads")
     recover_ce_weight: float = Field(0.0, ge=0, description="of the next token's cross-entropy")

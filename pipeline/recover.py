@@ -5,6 +5,7 @@ of training.py, with the divergence from the original measured on the held-out w
 than the start, nothing is changed.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.training_state import Check, TrainingState
 from quantizers import QuantizedLinear
 
 STATE_FILE = "recovery.safetensors"
+FULL_RATE_KL = 0.15  # nats a token on the held-out windows; from here on the learning rate is the settings' own
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +152,10 @@ class _Recovery(Lesson):
         windows = (self.teacher.window(index, self.network.device) for index in indices)
         return sum(self.divergence(window).item() for window in windows) / len(indices)
 
+    def rate_share(self, start_loss: float) -> float:
+        """Adam's steps do not shrink with the gradient, and what their jitter costs grows with the rate's square."""
+        return min(1.0, math.sqrt(max(0.0, start_loss) / FULL_RATE_KL))
+
     def divergence(self, window: TeacherWindow | TeacherFeatures) -> Tensor:
         """From the original's answer to a window, in nats a token."""
         answer = self.answer(window.tokens)
@@ -161,7 +167,7 @@ class _Recovery(Lesson):
         """The network's answer [scored, n] to a window."""
         is_low, device_type = self.settings.compute == "bfloat16", self.network.device.type
         with torch.autocast(device_type, torch.bfloat16, enabled=is_low):
-            return self.task.answer(self.network, self.task.inputs(tokens[None]))[0]
+            return self.task.answer(self.network, self.task.inputs(tokens[None])).squeeze(0)
 
 
 def require_windows(tokens: Tensor) -> None:

@@ -9,9 +9,11 @@ two agree, and never above the divergence over all tokens. An encoder has no hea
 the divergence alone counts (pipeline/task.py).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from pipeline.teacher import TeacherWindow
 
@@ -28,22 +30,44 @@ def coarse_kl(logits: Tensor, top_tokens: Tensor, log_probs: Tensor) -> Tensor:
     Returns:
         float32 [tokens].
     """
-    logits, top_tokens = logits.float(), top_tokens.long()
-    top = logits.gather(-1, top_tokens)
-    rest = logits.scatter(-1, top_tokens, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    log_q = torch.log_softmax(torch.cat([top, rest], dim=-1), dim=-1)
-    log_p = torch.log_softmax(log_probs.float(), dim=-1)
-    return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+    kl: Tensor = _CoarseKL.apply(logits, top_tokens.long(), torch.log_softmax(log_probs.float(), dim=-1))
+    return kl
+
+
+class _CoarseKL(torch.autograd.Function):
+    """With q the packed network's probabilities and r those of all other tokens together, the gradient is
+
+        q_j - p_j              of a token that is told apart
+        q_j (1 - p_r / q_r)    of any other
+
+    Autograd's own would pass over as many numbers as there are logits some ten times, most of them for new memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_tokens: Tensor, log_p: Tensor) -> Tensor:
+        top = logits.gather(-1, top_tokens).float()
+        pairs = zip(logits.split(SLICE_TOKENS), top_tokens.split(SLICE_TOKENS), strict=True)
+        rest = torch.cat([rows.float().scatter(-1, told, -torch.inf).logsumexp(dim=-1) for rows, told in pairs])
+        log_q = torch.log_softmax(torch.cat([top, rest[:, None]], dim=-1), dim=-1)
+        ctx.save_for_backward(logits, top_tokens, log_p, log_q, rest)
+        return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logits, top_tokens, log_p, log_q, rest = ctx.saved_tensors
+        errors = (log_q.exp() - log_p.exp()) * upstream[:, None]
+        gradient = torch.empty_like(logits)
+        slices = (each.split(SLICE_TOKENS) for each in (gradient, logits, top_tokens, errors, rest))
+        for out, rows, told, error, of_rest in zip(*slices, strict=True):
+            others = (rows.float() - of_rest[:, None]).exp_().mul_(error[:, -1:])  # each one's share of q_r - p_r
+            out.copy_(others.scatter_(-1, told, error[:, :-1]))
+        return gradient, None, None
 
 
 def mean_kl(logits: Tensor, teacher: TeacherWindow) -> Tensor:
-    """The mean of `coarse_kl` over a window.
-
-    `logits` is [scored, vocab]. Each slice is computed again for its gradient.
-    """
-    slices = (part.split(SLICE_TOKENS) for part in (logits, teacher.top_tokens, teacher.log_probs))
-    parts = [checkpoint(coarse_kl, *rows, use_reentrant=False) for rows in zip(*slices, strict=True)]
-    return torch.cat(parts).mean()
+    """The mean of `coarse_kl` over a window; `logits` is [scored, vocab]."""
+    return coarse_kl(logits, teacher.top_tokens, teacher.log_probs).mean()
 
 
 def hidden_error(hidden: Tensor, teacher: TeacherWindow) -> Tensor:

@@ -85,6 +85,10 @@ class Lesson(ABC):
     def held_out_loss(self, indices: range) -> float:
         """The mean over items that are not trained on; called without gradients."""
 
+    def rate_share(self, start_loss: float) -> float:
+        """Of the learning rate, how much to take where `start_loss` was measured before any training."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Training:
@@ -170,7 +174,8 @@ class Training:
         if not math.isfinite(norm):
             raise self._diverged(f"The norm of the gradient is {norm}", step)
         gradients = {name: parameter.grad for name, parameter in self.live.items() if parameter.grad is not None}
-        state, rate = self.state, self.settings.rate(step)
+        state = self.state
+        rate = self.settings.rate(step) * self.lesson.rate_share(state.checks[0].held_out_loss)
         adam_step(state.master, gradients, state.mean, state.square, num_before=step, learning_rate=rate)
         for parameter in self.live.values():
             parameter.grad = None

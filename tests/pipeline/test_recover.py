@@ -70,6 +70,12 @@ def test_the_held_out_divergence_falls(changes: dict, tmp_path: Path) -> None:
     assert all(math.isfinite(check.train_loss) for check in found.checks[1:] if check.train_loss is not None)
 
 
+def test_the_rate_falls_with_what_is_left_to_gain() -> None:
+    lesson = recover_module._Recovery(packed_llama(), TeacherWindows(Path, TOKENS), SETTINGS)
+    shares = [lesson.rate_share(start) for start in (1.0, 0.15, 0.0375, 0.0, -1e-9)]
+    assert shares == pytest.approx([1, 1, 0.5, 0, 0])
+
+
 def test_the_values_put_in_give_exactly_what_was_measured(tmp_path: Path) -> None:
     network = packed_llama()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
