@@ -1,13 +1,16 @@
 """Token embeddings and output heads, packed where the recipe names a quantizer for them.
 
 They are half of a small model, and take no part in the integer program: nothing here measures what their error costs.
-Rounding is unweighted, and a table of any size is quantized a run of rows at a time (quantizers/rows.py).
+What gives the logits, a head or the embeddings that it shares, is rounded under the second moment of what the head
+reads (head_curvature.py), with errors passed on from column to column; all else is rounded unweighted. A table of any
+size is quantized a run of rows at a time (quantizers/rows.py).
 """
 
 import math
 from pathlib import Path
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from pipeline.allocation import EMBEDDINGS_ADVICE, PlannedEmbedding
 from pipeline.atomic import replace_file
@@ -15,13 +18,14 @@ from pipeline.costs import full_label
 from pipeline.decompose import matrix_file
 from pipeline.errors import RecipeError
 from pipeline.model import Model
+from pipeline.parallel import map_in_order
 from pipeline.progress import SILENT, Progress
 from quantizers import BlockFormat, quantizer_from_label
 from quantizers.rows import WEIGHTS_AT_ONCE, quantize_rows
 
-PACK_SECONDS = 1.8e-7  # for each weight, on one core
+PACK_SECONDS = {False: 1.8e-7, True: 3.5e-7}  # for each weight, on one core; without and with a curvature
+RUN_BYTES = {False: 40, True: 65}  # for each weight of a run, likewise
 SCALE_BYTES = 32  # for each block, while scales are found and stored
-RUN_BYTES = 40  # for each weight of a run
 
 
 def planned_embeddings(model: Model, label: str | None) -> dict[str, PlannedEmbedding]:
@@ -52,20 +56,42 @@ def planned_embeddings(model: Model, label: str | None) -> dict[str, PlannedEmbe
     }
 
 
+def gives_logits(model: Model, module: str) -> bool:
+    """Does an output head multiply with this embedding of `model`?"""
+    return any(each.gives_logits for each in model.embeddings if each.module == module)
+
+
 def pack_embeddings(
-    model: Model, planned: dict[str, PlannedEmbedding], work: Path, *, progress: Progress = SILENT
+    model: Model,
+    planned: dict[str, PlannedEmbedding],
+    curvature: Tensor | None,
+    work: Path,
+    *,
+    progress: Progress = SILENT,
 ) -> None:
-    """Quantize each into `work`/out/<module>.safetensors; finished ones are kept over kills."""
+    """Quantize each into `work`/out/<module>.safetensors; finished ones are kept over kills.
+
+    Args:
+        curvature: for what gives the logits; see head_curvature.py.
+    """
     out = work / "out"
     out.mkdir(exist_ok=True)
-    for module, embedding in planned.items():
-        target = out / matrix_file(module)
-        if not target.exists():
-            progress.say(f"Packing {module}, {embedding.shape[0]} x {embedding.shape[1]}, as {embedding.label}.")
-            _pack(model, module, embedding, target)
+
+    def pack(module: str) -> None:
+        embedding, target = planned[module], out / matrix_file(module)
+        if target.exists():
+            return
+        progress.say(f"Packing {module}, {embedding.shape[0]} x {embedding.shape[1]}, as {embedding.label}.")
+        stored, metric = model.tensor(f"{module}.weight"), curvature if gives_logits(model, module) else None
+        quantized = quantize_rows(lambda run: stored[run.start : run.stop], embedding.shape, _format(embedding), metric)
+        tensors = {name: tensor.contiguous() for name, tensor in quantized.tensors().items()}
+        replace_file(target, lambda path: save_file(tensors, path))
+
+    for _ in map_in_order(pack, planned, num_workers=1):  # by one thread: the last bits of sums decide on codes
+        pass
 
 
-def packing_bytes(model: Model, planned: dict[str, PlannedEmbedding]) -> int:
+def packing_bytes(model: Model, planned: dict[str, PlannedEmbedding], *, is_weighted: bool) -> int:
     """What `pack_embeddings` takes at most, about: the original's table, its scales, the codes twice, and a run."""
     each = [
         model.tensors[f"{module}.weight"].size_bytes
@@ -73,14 +99,7 @@ def packing_bytes(model: Model, planned: dict[str, PlannedEmbedding]) -> int:
         + embedding.size_bits // 4
         for module, embedding in planned.items()
     ]
-    return RUN_BYTES * WEIGHTS_AT_ONCE + max(each) if each else 0
-
-
-def _pack(model: Model, module: str, planned: PlannedEmbedding, target: Path) -> None:
-    stored = model.tensor(f"{module}.weight")
-    quantized = quantize_rows(lambda run: stored[run.start : run.stop], planned.shape, _format(planned))
-    tensors = {name: tensor.contiguous() for name, tensor in quantized.tensors().items()}
-    replace_file(target, lambda path: save_file(tensors, path))
+    return RUN_BYTES[is_weighted] * WEIGHTS_AT_ONCE + max(each) if each else 0
 
 
 def _format(planned: PlannedEmbedding) -> BlockFormat:

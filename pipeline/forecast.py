@@ -11,6 +11,7 @@ import torch
 
 from pipeline.base_logits import SLICE_TOKENS
 from pipeline.curvature_sums import sums_of
+from pipeline.embedding_steps import weighs_head
 from pipeline.embeddings import packing_bytes
 from pipeline.evaluate import batch_of
 from pipeline.layered_pass import loss_bytes
@@ -133,6 +134,8 @@ class _Facts:
             tail = tail_within(tail_room(max(0, free_bytes(self.device) - around)), held)
             at_once = sum(held[tail.start : tail.stop])
             loss = loss_bytes(seq_len, self.answer_width, is_drawn=kind.labels_are_drawn)
+        if weighs_head(run):
+            loss = max(loss, FLOAT32_BYTES * seq_len * self.answer_width)  # head_curvature.py; all else takes less
         windows = 3 * part  # read, passed, and stacked to be written
         network = HEAP_BYTES + memory.around_bytes + at_once + windows + loss
         if kind.labels_are_drawn:
@@ -168,7 +171,8 @@ class _Facts:
         in_processes = is_in_processes(True, model.matrices)
         workers = num_workers(each, in_processes, self.free)
         seconds = self.seconds.decompose(workers)
-        packing = self.now + packing_bytes(model, self.run.embeddings)  # before the matrices (run.py)
+        packing = packing_bytes(model, self.run.embeddings, is_weighted=weighs_head(self.run))
+        packing += self.now  # before the matrices (run.py)
         if not in_processes:
             return self._host("decompose", seconds, max(packing, self.now + workers * max(each)))
         worker = PROCESS_BYTES + max(each)

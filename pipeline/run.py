@@ -25,7 +25,8 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import disk_may_fill
-from pipeline.embeddings import pack_embeddings, planned_embeddings
+from pipeline.embedding_steps import head_curvature, packed_embeddings
+from pipeline.embeddings import planned_embeddings
 from pipeline.errors import RecipeError
 from pipeline.evaluate import evaluate
 from pipeline.model import Model, open_model
@@ -185,13 +186,14 @@ class Run:
         statistics = self._found_statistics()
         if self.texts.calibration is not None and statistics is None:
             return False
-        return self.registry.has_step("costs", _digests(statistics), self._keyed(self._costs_settings())) is not None
+        return self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings())) is not None
 
     def statistics(self) -> Artifact | None:
         """The metric of every matrix; None for an unweighted error."""
         windows, metric, seed = self.texts.calibration, self.recipe.sensitivity, self.recipe.seed
         if windows is None or metric == "none":
             return None
+        head_curvature(self)
 
         def build(work: Path) -> dict[str, Any]:
             collect_statistics(
@@ -268,7 +270,7 @@ class Run:
         chosen = self.results.plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
         settings = {"model": self.model.digest, "labels": labels}
-        embeddings = self.packed_embeddings()
+        embeddings = packed_embeddings(self)
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
@@ -279,19 +281,6 @@ class Run:
                 replace_file(work / "out" / name, partial(shutil.copyfile, self.registry.path(embeddings, name)))
 
         return self._step("matrices", _digests(statistics, embeddings), settings, build)
-
-    def packed_embeddings(self) -> Artifact | None:
-        """Embeddings and head as the recipe packs them: the same at every budget. None where it does not."""
-        if not self.embeddings:
-            return None
-
-        def build(work: Path) -> None:
-            with disk_may_fill(self, work):
-                pack_embeddings(self.model, self.embeddings, work, progress=self.progress)
-
-        settings = {"model": self.model.digest, "labels": {name: each.label for name, each in self.embeddings.items()}}
-        # not `_step`: found or not, the stage is the decomposition
-        return self.registry.step("embeddings", (), self._keyed(settings), build, progress=self.progress)
 
     def teacher(self) -> Artifact:
         """The original's answers to the windows that recovery trains on: the same at every budget."""
@@ -311,7 +300,7 @@ class Run:
         asked = {"num_top": num_top, "with_hidden": with_hidden}
         keyed = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device} | asked
         # not `_step`: found or not, the stage is recovery; and every budget of a run that starts over shares them
-        return self.registry.step("teacher", (), self._keyed(keyed), build, progress=self.progress)
+        return self.registry.step("teacher", (), self.keyed(keyed), build, progress=self.progress)
 
     @property
     def _recovery_windows(self) -> TokenWindows:
@@ -419,7 +408,7 @@ class Run:
         return evaluate(network, original, tokens, progress=self.progress).kl_divergence.mean
 
     def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
-        settings = self._keyed(settings)
+        settings = self.keyed(settings)
         if self.resume and (done := self.registry.has_step(kind, parents, settings)):
             self.log.reused()
             return done
@@ -432,14 +421,14 @@ class Run:
             kind, parents, settings, build_and_note_tools, resume=self.resume, progress=self.progress
         )
 
-    def _keyed(self, settings: dict[str, Any]) -> dict[str, Any]:
+    def keyed(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the code that they are for."""
         return settings | {"bitsmith": VERSION}
 
     def _found_statistics(self) -> Artifact | None:
         if self.texts.calibration is None:
             return None
-        return self.registry.has_step("statistics", (), self._keyed(self._statistics_settings()))
+        return self.registry.has_step("statistics", (), self.keyed(self._statistics_settings()))
 
     def _statistics_settings(self) -> dict[str, Any]:
         tokens = self.texts.calibration.sha256 if self.texts.calibration else None

@@ -8,7 +8,8 @@ import math
 from dataclasses import dataclass
 
 from pipeline.curvature_sums import sums_of
-from pipeline.embeddings import PACK_SECONDS
+from pipeline.embedding_steps import weighs_head
+from pipeline.embeddings import PACK_SECONDS, gives_logits
 from pipeline.evaluate import batch_of
 from pipeline.machine_speed import flops
 from pipeline.parallel import num_cores
@@ -65,7 +66,7 @@ class StageSeconds:
             sums = 2.0 * sum(rows * columns for rows, columns in sizes)
         else:
             sums = 3.0 * run.model.num_matrix_params
-        passes = 1 if kind.of_input_alone else 2.5
+        passes = (1 if kind.of_input_alone else 2.5) + weighs_head(run)
         seconds = num_tokens * (passes * self._pass_flops + sums) / self._flops
         if kind.scaled_by_divergence:  # a pass from there to the end for every matrix, of two windows
             seconds += len(matrices) * run.texts.calibration.tokens.shape[1] * self._pass_flops / self._flops
@@ -92,8 +93,11 @@ class StageSeconds:
         millions = self.run.model.num_matrix_params / 1e6
         each = [quantizer_from_label(label).seconds_per_million(self._has_curvature) for label in self.run.labels]
         seconds = millions * sum(each) / len(each) + QUANTIZE_FACTOR_SECONDS * self._cubes
-        packed = sum(math.prod(embedding.shape) for embedding in self.run.embeddings.values())
-        return (seconds / workers + PACK_SECONDS * packed) * self._slowness + START_SECONDS
+        packed = sum(
+            PACK_SECONDS[weighs_head(self.run) and gives_logits(self.run.model, module)] * math.prod(embedding.shape)
+            for module, embedding in self.run.embeddings.items()
+        )
+        return (seconds / workers + packed) * self._slowness + START_SECONDS
 
     def recover(self) -> float:
         """The original's pass over all windows, and two passes for each of a step's."""

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.errors import ModelError
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.task import auto_class, task_of
-from quantizers.embedding_swap import input_embeddings, is_packable
+from quantizers.embedding_swap import input_embeddings, is_packable, tied_to
 from quantizers.experts import set_experts_apart
 
 if TYPE_CHECKING:
@@ -53,11 +53,13 @@ class Embedding:
     Attributes:
         shape: [tokens, width].
         is_head: it is the output's.
+        gives_logits: the output head multiplies with it, being it or sharing its weight.
     """
 
     module: str
     shape: tuple[int, int]
     is_head: bool
+    gives_logits: bool
 
     @property
     def name(self) -> str:
@@ -254,7 +256,8 @@ def _embeddings(model: "PreTrainedModel") -> Iterator[Embedding]:
     for name in dict.fromkeys((input_embeddings(model), output)):
         if name is not None and is_packable(model, name):
             rows, columns = model.get_parameter(f"{name}.weight").shape
-            yield Embedding(name, (rows, columns), is_head=name == output)
+            gives_logits = output in (name, *tied_to(model, name))
+            yield Embedding(name, (rows, columns), is_head=name == output, gives_logits=gives_logits)
 
 
 def _reason(

@@ -3,6 +3,7 @@
 The part that NormalFloat, LloydMax and KMeans share: they differ in where their levels come from.
 """
 
+import copy
 from functools import partial
 from typing import Literal, get_args
 
@@ -53,7 +54,7 @@ def round_onto_levels(
 ) -> dict[str, Tensor]:
     """Codes and scales as they are stored."""
     find = partial(block_scales, levels=levels, rule=scale)
-    return round_blocks(weight, metric, form, find, lambda first: _CodebookParameters(first, form, levels))
+    return round_blocks(weight, metric, form, find, lambda first: CodebookParameters(first, form, levels))
 
 
 def block_scales(
@@ -64,7 +65,7 @@ def block_scales(
     return scales[:, None]
 
 
-class _CodebookParameters:
+class CodebookParameters:
     """BlockParameters: a scale for each block."""
 
     def __init__(
@@ -74,6 +75,12 @@ class _CodebookParameters:
         levels: Float32[Tensor, " levels"],
     ) -> None:
         self.scales, self.levels = StoredScales(first[:, :, 0], form), levels
+
+    def rows(self, rows: slice) -> "CodebookParameters":
+        """Those of some rows, in this one's memory."""
+        part = copy.copy(self)
+        part.scales = self.scales.rows(rows)
+        return part
 
     def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 1"]) -> RoundWeights:
         """See BlockParameters."""

@@ -64,22 +64,41 @@ def round_blocks(
         find: what each block asks for.
         parameters_of: makes the place for all parameters, from what the blocks of `weight` itself ask for.
     """
-    size = form.block_size
-    blocks = to_blocks(weight, size)
-    weights = metric.pivots.expand(weight.shape) if isinstance(metric, OrderedColumns) else metric
-    if weights is None and weight.shape[1] % size:
-        weights = torch.ones_like(weight)  # and 0 for the padding, which must not count
-    importance = None if weights is None else to_blocks(weights, size).reshape(-1, size)
-    first = find(blocks.reshape(-1, size), importance).view(*blocks.shape[:2], -1)
+    first = first_parameters(weight, metric, form.block_size, find)
     parameters = parameters_of(first)
+    codes = codes_under(weight, metric, form.block_size, find, first, parameters)
+    return {"weight_packed": pack(codes, form.bits)} | parameters.tensors()
+
+
+def first_parameters(
+    weight: Float32[Tensor, "out in"], metric: Metric, block_size: int, find: FindParameters
+) -> Float32[Tensor, "out blocks parameters"]:
+    """What the blocks of `weight` itself ask for."""
+    blocks = to_blocks(weight, block_size)
+    weights = metric.pivots.expand(weight.shape) if isinstance(metric, OrderedColumns) else metric
+    if weights is None and weight.shape[1] % block_size:
+        weights = torch.ones_like(weight)  # and 0 for the padding, which must not count
+    importance = None if weights is None else to_blocks(weights, block_size).reshape(-1, block_size)
+    return find(blocks.reshape(-1, block_size), importance).view(*blocks.shape[:2], -1)
+
+
+def codes_under(
+    weight: Float32[Tensor, "out in"],
+    metric: Metric,
+    block_size: int,
+    find: FindParameters,
+    first: Float32[Tensor, "out blocks parameters"],
+    parameters: BlockParameters,
+) -> UInt8[Tensor, " weights"]:
+    """Codes row by row; the parameters that they are under are left in `parameters`."""
+    blocks = to_blocks(weight, block_size)
     if isinstance(metric, OrderedColumns):
-        rounder = _BlockRounder(metric, size, find, parameters, torch.zeros_like(blocks, dtype=torch.uint8))
-        round_with_feedback(weight[:, metric.columns], None, metric.factor, (1, size), rounder)
+        rounder = _BlockRounder(metric, block_size, find, parameters, torch.zeros_like(blocks, dtype=torch.uint8))
+        round_with_feedback(weight[:, metric.columns], None, metric.factor, (1, block_size), rounder)
         codes = rounder.codes
     else:
         codes, _ = parameters.store(slice(None), first)(blocks)
-    codes = codes.flatten(1)[:, : weight.shape[1]].reshape(-1)
-    return {"weight_packed": pack(codes, form.bits)} | parameters.tensors()
+    return codes.flatten(1)[:, : weight.shape[1]].reshape(-1)
 
 
 class _BlockRounder:

@@ -7,19 +7,20 @@ share the memory of the whole one. So a table of any size is made and read with 
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from quantizers.base import finite_float32
-from quantizers.block_codebook import block_scales
+from quantizers.block_codebook import CodebookParameters, block_scales
 from quantizers.block_format import BlockFormat
-from quantizers.blocks import num_blocks, spread, to_blocks
+from quantizers.block_rounding import codes_under, first_parameters
+from quantizers.blocks import num_blocks, spread
+from quantizers.column_order import order_columns
 from quantizers.packing import WORD_BITS, gather, look_up, num_words, pack
 from quantizers.quantized import QuantizedTensor
-from quantizers.scale_search import nearest
-from quantizers.stored_scales import TINY, StoredScales
 
 WEIGHTS_AT_ONCE = 2**22
 
@@ -36,32 +37,32 @@ def runs(shape: tuple[int, int], form: BlockFormat) -> list[range]:
     return [range(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
-def quantize_rows(read: Callable[[range], Tensor], shape: tuple[int, int], form: BlockFormat) -> QuantizedTensor:
-    """What quantizing the whole matrix without statistics gives, with a run of its rows in memory.
+def quantize_rows(
+    read: Callable[[range], Tensor],
+    shape: tuple[int, int],
+    form: BlockFormat,
+    curvature: Float[Tensor, "columns columns"] | None = None,
+) -> QuantizedTensor:
+    """What quantizing the whole matrix gives, with a run of its rows in memory.
 
     Args:
         read: gives a run of rows, [run, columns] of any float dtype; called twice for each.
+        curvature: H_I, the same for all rows; None for an unweighted error.
     Raises:
         ValueError: the matrix has a NaN or an infinity.
     """
-    levels, all_runs = form.levels, runs(shape, form)
-    first = []
-    for run in all_runs:
-        weight = finite_float32(read(run))
-        blocks = to_blocks(weight, form.block_size).reshape(-1, form.block_size)
-        counted = None
-        if shape[1] % form.block_size:  # padding must not count
-            counted = to_blocks(torch.ones_like(weight), form.block_size).reshape(-1, form.block_size)
-        first.append(block_scales(blocks, counted, levels=levels, rule="search"))
-    wanted = torch.cat(first).view(shape[0], num_blocks(shape[1], form.block_size))
-    stored = StoredScales(wanted, form)
-    scales = stored.store(slice(None), wanted)[:, :, None].clamp_min(TINY)
+    levels, all_runs, size = form.levels, runs(shape, form), form.block_size
+    metric = None if curvature is None else order_columns(curvature, size)
+    find = partial(block_scales, levels=levels, rule="search")
+    first = torch.cat([first_parameters(finite_float32(read(run)), metric, size, find) for run in all_runs])
+    parameters = CodebookParameters(first, form, levels)
     words = []
     for run in all_runs:
-        blocks = to_blocks(finite_float32(read(run)), form.block_size)
-        codes = nearest(blocks / scales[run.start : run.stop], levels)
-        words.append(pack(codes.flatten(1)[:, : shape[1]].reshape(-1), form.bits))
-    return QuantizedTensor(form, shape, {"weight_packed": torch.cat(words)} | stored.tensors(), levels)
+        rows = slice(run.start, run.stop)
+        weight = finite_float32(read(run))
+        codes = codes_under(weight, metric, size, find, first[rows], parameters.rows(rows))
+        words.append(pack(codes, form.bits))
+    return QuantizedTensor(form, shape, {"weight_packed": torch.cat(words)} | parameters.tensors(), levels)
 
 
 def decode_rows(quantized: QuantizedTensor, rows: Int64[Tensor, " rows"]) -> Float32[Tensor, "rows in"]:

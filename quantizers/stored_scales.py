@@ -4,6 +4,8 @@ The second level (offset and steps, see double_quant.py) has to be known before 
 that of the scales that the weight itself asks for, before any feedback.
 """
 
+import copy
+
 import torch
 from jaxtyping import Float32, Int64
 from torch import Tensor
@@ -25,6 +27,12 @@ class StoredScales:
         steps = self.second.steps.repeat_interleave(form.super_block)[: first.numel()]
         self.steps = steps.view(first.shape)
         self.codes = torch.zeros_like(self.steps, dtype=torch.uint8)
+
+    def rows(self, rows: slice) -> "StoredScales":
+        """Those of some rows, in this one's memory."""
+        part = copy.copy(self)
+        part.steps, part.codes = self.steps[rows], self.codes[rows]
+        return part
 
     def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles"]) -> Float32[Tensor, "out tiles"]:
         """Round the scales of some blocks to ones that can be stored, and return these."""

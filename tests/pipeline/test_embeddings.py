@@ -16,9 +16,11 @@ from pipeline.audit import fixed_answer, load_checked
 from pipeline.compress import Compressed, compress
 from pipeline.disk_space import checkpoint_disk_bytes
 from pipeline.display import add_run_rows, new_table
+from pipeline.embedding_steps import head_curvature
 from pipeline.embeddings import planned_embeddings
 from pipeline.errors import BudgetError, CheckpointError, DiskSpaceError, RecipeError
 from pipeline.forecast import forecast
+from pipeline.head_curvature import CURVATURE_FILE, read_curvature
 from pipeline.model import open_model
 from pipeline.packed import load_packed, unpack
 from pipeline.planned_tensors import check_planned
@@ -28,7 +30,7 @@ from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.stages import StageLog
 from pipeline.sweep import compress_budgets
-from quantizers import LloydMax, quantizer_from_label
+from quantizers import LayerStatistics, LloydMax, quantizer_from_label, weighted_error
 from quantizers.embedding import PackedRows, QuantizedEmbedding, QuantizedHead, TiedEmbedding, TiedHead
 from quantizers.embedding_swap import embedding_scale
 from registry import Registry
@@ -56,6 +58,11 @@ def compressed(model_type: str, folder: Path, **settings: object) -> tuple[Recip
     return recipe, compress(recipe, Registry(folder / "registry"), folder / "out")
 
 
+def opened(recipe: Recipe, folder: Path) -> Run:
+    registry = Registry(folder / "registry")
+    return Run.open(recipe, registry, device="cpu", resume=True, log=StageLog(), progress=SILENT)
+
+
 @torch.no_grad()
 def dense_answer(recipe: Recipe, plan: Plan) -> torch.Tensor:
     """Of the original with each planned weight replaced by its quantized values."""
@@ -78,6 +85,37 @@ def test_they_answer_like_dense_ones_with_the_quantized_values(model_type: str, 
     assert set(done.plan.embeddings) == names
     assert names == {name for name, module in network.named_modules() if isinstance(module, PackedRows)}
     torch.testing.assert_close(fixed_answer(network), dense_answer(recipe, done.plan), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_what_gives_logits_is_rounded_under_what_the_head_reads(model_type: str, tmp_path: Path) -> None:
+    recipe, done = compressed(model_type, tmp_path, sensitivity="input")
+    model, network = open_model(recipe.model), load_packed(done.folder)
+    run = opened(recipe, tmp_path)
+    found = head_curvature(run)
+    assert found is not None
+    metric = LayerStatistics(input_curvature=read_curvature(run.registry.path(found, CURVATURE_FILE)))
+    for each in model.embeddings:
+        weight, values = model.tensor(each.name).float(), network.get_submodule(each.module).quantized().dequantize()
+        plain = LloydMax(4, 32, 4).quantize(weight).dequantize()
+        if each.gives_logits:
+            fed_back = LloydMax(4, 32, 4).quantize(weight, metric).dequantize()
+            assert weighted_error(weight - values, metric) == pytest.approx(
+                weighted_error(weight - fed_back, metric), rel=0.02
+            )
+            assert weighted_error(weight - values, metric) < 0.9 * weighted_error(weight - plain, metric)
+        else:
+            assert torch.equal(values, plain)
+    assert {each.gives_logits for each in model.embeddings} == ({True} if model_type == "qwen2" else {True, False})
+
+
+def test_an_encoder_has_no_head_that_reads(tmp_path: Path) -> None:
+    recipe, done = compressed("bert", tmp_path, sensitivity="input")
+    assert head_curvature(opened(recipe, tmp_path)) is None
+    torch.testing.assert_close(
+        load_packed(done.folder).get_input_embeddings().weight,
+        LloydMax(4, 32, 4).quantize(open_model(recipe.model).load().get_input_embeddings().weight).dequantize(),
+    )
 
 
 def test_what_is_tied_stays_tied(tmp_path: Path) -> None:
@@ -251,14 +289,7 @@ def test_the_forecast_and_the_disk_count_them_and_the_start_names_them(
 ) -> None:
     folder = save_model(build_causal("qwen2"), tmp_path / "model", dtype=torch.float32)
     plain, packed = (
-        Run.open(
-            Recipe.of(model=str(folder), **(SMALL | QUICK | {"embeddings": label})),
-            Registry(tmp_path / "registry"),
-            device="cpu",
-            resume=True,
-            log=StageLog(),
-            progress=SILENT,
-        )
+        opened(Recipe.of(model=str(folder), **(SMALL | QUICK | {"embeddings": label})), tmp_path)
         for label in (None, LABEL)
     )
     saved = 4 * 384 * 32 - LloydMax(4, 32, 4).size_bits((384, 32)) // 8

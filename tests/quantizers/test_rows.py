@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantizers import BlockFormat, LloydMax, NormalFloat
+from quantizers import BlockFormat, LayerStatistics, LloydMax, NormalFloat, weighted_error
 from quantizers import rows as rows_module
 from quantizers.packing import gather, pack
 from quantizers.rows import aligned_rows, decode_rows, decode_runs, quantize_rows, runs
@@ -37,6 +37,20 @@ def test_runs_quantize_to_the_bytes_of_the_whole(quantizer, shape):
     in_runs = quantize_rows(lambda run: weight[run.start : run.stop], shape, quantizer.format).tensors()
     assert whole.keys() == in_runs.keys()
     assert all(torch.equal(whole[name], in_runs[name]) for name in whole)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("quantizer", [LloydMax(3, 32, 4), NormalFloat(8, 64, 8)])
+def test_so_they_do_under_a_curvature(quantizer, shape):
+    weight, read = _weight(shape), _weight((200, shape[1]))
+    curvature = read.T @ read / 200
+    whole = quantizer.quantize(weight, LayerStatistics(input_curvature=curvature)).dequantize()
+    in_runs = quantize_rows(lambda run: weight[run.start : run.stop], shape, quantizer.format, curvature).dequantize()
+    # products of other heights may round otherwise, and one code in many follows
+    assert ((whole - in_runs).abs() > 1e-6).float().mean() < 0.01
+    assert weighted_error(weight - in_runs, LayerStatistics(input_curvature=curvature)) == pytest.approx(
+        weighted_error(weight - whole, LayerStatistics(input_curvature=curvature)), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
