@@ -6,11 +6,12 @@ Stored as abstract_block_format.py says, and nothing else.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from quantizers.abstract_block_format import CODES_AND_SCALES, AbstractBlockFormat
 from quantizers.codebooks import lloyd_max, normal_float
+from quantizers.compiled import block_product
 
 CODEBOOKS = {"nf": normal_float, "lloyd": lloyd_max}
 CODEBOOK_NAMES = {"nf": "NormalFloat", "lloyd": "Lloyd-Max"}
@@ -49,6 +50,32 @@ class BlockFormat(AbstractBlockFormat):
         """See StorageFormat."""
         name = CODEBOOK_NAMES[self.codebook]
         return f"{self.bits} bits, {name} levels, groups of {self.block_size}, {self.scale_bits}-bit scales"
+
+    def product(
+        self,
+        x: Float[Tensor, "... n"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " levels"],
+        *,
+        transposed: bool = False,
+    ) -> Float[Tensor, "... m"]:
+        """See StorageFormat."""
+        found = None if transposed else self.compiled_product(x, stored, shape, levels)
+        if found is not None:
+            return found
+        return super().product(x, stored, shape, levels, transposed=transposed)
+
+    def compiled_product(
+        self,
+        x: Float[Tensor, "... n"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " levels"],
+    ) -> Float[Tensor, "... m"] | None:
+        """x Q^T with nothing dense; None where no compiled loop serves, see compiled.py."""
+        sizes = {"block_size": self.block_size, "scale_bits": self.scale_bits, "super_block": self.super_block}
+        return block_product(x, stored, shape, levels, bits=self.bits, **sizes)
 
     def decode(
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " levels"]

@@ -173,9 +173,13 @@ class _ProductByRuns(torch.autograd.Function):
     def forward(ctx, x: Tensor, rows: PackedRows) -> Tensor:
         ctx.rows = rows
         x = x.to(autocast_dtype(x) or x.dtype)
+        quantized = rows.quantized()
+        found = rows.format.compiled_product(x, quantized.plain, rows.shape, quantized.levels)
+        if found is not None:
+            return found
         y = x.new_empty(*x.shape[:-1], rows.shape[0])
         with torch.autocast(x.device.type, enabled=False):
-            for run, part in decode_runs(rows.quantized()):
+            for run, part in decode_runs(quantized):
                 y[..., run.start : run.stop] = x @ part.to(x.dtype).T
         return y
 

@@ -56,8 +56,21 @@ class AbstractRotatedFormat(StorageFormat):
             return super().product(x, stored, shape, levels, transposed=transposed)
         before, after = (self.seed, self.seed + 1) if transposed else (self.seed + 1, self.seed)
         turned = rotate(_wide(x), before).to(x.dtype)
-        weight = self.decode_rotated(stored, shape, levels).to(x.dtype)
-        return unrotate(_wide(turned @ weight if transposed else turned @ weight.T), after).to(x.dtype)
+        if transposed:
+            found = turned @ self.decode_rotated(stored, shape, levels).to(x.dtype)
+        else:
+            found = self.rotated_product(turned, stored, shape, levels)
+        return unrotate(_wide(found), after).to(x.dtype)
+
+    def rotated_product(
+        self,
+        x: Float[Tensor, "... in"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " levels"],
+    ) -> Float[Tensor, "... out"]:
+        """x W'^T for few rows, in the dtype of `x`."""
+        return x @ self.decode_rotated(stored, shape, levels).to(x.dtype).T
 
     def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
         """R_out W R_in^T."""

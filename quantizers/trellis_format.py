@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
+from quantizers.compiled import decoded_tiles, tile_product
 from quantizers.format import TensorSpecs
 from quantizers.packing import num_words, unpack
 from quantizers.rotated_format import AbstractRotatedFormat
@@ -75,10 +76,31 @@ class TrellisFormat(AbstractRotatedFormat):
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Float32[Tensor, " states"]
     ) -> Float32[Tensor, "out in"]:
         """See AbstractRotatedFormat."""
+        found = decoded_tiles(*self._tiles(stored, shape, levels))
+        if found is not None:
+            return found
         rows, columns = num_tiles(shape)
         symbols = unpack(stored["weight_packed"], self.bits, rows * columns * TILE * TILE)
         tiles = decode(symbols.view(-1, TILE * TILE), levels, self.bits) * stored["weight_scale"]
         return from_tiles(tiles.view(rows, columns, TILE, TILE))[: shape[0], : shape[1]]
+
+    def rotated_product(
+        self,
+        x: Float[Tensor, "... in"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " states"],
+    ) -> Float[Tensor, "... out"]:
+        """See AbstractRotatedFormat."""
+        found = tile_product(x, *self._tiles(stored, shape, levels))
+        return super().rotated_product(x, stored, shape, levels) if found is None else found
+
+    def _tiles(
+        self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Tensor
+    ) -> tuple[Tensor, Tensor, dict[int, int], Tensor, Tensor, tuple[int, int]]:
+        """What compiled.py asks for."""
+        tile_bits = torch.full(num_tiles(shape), self.bits)
+        return stored["weight_packed"], tile_bits, {self.bits: self.state_bits}, levels, stored["weight_scale"], shape
 
 
 def num_tiles(shape: tuple[int, int]) -> tuple[int, int]:

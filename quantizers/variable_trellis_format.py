@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
+from quantizers.compiled import decoded_tiles, tile_product
 from quantizers.format import TensorSpecs
 from quantizers.packing import WORD_BITS, unpack
 from quantizers.rotated_format import AbstractRotatedFormat
@@ -116,21 +117,43 @@ class VariableTrellisFormat(AbstractRotatedFormat):
         Raises:
             ValueError: the bits of the tiles do not add up to what is packed.
         """
-        words = stored["weight_packed"]
-        rates = TileRates(stored["weight_row_rates"], stored["weight_column_rates"], stored["weight_num_ahead"])
-        bits = rates.bits()
+        words, bits = stored["weight_packed"], _tile_bits(stored)
         rows, columns = bits.shape
         num_words = WORDS_A_BIT * int(bits.sum())
         if num_words != len(words):
             raise ValueError(
                 f"the tiles take {num_words} words by their rates, but {len(words)} are there; the file is damaged"
             )
+        found = decoded_tiles(words, bits, self._state_bits, levels, stored["weight_scale"], shape)
+        if found is not None:
+            return found
         tiles = levels.new_empty(rows * columns, TILE * TILE)
         for width, here, places in tiles_by_width(bits):
             symbols = unpack(words[places].view(-1), width, len(here) * TILE * TILE).view(-1, TILE * TILE)
             tiles[here] = decode(symbols, self.levels_of(width, levels), width)
         tiles = (tiles * stored["weight_scale"]).view(rows, columns, TILE, TILE)
         return from_tiles(tiles)[: shape[0], : shape[1]]
+
+    def rotated_product(
+        self,
+        x: Float[Tensor, "... in"],
+        stored: dict[str, Tensor],
+        shape: tuple[int, int],
+        levels: Float32[Tensor, " states"],
+    ) -> Float[Tensor, "... out"]:
+        """See AbstractRotatedFormat."""
+        bits, scale = _tile_bits(stored), stored["weight_scale"]
+        found = tile_product(x, stored["weight_packed"], bits, self._state_bits, levels, scale, shape)
+        return super().rotated_product(x, stored, shape, levels) if found is None else found
+
+    @property
+    def _state_bits(self) -> dict[int, int]:
+        return {width: self.state_bits_of(width) for width in WIDTHS}
+
+
+def _tile_bits(stored: dict[str, Tensor]) -> Int64[Tensor, "rows columns"]:
+    """Of a symbol, for each tile."""
+    return TileRates(stored["weight_row_rates"], stored["weight_column_rates"], stored["weight_num_ahead"]).bits()
 
 
 def tiles_by_width(

@@ -1,0 +1,193 @@
+"""Packed weights on a CPU by compiled loops (cpu_loops.py), where numba is installed: several times sooner than torch.
+
+Each function gives None where the loops do not serve: without numba, on other devices, for few weights, for which
+loading numba would take longer, and for products of many rows, where dense products pay. Its callers then do the same
+with torch, which stays the reference.
+"""
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int32, Int64
+from torch import Tensor
+
+from quantizers.packing import WORD_BITS, num_words
+
+LEAST_WEIGHTS = 2**16
+MOST_ROWS = 8  # of a product
+WEIGHTS_A_THREAD = 2**16  # fewer are not worth waking another
+
+
+@torch.compiler.disable
+def block_product(
+    x: Float[Tensor, "... columns"],
+    stored: dict[str, Tensor],
+    shape: tuple[int, int],
+    levels: Float32[Tensor, " levels"],
+    *,
+    bits: int,
+    block_size: int,
+    scale_bits: int,
+    super_block: int,
+) -> Float[Tensor, "... rows"] | None:
+    """x Q^T in the dtype of `x`, with Q as abstract_block_format.py says, summed in float32; rows are whole words.
+
+    Raises:
+        ValueError: a stored tensor has not the size that `shape` takes.
+    """
+    flat = x.detach().reshape(-1, x.shape[-1])
+    loops = _loops_for(stored["weight_packed"], shape, flat, levels)
+    if loops is None or shape[1] % WORD_BITS or block_size % loops.HALF or len(flat) > MOST_ROWS:
+        return None
+    num_scales = shape[0] * -(-shape[1] // block_size)
+    _require(stored["weight_packed"], num_words(shape[0] * shape[1], bits))
+    _require(levels, 2**bits)
+    _require(stored["weight_scale_packed"], num_words(num_scales, scale_bits))
+    _require(stored["weight_scale_step"], -(-num_scales // super_block))
+    y = torch.empty(len(flat), shape[0])
+    loop = functools.partial(
+        loops.PRODUCT_BLOCKS[bits],
+        *(_words(stored["weight_packed"]), _array(levels), _words(stored["weight_scale_packed"]), scale_bits),
+        *(_array(stored["weight_scale_step"]), super_block, np.float32(stored["weight_scale_offset"].item())),
+        *(block_size, _array(flat.float()), y.numpy()),
+    )
+    _over_rows(shape[0], shape[0] * shape[1], loop)
+    return y.to(x.dtype).view(*x.shape[:-1], shape[0])
+
+
+@torch.compiler.disable
+def decoded_tiles(
+    words: Int32[Tensor, " words"],
+    tile_bits: Int64[Tensor, "rows columns"],
+    state_bits: dict[int, int],
+    levels: Float32[Tensor, " states"],
+    scale: Float32[Tensor, " 1"],
+    shape: tuple[int, int],
+) -> Float32[Tensor, "out in"] | None:
+    """levels[states] * scale of a weight of `shape` in tiles, the same numbers as torch's.
+
+    Args:
+        tile_bits: of a symbol, for each tile.
+        state_bits: of a state, by bits of a symbol; `levels` are those of all of these, in this order.
+    Raises:
+        ValueError: the number of words or levels is not the one that the tiles take.
+    """
+    loops = _loops_for(words, shape, None, levels)
+    if loops is None:
+        return None
+    rows, columns = tile_bits.shape
+    out = torch.empty(rows * loops.TILE, columns * loops.TILE)
+    arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale)
+    _over_rows(rows, out.numel(), functools.partial(loops.decode_tiles, *arguments, out.numpy()))
+    return out[: shape[0], : shape[1]]
+
+
+@torch.compiler.disable
+def tile_product(
+    x: Float[Tensor, "... in"],
+    words: Int32[Tensor, " words"],
+    tile_bits: Int64[Tensor, "rows columns"],
+    state_bits: dict[int, int],
+    levels: Float32[Tensor, " states"],
+    scale: Float32[Tensor, " 1"],
+    shape: tuple[int, int],
+) -> Float[Tensor, "... out"] | None:
+    """x Q^T in the dtype of `x`, Q being what `decoded_tiles` gives, summed in float32."""
+    flat = x.detach().reshape(-1, x.shape[-1])
+    loops = _loops_for(words, shape, flat, levels)
+    if loops is None or len(flat) > MOST_ROWS:
+        return None
+    rows, columns = tile_bits.shape
+    padded = torch.nn.functional.pad(flat.float(), (0, columns * loops.TILE - shape[1]))
+    y = torch.empty(len(flat), rows * loops.TILE)
+    arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale)
+    loop = functools.partial(loops.product_tiles, *arguments, _array(padded), y.numpy())
+    _over_rows(rows, shape[0] * shape[1], loop)
+    return y[:, : shape[0]].to(x.dtype).reshape(*x.shape[:-1], shape[0])
+
+
+def _tiles(
+    loops: ModuleType,
+    words: Tensor,
+    tile_bits: Tensor,
+    state_bits: dict[int, int],
+    levels: Tensor,
+    scale: Tensor,
+) -> tuple[Any, ...]:
+    """What all loops over tiles begin with."""
+    words_a_bit = loops.TILE**2 // WORD_BITS
+    widths = tile_bits.reshape(-1)
+    _require(words, words_a_bit * int(widths.sum()))
+    _require(levels, sum(2**bits for bits in state_bits.values()))
+    by_bits, first = np.zeros((2, max(state_bits) + 1), dtype=np.int64), 0
+    for bits, of_state in state_bits.items():
+        by_bits[:, bits] = of_state, first
+        first += 2**of_state
+    starts = words_a_bit * (widths.cumsum(0) - widths)
+    of_tiles = (_words(words), starts.numpy(), widths.numpy(), by_bits[0], _array(levels), by_bits[1])
+    return (*of_tiles, np.float32(scale.item()))
+
+
+@functools.cache
+def _loops() -> ModuleType | None:
+    try:
+        from quantizers import cpu_loops
+    except ImportError:
+        return None
+    except Exception as error:  # numba and LLVM raise all kinds
+        warnings.warn(
+            f"numba does not work here ({type(error).__name__}: {str(error)[:500]}); packed weights are decoded by "
+            "torch, with the same results, but slowly. Another version of numba may help",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+    return cpu_loops
+
+
+def _loops_for(words: Tensor, shape: tuple[int, int], x: Tensor | None, levels: Tensor) -> ModuleType | None:
+    devices = {each.device.type for each in (words, levels, x) if each is not None}
+    serves = shape[0] * shape[1] >= LEAST_WEIGHTS and devices == {"cpu"} and levels.dtype == torch.float32
+    if x is not None:
+        serves = serves and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] == shape[1]
+    return _loops() if serves else None
+
+
+def _require(tensor: Tensor, size: int) -> None:
+    """The loops trust sizes."""
+    if tensor.numel() != size:
+        raise ValueError(f"{size} numbers were expected, but {tensor.numel()} are there; the file is damaged")
+
+
+def _words(words: Tensor) -> np.ndarray:
+    return _array(words).view(np.uint32)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="bitsmith")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay with the parent
+
+
+def _over_rows(num_rows: int, num_weights: int, loop: Callable[[int, int], None]) -> None:
+    """`loop(first, stop)` over all rows, on as many threads as torch would take."""
+    parts = max(1, min(torch.get_num_threads(), num_weights // WEIGHTS_A_THREAD, num_rows))
+    bounds = [num_rows * part // parts for part in range(parts + 1)]
+    waiting = [_pool().submit(loop, *bounds[part : part + 2]) for part in range(1, parts)]
+    loop(*bounds[:2])
+    for each in waiting:
+        each.result()

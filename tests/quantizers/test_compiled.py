@@ -1,0 +1,154 @@
+"""Compiled loops give torch's numbers: bit for bit where they decode, but for the order of sums where they multiply."""
+
+import builtins
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from quantizers import QuantizedTensor, compiled, quantizer_from_label
+from quantizers.embedding import QuantizedHead
+from quantizers.rotated_format import AbstractRotatedFormat
+
+BLOCKS = [
+    *("lloyd2-g32-s4", "lloyd3-g64-s5", "lloyd4-g128-s6", "lloyd5-g16-s7", "lloyd6-g64-s8"),
+    "nf8-g64-s3",
+]
+TILES = ["trellis1", "trellis2-l10", "trellis3", "trellis4-l10", "trellis5", "vtrellis2.75"]
+
+
+@pytest.fixture(autouse=True)
+def _for_all_sizes(monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(compiled, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(compiled, "WEIGHTS_A_THREAD", 1)
+
+
+def quantized(label: str, shape: tuple[int, int]) -> QuantizedTensor:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    return quantizer_from_label(label).quantize(weight)
+
+
+def by_torch(monkeypatch, run: Any) -> torch.Tensor:
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_loops", lambda: None)
+        return run()
+
+
+@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (130, 160)], ids=str)
+@pytest.mark.parametrize("label", BLOCKS)
+def test_few_rows_times_blocks(label: str, shape: tuple[int, int], monkeypatch) -> None:
+    weight = quantized(label, shape)
+    for num_rows in (0, 1, 8):
+        x = torch.randn(num_rows, shape[1])
+        assert weight.format.compiled_product(x, weight.plain, shape, weight.levels) is not None
+        wanted = by_torch(monkeypatch, lambda x=x: weight.product(x))
+        torch.testing.assert_close(weight.product(x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (300, 217), (40, 640)], ids=str)
+@pytest.mark.parametrize("label", TILES)
+def test_tiles(label: str, shape: tuple[int, int], monkeypatch) -> None:
+    weight = quantized(label, shape)
+    assert isinstance(weight.format, AbstractRotatedFormat)
+    form, stored = weight.format, (weight.plain, shape, weight.levels)
+    wanted = by_torch(monkeypatch, lambda: form.decode_rotated(*stored))
+    assert torch.equal(form.decode_rotated(*stored), wanted)
+    for num_rows in (0, 1, 8):
+        x = torch.randn(num_rows, shape[1])
+        torch.testing.assert_close(form.rotated_product(x, *stored), x @ wanted.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("label", ["lloyd3-g32-s4", "trellis3"])
+def test_the_product_is_in_the_dtype_of_what_is_multiplied(label: str, dtype: torch.dtype, monkeypatch) -> None:
+    weight = quantized(label, (256, 96))
+    x = torch.randn(2, 1, 96).to(dtype)
+    y = weight.product(x)
+    assert (y.dtype, y.shape) == (dtype, (2, 1, 256))
+    wanted = by_torch(monkeypatch, lambda: weight.product(x.float()))
+    assert (y.float() - wanted).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * wanted.norm()
+
+
+@pytest.mark.parametrize("label", ["lloyd3-g32-s4", "trellis3", "vtrellis2.75"])
+def test_threads_and_strides_change_no_bit(label: str) -> None:
+    weight = quantized(label, (130, 160))
+    x = torch.randn(160, 3).T
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            found.append(weight.product(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+def test_what_the_loops_do_not_serve_is_left_to_torch() -> None:
+    weight, odd = quantized("lloyd3-g32-s4", (64, 96)), quantized("lloyd3-g32-s4", (64, 70))
+    product = weight.format.compiled_product
+    assert product(torch.randn(9, 96), weight.plain, weight.shape, weight.levels) is None  # many rows
+    assert product(torch.randn(1, 96, dtype=torch.float64), weight.plain, weight.shape, weight.levels) is None
+    assert product(torch.empty(1, 96, device="meta"), weight.plain, weight.shape, weight.levels) is None
+    assert odd.format.compiled_product(torch.randn(1, 70), odd.plain, odd.shape, odd.levels) is None
+    assert odd.product(torch.randn(1, 70)).shape == (1, 64)
+
+
+@pytest.mark.parametrize("name", ["weight_packed", "weight_scale_packed", "weight_scale_step"])
+def test_blocks_that_are_cut_off_are_an_error(name: str) -> None:
+    weight = quantized("lloyd3-g32-s4", (64, 96))
+    cut = weight.plain | {name: weight.plain[name][:-1]}
+    with pytest.raises(ValueError, match="damaged"):
+        weight.format.compiled_product(torch.randn(1, 96), cut, weight.shape, weight.levels)
+
+
+@pytest.mark.parametrize("label", ["trellis3", "vtrellis2.75"])
+def test_tiles_that_are_cut_off_are_an_error(label: str) -> None:
+    weight = quantized(label, (64, 96))
+    cut = weight.plain | {"weight_packed": weight.plain["weight_packed"][:-1]}
+    for run in (
+        weight.format.decode_rotated,
+        lambda *stored: weight.format.rotated_product(torch.ones(1, 96), *stored),
+    ):
+        with pytest.raises(ValueError, match="damaged"):
+            run(cut, weight.shape, weight.levels)
+    with pytest.raises(ValueError, match="damaged"):
+        weight.format.decode_rotated(weight.plain, weight.shape, weight.levels[:-1])
+
+
+def test_a_packed_head_is_multiplied_without_being_decoded(monkeypatch) -> None:
+    weight = quantized("lloyd4-g32-s6", (384, 64))
+    head = QuantizedHead((384, 64), weight.format, torch.float32, bias=False)
+    head.fill(weight)
+    x = torch.randn(1, 2, 64, requires_grad=True)
+    monkeypatch.setattr("quantizers.embedding.decode_runs", lambda quantized: pytest.fail("decoded"))
+    y = head(x)
+    torch.testing.assert_close(y, x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
+    monkeypatch.undo()
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, weight.dequantize().sum(dim=0).expand(1, 2, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("error", "num_warnings"), [(ImportError("no numba"), 0), (OSError("no LLVM"), 1)])
+def test_without_numba_torch_does_it(error: Exception, num_warnings: int, monkeypatch) -> None:
+    weight, x = quantized("lloyd3-g32-s4", (64, 96)), torch.randn(1, 96)
+    wanted = weight.product(x)
+    real = builtins.__import__
+
+    def fails(name: str, *others: Any) -> Any:
+        if name == "quantizers" and others[2] and "cpu_loops" in others[2]:
+            raise error
+        return real(name, *others)
+
+    compiled._loops.cache_clear()
+    try:
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as seen:
+            patch.setattr(builtins, "__import__", fails)
+            warnings.simplefilter("always")
+            found = [weight.product(x) for _ in range(2)]
+    finally:
+        compiled._loops.cache_clear()
+    torch.testing.assert_close(found[1], wanted, rtol=1e-5, atol=1e-5)
+    assert len([each for each in seen if "numba does not work here" in str(each.message)]) == num_warnings
