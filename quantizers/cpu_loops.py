@@ -56,10 +56,12 @@ def _product_blocks(bits: int) -> Any:
         num_groups, halves = x.shape[1] // WORD_BITS, block_size // HALF
         num_blocks = (2 * num_groups + halves - 1) // halves
         values = np.empty(WORD_BITS, np.float32)
+        number = first * num_blocks  # of the scale, and how many more have its step
+        step, same_step = number // super_block, super_block - number % super_block
         for row in range(first, stop):
             for t in range(x.shape[0]):
                 y[t, row] = 0
-            scale = np.float32(0)
+            scale, same_scale = np.float32(0), 0
             for group in range(num_groups):
                 start = (row * num_groups + group) * bits
                 for k in range(num_fields):
@@ -71,13 +73,16 @@ def _product_blocks(bits: int) -> Any:
                     for j in range(field_codes):
                         values[k * field_codes + j] = table[field, j]
                 for half in range(2):
-                    if (2 * group + half) % halves == 0:
-                        number = row * num_blocks + (2 * group + half) // halves
+                    if same_scale == 0:
                         word, shift = number * scale_bits // WORD_BITS, number * scale_bits % WORD_BITS
                         code = scale_words[word] >> np.uint32(shift)
                         if shift + scale_bits > WORD_BITS:
                             code |= scale_words[word + 1] << np.uint32(WORD_BITS - shift)
-                        scale = scale_offset + np.float32(code & scale_mask) * scale_steps[number // super_block]
+                        scale = scale_offset + np.float32(code & scale_mask) * scale_steps[step]
+                        number, same_step, same_scale = number + 1, same_step - 1, halves
+                        if same_step == 0:
+                            step, same_step = step + 1, super_block
+                    same_scale -= 1
                     for t in range(x.shape[0]):
                         total = np.float32(0)
                         for k in range(HALF):
