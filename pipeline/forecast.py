@@ -26,11 +26,13 @@ from pipeline.training import FREE_SHARE, KEPT_A_FEATURE
 from pipeline.unloaded import WHOLE_SHARE
 from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
 from quantizers import quantizer_from_label
+from quantizers.compiled import loads_for
 
 HEAP_BYTES = 100 * 2**20  # in pieces that the allocator keeps, while a network runs
 LATER_BYTES = 70 * 2**20  # libraries that are loaded on the way: solvers, scipy
 PROGRAM_BYTES = 20 * 2**20  # the integer program
 REPORT_BYTES = 120 * 2**20  # matplotlib, and the pictures
+LOOPS_BYTES = 90 * 2**20  # numba
 DEQUANTIZE_BYTES = 24  # for each weight of the layer under way
 SLICE_BYTES = 48  # for each probability that is scored at once, in float64
 LOG_PROB_BYTES = 10  # for each probability: float16, while it is written with its checksum or read and checked
@@ -112,7 +114,9 @@ class _Facts:
     def packed(self) -> int:
         """A packed model, and the layer that is dequantized."""
         largest = max(matrix.num_params for matrix in self.run.model.matrices)
-        return HEAP_BYTES + self.run.compressed_bytes + self.around_packed + DEQUANTIZE_BYTES * largest
+        kinds = {quantizer_from_label(label).format.kind for label in self.run.labels}
+        loops = LOOPS_BYTES if any(loads_for(kind, largest) for kind in kinds) else 0
+        return HEAP_BYTES + loops + self.run.compressed_bytes + self.around_packed + DEQUANTIZE_BYTES * largest
 
     def statistics(self) -> StageForecast:
         """layered_pass.py with part_sums.py; then summed_parts.py; then curvature_scale.py."""

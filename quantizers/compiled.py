@@ -6,6 +6,7 @@ with torch, which stays the reference.
 """
 
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -135,6 +136,11 @@ def _tiles(
     return (*of_tiles, np.float32(scale.item()))
 
 
+def loads_for(kind: str, num_weights: int) -> bool:
+    """Is numba loaded (for good, with tens of megabytes) when a weight of that format is decoded on a CPU?"""
+    return "trellis" in kind and num_weights >= LEAST_WEIGHTS and importlib.util.find_spec("numba") is not None
+
+
 @functools.cache
 def _loops() -> ModuleType | None:
     try:
@@ -153,8 +159,9 @@ def _loops() -> ModuleType | None:
 
 
 def _loops_for(words: Tensor, shape: tuple[int, int], x: Tensor | None, levels: Tensor) -> ModuleType | None:
-    devices = {each.device.type for each in (words, levels, x) if each is not None}
-    serves = shape[0] * shape[1] >= LEAST_WEIGHTS and devices == {"cpu"} and levels.dtype == torch.float32
+    tensors = [each for each in (words, levels, x) if each is not None]
+    are_plain = all(type(each) is Tensor and each.device.type == "cpu" for each in tensors)  # not fake, for one
+    serves = are_plain and shape[0] * shape[1] >= LEAST_WEIGHTS and levels.dtype == torch.float32
     if x is not None:
         serves = serves and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] == shape[1]
     return _loops() if serves else None
