@@ -5,13 +5,14 @@ the statistics, the second to the decomposition.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeline.disk_space import disk_may_fill
 from pipeline.embeddings import gives_logits, pack_embeddings
 from pipeline.head_curvature import CURVATURE_FILE, collect_head_curvature, read_curvature
 
 if TYPE_CHECKING:
+    from pipeline.calibration import TokenWindows
     from pipeline.run import Run
     from registry import Artifact
 
@@ -32,8 +33,19 @@ def head_curvature(run: "Run") -> "Artifact | None":
         with disk_may_fill(run, work):
             collect_head_curvature(run.model, windows.tokens, work, device=run.device, progress=run.progress)
 
-    settings = {"model": run.model.digest, "tokens": windows.sha256, "device": run.device}
-    return run.registry.step("head_curvature", (), run.keyed(settings), build, progress=run.progress)
+    return run.registry.step("head_curvature", (), _settings(run, windows), build, progress=run.progress)
+
+
+def has_head_curvature(run: "Run") -> bool:
+    """Is it in the registry, or not wanted?"""
+    windows = run.texts.calibration
+    if windows is None or not weighs_head(run):
+        return True
+    return run.registry.has_step("head_curvature", (), _settings(run, windows)) is not None
+
+
+def _settings(run: "Run", windows: "TokenWindows") -> dict[str, Any]:
+    return run.keyed({"model": run.model.digest, "tokens": windows.sha256, "device": run.device})
 
 
 def packed_embeddings(run: "Run") -> "Artifact | None":

@@ -9,6 +9,7 @@ size is quantized a run of rows at a time (quantizers/rows.py).
 import math
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,13 +19,13 @@ from pipeline.costs import full_label
 from pipeline.decompose import matrix_file
 from pipeline.errors import RecipeError
 from pipeline.model import Model
-from pipeline.parallel import map_in_order
 from pipeline.progress import SILENT, Progress
 from quantizers import BlockFormat, quantizer_from_label
 from quantizers.rows import WEIGHTS_AT_ONCE, quantize_rows
 
 PACK_SECONDS = {False: 1.8e-7, True: 3.5e-7}  # for each weight, on one core; without and with a curvature
 RUN_BYTES = {False: 40, True: 65}  # for each weight of a run, likewise
+CURVATURE_BYTES = 31  # for each of its numbers, while it is factorized in float64
 SCALE_BYTES = 32  # for each block, while scales are found and stored
 
 
@@ -87,8 +88,13 @@ def pack_embeddings(
         tensors = {name: tensor.contiguous() for name, tensor in quantized.tensors().items()}
         replace_file(target, lambda path: save_file(tensors, path))
 
-    for _ in map_in_order(pack, planned, num_workers=1):  # by one thread: the last bits of sums decide on codes
-        pass
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the last bits of sums decide on codes
+    try:
+        for module in planned:
+            pack(module)
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def packing_bytes(model: Model, planned: dict[str, PlannedEmbedding], *, is_weighted: bool) -> int:
@@ -99,7 +105,9 @@ def packing_bytes(model: Model, planned: dict[str, PlannedEmbedding], *, is_weig
         + embedding.size_bits // 4
         for module, embedding in planned.items()
     ]
-    return RUN_BYTES[is_weighted] * WEIGHTS_AT_ONCE + max(each) if each else 0
+    widths = [embedding.shape[1] for embedding in planned.values()]
+    factors = CURVATURE_BYTES * max(widths) ** 2 if planned and is_weighted else 0
+    return RUN_BYTES[is_weighted] * WEIGHTS_AT_ONCE + factors + max(each) if each else 0
 
 
 def _format(planned: PlannedEmbedding) -> BlockFormat:

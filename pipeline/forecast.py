@@ -114,9 +114,15 @@ class _Facts:
     def packed(self) -> int:
         """A packed model, and the layer that is dequantized."""
         largest = max(matrix.num_params for matrix in self.run.model.matrices)
+        packed = self.run.compressed_bytes + self.around_packed
+        return HEAP_BYTES + self.loops + packed + DEQUANTIZE_BYTES * largest
+
+    @property
+    def loops(self) -> int:
+        """What a process takes for good that decodes a matrix of each kind on offer."""
+        largest = max(matrix.num_params for matrix in self.run.model.matrices)
         kinds = {quantizer_from_label(label).format.kind for label in self.run.labels}
-        loops = LOOPS_BYTES if any(loads_for(kind, largest) for kind in kinds) else 0
-        return HEAP_BYTES + loops + self.run.compressed_bytes + self.around_packed + DEQUANTIZE_BYTES * largest
+        return LOOPS_BYTES if any(loads_for(kind, largest) for kind in kinds) else 0
 
     def statistics(self) -> StageForecast:
         """layered_pass.py with part_sums.py; then summed_parts.py; then curvature_scale.py."""
@@ -179,7 +185,7 @@ class _Facts:
         packing += self.now  # before the matrices (run.py)
         if not in_processes:
             return self._host("decompose", seconds, max(packing, self.now + workers * max(each)))
-        worker = PROCESS_BYTES + max(each)
+        worker = PROCESS_BYTES + self.loops + max(each)
         total = max(packing, self.now + workers * worker)
         return StageForecast("decompose", seconds, max(packing, worker), total)
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipeline.atomic import replace_file
+from pipeline.errors import NonFiniteError
 from pipeline.layered import Network, open_network
 from pipeline.layered_pass import forward, hidden_file, read_windows
 from pipeline.model import Model
@@ -38,7 +39,7 @@ def collect_head_curvature(
     Args:
         model: predicts tokens.
     Raises:
-        NonFiniteError: a block gives a NaN or an infinity.
+        NonFiniteError: a block gives a NaN or an infinity, or the head reads one.
     """
     network, sums = open_network(model, device, progress.say), work / "sums.safetensors"
     done = int(load_file(sums)["num_windows"]) if sums.exists() else 0
@@ -73,6 +74,11 @@ def _passes(network: Network, tokens: Tensor, sums: Path, done: int) -> Iterator
                 with torch.no_grad():
                     network.head(window[None], network.through(last, window[None], read))
                 yield
+        if not torch.isfinite(held[0]).all():
+            raise NonFiniteError(
+                f"What the output head reads has a NaN or an infinity in one of the calibration windows {part.start} "
+                f"to {part.stop - 1}. Check the model with its own text, or try other calibration text."
+            )
         stored = {"sum": held[0].cpu(), "num_windows": torch.tensor(part.stop)}
         replace_file(sums, partial(save_file, stored))
         shutil.rmtree(folder)

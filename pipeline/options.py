@@ -90,7 +90,7 @@ RecoverSamples = Annotated[
     ),
 ]
 RecoverSteps = Annotated[
-    int | None, typer.Option(help="steps of that training at most, 200 by default, 300 with `best`")
+    int | None, typer.Option(help="steps of that training at most, 200 by default, 240 with `best`")
 ]
 RecoverLearningRate = Annotated[
     float | None,

@@ -25,7 +25,7 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import disk_may_fill
-from pipeline.embedding_steps import head_curvature, packed_embeddings
+from pipeline.embedding_steps import has_head_curvature, head_curvature, packed_embeddings
 from pipeline.embeddings import planned_embeddings
 from pipeline.errors import RecipeError
 from pipeline.evaluate import evaluate
@@ -178,8 +178,10 @@ class Run:
         return RecoverySettings.model_validate(settings)
 
     def has_statistics(self) -> bool:
-        """Are the statistics in the registry? True where the recipe wants none."""
-        return self.texts.calibration is None or self._found_statistics() is not None
+        """Are the statistics in the registry, and what packing needs? True where the recipe wants none."""
+        if self.texts.calibration is None:
+            return True
+        return self._found_statistics() is not None and has_head_curvature(self)
 
     def has_costs(self) -> bool:
         """Are statistics and cost table in the registry?"""

@@ -1,8 +1,8 @@
 """Packed weights on a CPU by compiled loops (cpu_loops.py), where numba is installed: several times sooner than torch.
 
 Each function gives None where the loops do not serve: without numba, on other devices, for few weights, for which
-loading numba would take longer, and for products of many rows, where dense products pay. Its callers then do the same
-with torch, which stays the reference.
+loading numba would take longer, for products of many rows, where dense products pay, where a gradient is to flow, and
+inside of torch.compile. Its callers then do the same with torch, which stays the reference.
 """
 
 import functools
@@ -26,7 +26,6 @@ MOST_ROWS = 8  # of a product
 WEIGHTS_A_THREAD = 2**16  # fewer are not worth waking another
 
 
-@torch.compiler.disable
 def block_product(
     x: Float[Tensor, "... columns"],
     stored: dict[str, Tensor],
@@ -43,6 +42,8 @@ def block_product(
     Raises:
         ValueError: a stored tensor has not the size that `shape` takes.
     """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
     flat = x.detach().reshape(-1, x.shape[-1])
     loops = _loops_for(stored["weight_packed"], shape, flat, levels)
     if loops is None or shape[1] % WORD_BITS or block_size % loops.HALF or len(flat) > MOST_ROWS:
@@ -52,18 +53,17 @@ def block_product(
     _require(levels, 2**bits)
     _require(stored["weight_scale_packed"], num_words(num_scales, scale_bits))
     _require(stored["weight_scale_step"], -(-num_scales // super_block))
-    y = torch.empty(len(flat), shape[0])
+    y = _empty(len(flat), shape[0])
     loop = functools.partial(
         loops.PRODUCT_BLOCKS[bits],
         *(_words(stored["weight_packed"]), _array(levels), _words(stored["weight_scale_packed"]), scale_bits),
         *(_array(stored["weight_scale_step"]), super_block, np.float32(stored["weight_scale_offset"].item())),
         *(block_size, _array(flat.float()), y.numpy()),
     )
-    _over_rows(shape[0], shape[0] * shape[1], loop)
-    return y.to(x.dtype).view(*x.shape[:-1], shape[0])
+    is_done = _over_rows(shape[0], shape[0] * shape[1], loop)
+    return y.to(x.dtype).view(*x.shape[:-1], shape[0]) if is_done else None
 
 
-@torch.compiler.disable
 def decoded_tiles(
     words: Int32[Tensor, " words"],
     tile_bits: Int64[Tensor, "rows columns"],
@@ -84,13 +84,12 @@ def decoded_tiles(
     if loops is None:
         return None
     rows, columns = tile_bits.shape
-    out = torch.empty(rows * loops.TILE, columns * loops.TILE)
-    arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale)
-    _over_rows(rows, out.numel(), functools.partial(loops.decode_tiles, *arguments, out.numpy()))
-    return out[: shape[0], : shape[1]]
+    out = _empty(rows * loops.TILE, columns * loops.TILE)
+    arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale, shape)
+    is_done = _over_rows(rows, out.numel(), functools.partial(loops.decode_tiles, *arguments, out.numpy()))
+    return out[: shape[0], : shape[1]] if is_done else None
 
 
-@torch.compiler.disable
 def tile_product(
     x: Float[Tensor, "... in"],
     words: Int32[Tensor, " words"],
@@ -101,17 +100,19 @@ def tile_product(
     shape: tuple[int, int],
 ) -> Float[Tensor, "... out"] | None:
     """x Q^T in the dtype of `x`, Q being what `decoded_tiles` gives, summed in float32."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
     flat = x.detach().reshape(-1, x.shape[-1])
     loops = _loops_for(words, shape, flat, levels)
     if loops is None or len(flat) > MOST_ROWS:
         return None
     rows, columns = tile_bits.shape
+    arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale, shape)
     padded = torch.nn.functional.pad(flat.float(), (0, columns * loops.TILE - shape[1]))
-    y = torch.empty(len(flat), rows * loops.TILE)
-    arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale)
+    y = _empty(len(flat), rows * loops.TILE)
     loop = functools.partial(loops.product_tiles, *arguments, _array(padded), y.numpy())
-    _over_rows(rows, shape[0] * shape[1], loop)
-    return y[:, : shape[0]].to(x.dtype).reshape(*x.shape[:-1], shape[0])
+    is_done = _over_rows(rows, shape[0] * shape[1], loop)
+    return y[:, : shape[0]].to(x.dtype).reshape(*x.shape[:-1], shape[0]) if is_done else None
 
 
 def _tiles(
@@ -121,8 +122,11 @@ def _tiles(
     state_bits: dict[int, int],
     levels: Tensor,
     scale: Tensor,
+    shape: tuple[int, int],
 ) -> tuple[Any, ...]:
     """What all loops over tiles begin with."""
+    if tuple(tile_bits.shape) != (-(-shape[0] // loops.TILE), -(-shape[1] // loops.TILE)):
+        raise ValueError(f"{shape} weights are not in {tuple(tile_bits.shape)} tiles; the file is damaged")
     words_a_bit = loops.TILE**2 // WORD_BITS
     widths = tile_bits.reshape(-1)
     _require(words, words_a_bit * int(widths.sum()))
@@ -148,17 +152,29 @@ def _loops() -> ModuleType | None:
     except ImportError:
         return None
     except Exception as error:  # numba and LLVM raise all kinds
-        warnings.warn(
-            f"numba does not work here ({type(error).__name__}: {str(error)[:500]}); packed weights are decoded by "
-            "torch, with the same results, but slowly. Another version of numba may help",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        _give_up(error)
         return None
     return cpu_loops
 
 
+_given_up: list[str] = []
+_ready: set[Callable[..., None]] = set()
+
+
+def _give_up(error: Exception) -> None:
+    """No loop is tried again in this process."""
+    _given_up.append(f"{type(error).__name__}: {str(error)[:500]}")
+    warnings.warn(
+        f"numba does not work here ({_given_up[-1]}); packed weights are decoded by torch, with the same results, but "
+        "slowly. Another version of numba may help, or NUMBA_CACHE_DIR=FOLDER with a new folder for what it compiled",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def _loops_for(words: Tensor, shape: tuple[int, int], x: Tensor | None, levels: Tensor) -> ModuleType | None:
+    if _given_up or torch.compiler.is_compiling():
+        return None
     tensors = [each for each in (words, levels, x) if each is not None]
     are_plain = all(type(each) is Tensor and each.device.type == "cpu" for each in tensors)  # not fake, for one
     serves = are_plain and shape[0] * shape[1] >= LEAST_WEIGHTS and levels.dtype == torch.float32
@@ -174,7 +190,14 @@ def _require(tensor: Tensor, size: int) -> None:
 
 
 def _words(words: Tensor) -> np.ndarray:
+    if words.dtype != torch.int32:
+        raise ValueError(f"codes are packed in int32, but {words.dtype} is there; the file is damaged")
     return _array(words).view(np.uint32)
+
+
+def _empty(*shape: int) -> Float32[Tensor, "..."]:
+    """Whatever the process's defaults are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -190,11 +213,27 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay with the parent
 
 
-def _over_rows(num_rows: int, num_weights: int, loop: Callable[[int, int], None]) -> None:
-    """`loop(first, stop)` over all rows, on as many threads as torch would take."""
+def _over_rows(num_rows: int, num_weights: int, loop: functools.partial[None]) -> bool:
+    """`loop(first, stop)` over all rows, on as many threads as torch would take; False if it does not work here."""
+    if loop.func not in _ready:
+        try:
+            loop(0, 0)  # compiles it, or reads what another process did
+        except MemoryError:
+            raise
+        except Exception as error:  # numba, LLVM, and a disk that is full or has half a file
+            _give_up(error)
+            return False
+        _ready.add(loop.func)
     parts = max(1, min(torch.get_num_threads(), num_weights // WEIGHTS_A_THREAD, num_rows))
     bounds = [num_rows * part // parts for part in range(parts + 1)]
-    waiting = [_pool().submit(loop, *bounds[part : part + 2]) for part in range(1, parts)]
-    loop(*bounds[:2])
+    here, waiting = [bounds[:2]], []
+    for part in range(1, parts):
+        try:
+            waiting.append(_pool().submit(loop, *bounds[part : part + 2]))
+        except RuntimeError:  # Python is about to end
+            here.append(bounds[part : part + 2])
+    for first, stop in here:
+        loop(first, stop)
     for each in waiting:
         each.result()
+    return True

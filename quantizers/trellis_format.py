@@ -99,7 +99,7 @@ class TrellisFormat(AbstractRotatedFormat):
         self, stored: dict[str, Tensor], shape: tuple[int, int], levels: Tensor
     ) -> tuple[Tensor, Tensor, dict[int, int], Tensor, Tensor, tuple[int, int]]:
         """What compiled.py asks for."""
-        tile_bits = torch.full(num_tiles(shape), self.bits)
+        tile_bits = torch.full(num_tiles(shape), self.bits, device=levels.device)
         return stored["weight_packed"], tile_bits, {self.bits: self.state_bits}, levels, stored["weight_scale"], shape
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipeline import head_curvature
+from pipeline.errors import NonFiniteError
 from pipeline.head_curvature import CURVATURE_FILE, collect_head_curvature, read_curvature
-from pipeline.layered import Network, WholeNetwork
+from pipeline.layered import LayeredNetwork, Network, WholeNetwork
 from pipeline.model import Model, open_model
 from pipeline.teacher import head_inputs
 from tests.architectures import build_causal
@@ -65,8 +66,22 @@ def test_a_killed_call_goes_on_with_the_same_result(
         patch.setattr(head_curvature, "open_network", stops)
         with pytest.raises(KeyboardInterrupt):
             collected(model, tmp_path / "work")
-    calls[0] = -100
-    assert torch.equal(collected(model, tmp_path / "work"), whole)
+        calls[0] = -100
+        assert torch.equal(collected(model, tmp_path / "work"), whole)
+    assert calls[0] == -100 + len(TOKENS) - (8 if num_passes > 8 else 0)  # what the first part left is not done again
+
+
+def test_a_head_that_reads_a_nan_is_an_error(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:
+    model = open_model(str(tiny_model_dir))
+    real = LayeredNetwork.through
+
+    def last_is_damaged(self: LayeredNetwork, index: int, tokens: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        output = real(self, index, tokens, hidden)
+        return output * torch.nan if index == self.num_blocks - 1 else output
+
+    monkeypatch.setattr(LayeredNetwork, "through", last_is_damaged)
+    with pytest.raises(NonFiniteError, match="windows 0 to 7"):
+        collected(model, tmp_path / "work")
 
 
 def test_a_network_that_is_no_stack_of_blocks_is_held_as_a_whole(

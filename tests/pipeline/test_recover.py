@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline import recover as recover_module
+from pipeline import training as training_module
 from pipeline import training_state
 from pipeline.errors import CalibrationError, NonFiniteError, RecipeChangedError
 from pipeline.recover import Recovered, recover
@@ -70,8 +72,18 @@ def test_the_held_out_divergence_falls(changes: dict, tmp_path: Path) -> None:
     assert all(math.isfinite(check.train_loss) for check in found.checks[1:] if check.train_loss is not None)
 
 
-def test_the_rate_falls_with_what_is_left_to_gain() -> None:
+def test_the_rate_falls_with_what_is_left_to_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lesson = recover_module._Recovery(packed_llama(), TeacherWindows(Path, TOKENS), SETTINGS)
+    rates: list[float] = []
+    real = training_module.adam_step
+
+    def remembered(*arguments: Any, learning_rate: float, **others: Any) -> None:
+        rates.append(learning_rate)
+        real(*arguments, learning_rate=learning_rate, **others)
+
+    monkeypatch.setattr(training_module, "adam_step", remembered)
+    found = run(tmp_path)
+    assert rates == pytest.approx([SETTINGS.rate(step) * lesson.rate_share(found.start_kl) for step in range(6)])
     shares = [lesson.rate_share(start) for start in (1.0, 0.15, 0.0375, 0.0, -1e-9)]
     assert shares == pytest.approx([1, 1, 0.5, 0, 0])
 

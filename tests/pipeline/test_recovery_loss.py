@@ -76,6 +76,25 @@ def test_the_gradient_passes_a_finite_difference_check() -> None:
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_value_and_gradient_over_slices_are_those_of_autograd(dtype: torch.dtype) -> None:
+    top_tokens, log_probs = coarsened(logits(1, tokens=300), 8)
+    packed, upstream = logits(2, tokens=300).to(dtype), torch.randn(300)
+    x, plain = packed.clone().requires_grad_(), packed.clone().float().requires_grad_()
+    found = coarse_kl(x, top_tokens, log_probs)
+    chosen = top_tokens.long()
+    rest = plain.scatter(-1, chosen, -torch.inf).logsumexp(-1, keepdim=True)
+    log_q = torch.log_softmax(torch.cat([plain.gather(-1, chosen), rest], -1), -1)
+    log_p = torch.log_softmax(log_probs.float(), -1)
+    wanted = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(found, x, upstream)
+    (expected,) = torch.autograd.grad(wanted, plain, upstream)
+    assert gradient.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(gradient.float(), expected, rtol=tolerance, atol=tolerance)
+
+
 def window(tokens: int = 300, width: int = 6) -> TeacherWindow:
     top_tokens, log_probs = coarsened(logits(1, tokens=tokens), 8)
     return TeacherWindow(torch.arange(tokens + 1) % 40, top_tokens, log_probs, logits(5, tokens, width).half())

@@ -53,6 +53,12 @@ def test_tiles(label: str, shape: tuple[int, int], monkeypatch) -> None:
     weight = quantized(label, shape)
     assert isinstance(weight.format, AbstractRotatedFormat)
     form, stored = weight.format, (weight.plain, shape, weight.levels)
+    monkeypatch.setattr("quantizers.trellis_format.unpack", lambda *_: pytest.fail("not by a loop"))
+    monkeypatch.setattr("quantizers.variable_trellis_format.unpack", lambda *_: pytest.fail("not by a loop"))
+    form.decode_rotated(*stored)
+    form.rotated_product(torch.randn(1, shape[1]), *stored)
+    monkeypatch.undo()
+    monkeypatch.setattr(compiled, "LEAST_WEIGHTS", 1)
     wanted = by_torch(monkeypatch, lambda: form.decode_rotated(*stored))
     assert torch.equal(form.decode_rotated(*stored), wanted)
     for num_rows in (0, 1, 8):
@@ -72,7 +78,7 @@ def test_the_product_is_in_the_dtype_of_what_is_multiplied(label: str, dtype: to
 
 
 @pytest.mark.parametrize("label", ["lloyd3-g32-s4", "trellis3", "vtrellis2.75"])
-def test_threads_and_strides_change_no_bit(label: str) -> None:
+def test_threads_and_strides_change_no_bit(label: str, monkeypatch) -> None:
     weight = quantized(label, (130, 160))
     x = torch.randn(160, 3).T
     threads = torch.get_num_threads()
@@ -80,10 +86,32 @@ def test_threads_and_strides_change_no_bit(label: str) -> None:
         found = []
         for number in (1, 2, 5):
             torch.set_num_threads(number)
-            found.append(weight.product(x))
+            found += [weight.product(x), weight.product(x.contiguous())]
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(each, found[0]) for each in found)
+    torch.testing.assert_close(found[0], by_torch(monkeypatch, lambda: weight.product(x)), rtol=1e-4, atol=1e-4)
+
+
+def test_defaults_of_the_process_do_not_matter() -> None:
+    weight, x = quantized("trellis3", (64, 96)), torch.randn(1, 96)
+    wanted = weight.product(x)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = weight.product(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("label", ["lloyd3-g32-s4", "trellis3"])
+def test_a_nan_comes_through_and_so_does_a_gradient(label: str) -> None:
+    weight, x = quantized(label, (64, 96)), torch.randn(1, 96)
+    x[0, 5] = torch.nan
+    assert weight.product(x).isnan().all()
+    x = torch.randn(1, 96, requires_grad=True)
+    (gradient,) = torch.autograd.grad(weight.product(x).sum(), x)
+    torch.testing.assert_close(gradient[0], weight.dequantize().sum(dim=0), rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_loops_do_not_serve_is_left_to_torch() -> None:
@@ -118,15 +146,41 @@ def test_tiles_that_are_cut_off_are_an_error(label: str) -> None:
         weight.format.decode_rotated(weight.plain, weight.shape, weight.levels[:-1])
 
 
+def test_other_dtypes_and_grids_are_an_error() -> None:
+    blocks, tiles = quantized("lloyd3-g32-s4", (64, 96)), quantized("vtrellis2.75", (64, 96))
+    narrow = blocks.plain | {"weight_packed": blocks.plain["weight_packed"].to(torch.int8)}
+    with pytest.raises(ValueError, match="damaged"):
+        blocks.format.compiled_product(torch.randn(1, 96), narrow, blocks.shape, blocks.levels)
+    with pytest.raises(ValueError, match="damaged"):
+        tiles.format.rotated_product(torch.randn(1, 160), tiles.plain, (64, 160), tiles.levels)
+
+
+def test_a_loop_that_fails_is_left_to_torch_with_one_warning(monkeypatch) -> None:
+    weight, x = quantized("lloyd3-g32-s4", (64, 96)), torch.randn(1, 96)
+    wanted = weight.product(x)
+
+    def fails(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    loops = compiled._loops()
+    assert loops is not None
+    monkeypatch.setattr(compiled, "_given_up", [])
+    monkeypatch.setitem(loops.PRODUCT_BLOCKS, 3, fails)
+    with pytest.warns(RuntimeWarning, match="NUMBA_CACHE_DIR") as seen:
+        found = [weight.product(x) for _ in range(2)]
+    torch.testing.assert_close(found[1], wanted, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+
+
 def test_a_packed_head_is_multiplied_without_being_decoded(monkeypatch) -> None:
     weight = quantized("lloyd4-g32-s6", (384, 64))
     head = QuantizedHead((384, 64), weight.format, torch.float32, bias=False)
     head.fill(weight)
     x = torch.randn(1, 2, 64, requires_grad=True)
-    monkeypatch.setattr("quantizers.embedding.decode_runs", lambda quantized: pytest.fail("decoded"))
-    y = head(x)
+    with monkeypatch.context() as patch:
+        patch.setattr("quantizers.embedding.decode_runs", lambda quantized: pytest.fail("decoded"))
+        y = head(x)
     torch.testing.assert_close(y, x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
-    monkeypatch.undo()
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, weight.dequantize().sum(dim=0).expand(1, 2, -1), rtol=1e-4, atol=1e-4)
 
@@ -142,6 +196,7 @@ def test_without_numba_torch_does_it(error: Exception, num_warnings: int, monkey
             raise error
         return real(name, *others)
 
+    monkeypatch.setattr(compiled, "_given_up", [])
     compiled._loops.cache_clear()
     try:
         with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as seen:
