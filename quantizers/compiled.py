@@ -42,11 +42,11 @@ def block_product(
     Raises:
         ValueError: a stored tensor has not the size that `shape` takes.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return None
     flat = x.detach().reshape(-1, x.shape[-1])
+    if len(flat) > MOST_ROWS or (torch.is_grad_enabled() and x.requires_grad):  # numba is not even loaded for it
+        return None
     loops = _loops_for(stored["weight_packed"], shape, flat, levels)
-    if loops is None or shape[1] % WORD_BITS or block_size % loops.HALF or len(flat) > MOST_ROWS:
+    if loops is None or shape[1] % WORD_BITS or block_size % loops.HALF:
         return None
     num_scales = shape[0] * -(-shape[1] // block_size)
     _require(stored["weight_packed"], num_words(shape[0] * shape[1], bits))
@@ -100,11 +100,11 @@ def tile_product(
     shape: tuple[int, int],
 ) -> Float[Tensor, "... out"] | None:
     """x Q^T in the dtype of `x`, Q being what `decoded_tiles` gives, summed in float32."""
-    if torch.is_grad_enabled() and x.requires_grad:
-        return None
     flat = x.detach().reshape(-1, x.shape[-1])
+    if len(flat) > MOST_ROWS or (torch.is_grad_enabled() and x.requires_grad):  # numba is not even loaded for it
+        return None
     loops = _loops_for(words, shape, flat, levels)
-    if loops is None or len(flat) > MOST_ROWS:
+    if loops is None:
         return None
     rows, columns = tile_bits.shape
     arguments = _tiles(loops, words, tile_bits, state_bits, levels, scale, shape)
