@@ -384,8 +384,11 @@ def build_untied() -> PreTrainedModel:
     return build_llama(tie_word_embeddings=False)
 
 
-@pytest.mark.parametrize("embeddings", [None, "lloyd6-g32-s6"])
-@pytest.mark.parametrize("build", [build_llama, build_gpt2, build_untied], ids=["llama", "gpt2", "untied"])
+@pytest.mark.parametrize(
+    ("build", "embeddings"),
+    [(build_llama, "lloyd6-g32-s6"), (build_gpt2, None), (build_untied, "lloyd6-g32-s6")],
+    ids=["llama", "gpt2", "untied"],
+)
 def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(
     build, embeddings: str | None, dataset: str, tmp_path: Path
 ) -> None:

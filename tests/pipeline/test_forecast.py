@@ -24,11 +24,13 @@ from pipeline.stages import StageLog
 from pipeline.tail import _kept_bytes, tail_room, tail_within
 from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
 from registry import Registry
-from tests.architectures import CAUSAL, build_causal
+from tests.architectures import build_causal
 from tests.models import save_model
 from tests.pipeline.small import SMALL
 
 GIB = 2**30
+# tied and untied, `Conv1D`, outside projections, experts in several forms, images, encoders, two kinds of blocks
+UNLIKE = ("llama", "qwen2", "gpt2", "opt", "gemma2", "mixtral", "deepseek_v3", "gpt_oss", "llava", "modernbert", "t5")
 
 
 def opened(model_dir: Path, registry: Registry, **settings) -> Run:
@@ -51,7 +53,7 @@ def free(monkeypatch: pytest.MonkeyPatch):
     return set_free
 
 
-@pytest.mark.parametrize("model_type", sorted(CAUSAL))
+@pytest.mark.parametrize("model_type", UNLIKE)
 def test_weights_of_blocks_are_counted_from_headers(
     model_type: str, tmp_path: Path, tiny_tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
