@@ -42,7 +42,7 @@ class DiskSpaceError(PipelineError, OSError):
 
 
 class MemoryShortError(PipelineError, MemoryError):
-    """A stage would take more memory than there is; found before the work starts."""
+    """A stage would take more memory than there is, found before the work starts; or it ran out of it."""
 
 
 class WorkerError(PipelineError, RuntimeError):

@@ -15,6 +15,7 @@ from pipeline.base_logits import SLICE_TOKENS, BaseFeatures, BaseLogits, BaseWin
 from pipeline.calibration import tokens_sha256
 from pipeline.errors import CheckpointError
 from pipeline.eval_report import Estimate, EvalReport
+from pipeline.memory import give_back, is_shortage
 from pipeline.progress import SILENT, Progress
 from pipeline.scoring import answers_to, inference_only, require_windows
 from pipeline.task import Features, Predictions, task_of
@@ -61,7 +62,7 @@ def evaluate(
     starts = range(0, len(tokens), batch_size)
     with inference_only(model):
         for start in progress.track(starts, "comparing with the original", len(starts)):
-            scores += _score_batch(model, base, tokens[start : start + batch_size], start)
+            scores += _scores(model, base, tokens[start : start + batch_size], start)
     return _report(scores, tokens)
 
 
@@ -149,6 +150,17 @@ def sample_text(
         )
     num_read = 0 if model.config.is_encoder_decoder else input_ids.shape[1]
     return str(tokenizer.decode(output[0, num_read:], skip_special_tokens=True))
+
+
+def _scores(model: PreTrainedModel, base: BaseLogits, batch: Tensor, start: int) -> list[TokenScores]:
+    """Of a batch at once; where memory runs out, of its windows one by one."""
+    try:
+        return _score_batch(model, base, batch, start)
+    except Exception as error:
+        if not is_shortage(error) or len(batch) == 1:
+            raise
+    give_back()  # here, where the failed attempt's tensors are gone
+    return [scores for at, window in enumerate(batch, start) for scores in _score_batch(model, base, window[None], at)]
 
 
 def _score_batch(model: PreTrainedModel, base: BaseLogits, batch: Tensor, start: int) -> list[TokenScores]:

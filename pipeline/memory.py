@@ -1,6 +1,7 @@
 """How much memory this process may still take, and what it need not keep."""
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,9 +36,17 @@ def free_bytes(device: "torch.device") -> int:
 
 
 def give_back() -> None:
-    """Return to the system what is freed, which C libraries keep for the next use, by half a gigabyte after a stage."""
+    """Return to the system what is freed, which C libraries and torch keep: half a gigabyte after a stage."""
     with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Did memory run out: Python's, that of torch on the CPU, or a device's (torch.OutOfMemoryError)?"""
+    is_of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or is_of_torch or type(error).__name__ == "OutOfMemoryError"
 
 
 def _left_of_address_space() -> int:

@@ -19,6 +19,7 @@ from pipeline.curvature_sums import Sums
 from pipeline.errors import NonFiniteError
 from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import forward, there_and_back
+from pipeline.memory import give_back, is_shortage
 from pipeline.model import Matrix, Model
 from pipeline.summed_parts import layer_file, owner_of, sum_bytes, write_layer
 from pipeline.tail import tail_of
@@ -42,7 +43,20 @@ def collect_part(
         return forward(network, tokens, folder, at_blocks, first=first, stop=network.num_blocks)
     tail = tail_of(network, tokens, partial(_sum_bytes, network, model, kind))
     label_seed = seed if kind.labels_are_drawn else None
-    return there_and_back(network, tokens, folder, at_blocks, tail=tail, first=first, label_seed=label_seed)
+    passes = partial(there_and_back, network, tokens, folder, at_blocks, first=first, label_seed=label_seed)
+    return _with_a_shorter_tail(passes, tail)
+
+
+def _with_a_shorter_tail(passes: Callable[..., Iterator[None]], tail: range) -> Iterator[None]:
+    """The passes with that tail; where memory runs out, with the last block alone, from what is there already."""
+    try:
+        yield from passes(tail=tail)
+        return
+    except Exception as error:
+        if not is_shortage(error) or len(tail) == 1:
+            raise
+    give_back()  # here, where the failed attempt's tensors are gone
+    yield from passes(tail=tail[-1:])
 
 
 def num_steps(network: Network, kind: Sums, num_windows: int) -> int:

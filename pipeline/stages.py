@@ -9,7 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.memory import give_back
+from pipeline.errors import MemoryShortError
+from pipeline.memory import give_back, is_shortage
+from pipeline.quiet import first_line
 
 if TYPE_CHECKING:
     from pipeline.forecast import StageForecast
@@ -47,11 +49,24 @@ class StageLog:
 
     @contextmanager
     def stage(self, name: str) -> Iterator["StageLog"]:
-        """Measure the block."""
+        """Measure the block.
+
+        Raises:
+            MemoryShortError: memory ran out inside; names the stage.
+        """
         forget_peak()
         self._reused, self.workers_peak_bytes = False, 0
         started = time.monotonic()
-        yield self
+        try:
+            yield self
+        except Exception as error:
+            if not is_shortage(error) or isinstance(error, MemoryShortError):
+                raise
+            raise MemoryShortError(
+                f"The stage {name} ran out of memory ({first_line(error)}). What was finished is kept: run the "
+                "same command again where more is free, with --device cpu instead of a GPU, or with shorter windows "
+                "(--seq-len, --eval-seq-len)."
+            ) from error
         peak_bytes = max(peak_memory_bytes(), self.workers_peak_bytes)
         done = Stage(name, time.monotonic() - started, peak_bytes, self._reused)
         for expected in self.forecasts:

@@ -120,6 +120,25 @@ def test_model_agrees_with_itself(model, tokens, prepare):
     assert report.perplexity.mean == pytest.approx(report.base_perplexity.mean, rel=1e-6)
 
 
+def test_where_memory_runs_out_windows_are_scored_one_by_one(other, tokens, prepare):
+    base, tight = prepare(), copy.deepcopy(other)
+    seen = []
+
+    def refuse(module, args, kwargs):
+        seen.append(len(kwargs["input_ids"]))
+        if seen[-1] > most_windows:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    tight.register_forward_pre_hook(refuse, with_kwargs=True)
+    most_windows = 1
+    found, expected = (evaluate(each, base, tokens, batch_size=1 if each is other else 4) for each in (tight, other))
+    assert found == expected
+    assert seen == [4, 1, 1, 1, 1, 1]
+    most_windows = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluate(tight, base, tokens)
+
+
 def test_divergence_grows_with_the_perturbation(model, tokens, prepare):
     base = prepare()
     reports = [evaluate(perturbed(model, size), base, tokens) for size in (0.003, 0.01, 0.03)]

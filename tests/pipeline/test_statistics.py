@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline import curvature_scale, divergence_scale, part_sums, summed_parts, tail
+from pipeline import curvature_scale, divergence_scale, layered_pass, part_sums, summed_parts, tail
 from pipeline.calibration import token_windows
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import NonFiniteError
@@ -152,6 +154,31 @@ def test_the_room_for_blocks_changes_no_byte(
         files.append({path.name: path.read_bytes() for path in (work / "out").iterdir()})
     assert tails == [range(1, 2), range(2)]
     assert files[0] == files[1]
+
+
+def test_where_memory_runs_out_fewer_blocks_are_held_at_once(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tails, real = open_model(str(tiny_model_dir)), [], layered_pass._back_through
+    expected = collect(model, tmp_path / "roomy", "kronecker")
+
+    def short(blocks: range, *args: Any) -> Iterator[None]:
+        tails.append(blocks)
+        for number, done in enumerate(real(blocks, *args)):
+            if len(blocks) > most_blocks and number == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            yield done
+
+    monkeypatch.setattr(layered_pass, "_back_through", short)
+    most_blocks = 1
+    found = collect(model, tmp_path / "tight", "kronecker")
+    assert tails[:3] == [range(2), range(1, 2), range(1)]
+    for matrix in model.matrices:
+        for one, other in zip(astuple(found.of(matrix)), astuple(expected.of(matrix)), strict=True):
+            assert one is other is None or torch.equal(one, other)
+    most_blocks = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        collect(model, tmp_path / "hopeless", "kronecker")
 
 
 @pytest.mark.parametrize("folder", ["tiny_model_dir", "tiny_gpt2_dir"])
