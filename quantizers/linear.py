@@ -21,6 +21,7 @@ from quantizers.kept_dtypes import kept_dtypes
 from quantizers.kernels.abstract_weight import AbstractKernelWeight, KernelFactors
 from quantizers.kernels.switch import KERNELS
 from quantizers.kernels.weights import KERNEL_WEIGHTS
+from quantizers.packed_linear import numbered, packed_linear
 from quantizers.quantized import LowRank, QuantizedTensor
 
 
@@ -49,11 +50,7 @@ class _PackedMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        dense = ctx.layer.kernel_part(gradient)
-        if dense is not None:
-            return gradient @ dense, None
-        return ctx.layer.quantized().product(gradient, transposed=True), None
+        return ctx.layer.quantized_back(*gradients), None
 
 
 class QuantizedLinear(nn.Module):
@@ -75,6 +72,7 @@ class QuantizedLinear(nn.Module):
         self.levels: Tensor
         self.register_buffer("levels", None, persistent=False)
         self._kernel_weight: AbstractKernelWeight | None = None  # while it is there, what it replaces is None
+        self._number = numbered(self)
 
     @staticmethod
     def from_quantized(quantized: QuantizedTensor, bias: Float[Tensor, " out"] | None) -> "QuantizedLinear":
@@ -127,6 +125,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
+        is_traced = torch.compiler.is_compiling()
+        y = packed_linear(x, self._number, self.out_features) if is_traced else self.product(x)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """x (Q + L1 L2)^T in the dtype of `x`."""
         low_rank = self.low_rank()
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
         y = None if needs_gradient or low_rank is None else self.kernel_product(x, low_rank)
@@ -136,11 +140,25 @@ class QuantizedLinear(nn.Module):
                 factors = low_rank.factors()
                 low = nn.functional.linear(x, factors.into.to(x.dtype))
                 y = y + nn.functional.linear(low, factors.out.to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return y
 
     def quantized_product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """x Q^T alone, in the dtype of `x`: no low-rank part, no bias. The gradient goes to `x`."""
         return _PackedMatmul.apply(x, self)
+
+    def quantized_back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... in"]:
+        """The gradient of `quantized_product`'s input: `gradient` Q."""
+        dense = self.kernel_part(gradient)
+        return self.quantized().product(gradient, transposed=True) if dense is None else gradient @ dense
+
+    def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... in"]:
+        """The gradient of `product`'s input: `gradient` (Q + L1 L2)."""
+        low_rank = self.low_rank()
+        back = self.quantized_back(gradient)
+        if low_rank is None:
+            return back
+        factors = low_rank.factors()
+        return back + (gradient @ factors.out.to(gradient.dtype)) @ factors.into.to(gradient.dtype)
 
     def kernel_product(
         self, x: Float[Tensor, "... in"], low_rank: LowRank | None = None
@@ -200,6 +218,11 @@ class QuantizedLinear(nn.Module):
         if self._kernel_weight is not None:
             self._buffers |= self._kernel_weight.stored()
             self._kernel_weight = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a layer of its own."""
+        super().__setstate__(state)
+        self._number = numbered(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
