@@ -25,6 +25,7 @@ def evaluate(
     seq_len: int = 512,
     registry: str | None = None,
     device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> dict[str, float]:
     """Perplexity, KL divergence and top-1 agreement, as `bitsmith evaluate` measures them.
 
@@ -33,9 +34,19 @@ def evaluate(
         base: the original; by default what the recipe names.
         dataset: .txt, .jsonl, .parquet or a dataset's Hub id; the bundled text by default.
         num_windows, seq_len: windows of the text, and tokens in each.
+        trust_remote_code: run the code that the original brings.
     """
     check_version()
     with alone_with(what, device):
         return quality.measure(
-            what, base, base_revision, dataset, dataset_revision, num_windows, seq_len, registry, device
+            what,
+            base,
+            base_revision,
+            dataset,
+            dataset_revision,
+            num_windows,
+            seq_len,
+            registry,
+            device,
+            trust_remote_code,
         )

@@ -15,13 +15,13 @@ from quantizers.adapter import attach_adapter
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
-def load_tuned(checkpoint: Path, adapter: Path, device: str = "cpu") -> PeftModel:
+def load_tuned(checkpoint: Path, adapter: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> PeftModel:
     """The packed checkpoint with the adapter on it.
 
     Raises:
         CheckpointError: one of them is damaged, or the adapter belongs to another base.
     """
-    network = load_packed(checkpoint, device)
+    network = load_packed(checkpoint, device, trust_remote_code=trust_remote_code)
     try:
         return attach_adapter(network, adapter).eval()
     except (ValueError, RuntimeError, OSError) as error:
@@ -29,14 +29,19 @@ def load_tuned(checkpoint: Path, adapter: Path, device: str = "cpu") -> PeftMode
 
 
 def check_adapter(
-    checkpoint: Path, adapter: Path, tokens: Int64[Tensor, " tokens"], logits: Float[Tensor, "tokens vocab"]
+    checkpoint: Path,
+    adapter: Path,
+    tokens: Int64[Tensor, " tokens"],
+    logits: Float[Tensor, "tokens vocab"],
+    *,
+    trust_remote_code: bool = False,
 ) -> None:
     """Load both anew and compare what they say to `tokens` with what the trained network said.
 
     Raises:
         CheckpointError: they differ.
     """
-    tuned = load_tuned(checkpoint, adapter, str(logits.device))
+    tuned = load_tuned(checkpoint, adapter, str(logits.device), trust_remote_code=trust_remote_code)
     with torch.no_grad():
         found = tuned(input_ids=tokens[None].to(logits.device), use_cache=False).logits[0]
     largest, difference = logits.abs().max().item(), (found.float() - logits.float()).abs().max().item()

@@ -21,7 +21,7 @@ from quantizers import StorageFormat, quantizer_from_label
 from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
 BYTE_BUDGET_ROUNDS = 8
-EMBEDDINGS_ADVICE = "--embeddings lloyd6-g64-s6"
+EMBEDDINGS_ADVICE = "--embeddings lloyd5-g64-s6"
 SPARE_BYTES_A_MATRIX = 24  # by which the text of another plan for the same model may be longer
 
 

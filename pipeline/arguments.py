@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from pipeline.recipe import Recipe
 
 _SAME_NAME = (
-    *("model", "revision", "dataset", "dataset_revision", "num_samples", "seq_len", "seed", "sensitivity"),
+    *("model", "revision", "trust_remote_code"),
+    *("dataset", "dataset_revision", "num_samples", "seq_len", "seed", "sensitivity"),
     *("recover", "recover_samples", "recover_steps", "recover_learning_rate"),
     *("recover_kl_weight", "recover_hidden_weight", "recover_ce_weight"),
     *("embeddings", "share_groups", "cost_rows", "solver"),

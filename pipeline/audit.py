@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError
+from pipeline.model_config import load_config
+from pipeline.own_code import loading_options
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class, task_of
 from quantizers import QuantizedLinear
@@ -25,15 +27,18 @@ from quantizers.embedding import PackedRows
 
 LARGEST_DIFFERENCE = 1e-3  # of the answer, relative to its range: rounding, not damage
 NUM_TOKENS = 32
+TRUSTED = "trust-remote-code"  # the fresh process's third argument
 
 
-def audit(folder: Path, expected: Tensor) -> None:
+def audit(folder: Path, expected: Tensor, *, trust_remote_code: bool = False) -> None:
     """Load `folder` in a fresh process and compare its answer with `expected`: `fixed_answer` of the model in memory.
 
+    Args:
+        trust_remote_code: run the code that the original brings; see pipeline/own_code.py.
     Raises:
         CheckpointError: a tensor is missing, has other bytes than planned, or the answers differ.
     """
-    reloaded = answer_in_fresh_process(folder)
+    reloaded = answer_in_fresh_process(folder, trust_remote_code=trust_remote_code)
     difference = float((reloaded - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not difference <= LARGEST_DIFFERENCE:
         raise CheckpointError(
@@ -43,7 +48,7 @@ def audit(folder: Path, expected: Tensor) -> None:
         )
 
 
-def answer_in_fresh_process(folder: Path) -> Tensor:
+def answer_in_fresh_process(folder: Path, *, trust_remote_code: bool = False) -> Tensor:
     """`fixed_answer` of the folder, loaded and checked by a process that knows nothing of this one.
 
     Raises:
@@ -53,7 +58,7 @@ def answer_in_fresh_process(folder: Path) -> Tensor:
         answer = Path(scratch) / "answer.safetensors"
         # This process's own path: with -m, a folder named `pipeline` where the user stands would win.
         script = f"import sys; sys.path[:] = {sys.path!r}; from pipeline.audit import main; main(sys.argv[1:])"
-        command = [sys.executable, "-c", script, str(folder), str(answer)]
+        command = [sys.executable, "-c", script, str(folder), str(answer), *[TRUSTED] * trust_remote_code]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit {done.returncode}"
@@ -73,15 +78,23 @@ def fixed_answer(model: PreTrainedModel) -> Tensor:
     return task.answer(model, task.inputs(ids[None].to(model.device)))[0].float().cpu()
 
 
-def load_checked(folder: Path) -> PreTrainedModel:
+def load_checked(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a folder packed, on the CPU in float32, and check it against its plan.
 
     Raises:
         CheckpointError: what is there is not what was planned.
     """
+    options = loading_options(folder, trust_remote_code)
+    config = load_config(folder, options)
     with quiet_transformers():
-        loaded: Any = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        loaded: Any = auto_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
     model, info = loaded
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -103,5 +116,6 @@ def load_checked(folder: Path) -> PreTrainedModel:
 
 def main(arguments: list[str]) -> None:
     """The fresh process: check the folder, leave the answer."""
-    folder, answer = map(Path, arguments)
-    save_file({"answer": fixed_answer(load_checked(folder)).contiguous()}, answer)
+    folder, answer = map(Path, arguments[:2])
+    loaded = load_checked(folder, trust_remote_code=TRUSTED in arguments[2:])
+    save_file({"answer": fixed_answer(loaded).contiguous()}, answer)

@@ -40,6 +40,7 @@ class BatchModel(TypedDict):
     revision: str | None
     files: dict[str, Blob]
     is_stored: bool
+    trust_remote_code: bool
 
 
 class Place(TypedDict):
@@ -177,6 +178,7 @@ def _model(model: Model, registry: Registry) -> BatchModel:
         revision=model.revision if from_hub else None,
         files={name: to_blob(entry) for name, entry in entries.items()},
         is_stored=is_stored,
+        trust_remote_code=model.trust_remote_code,
     )
 
 

@@ -121,19 +121,20 @@ def _opened(
             "the registry with `bitsmith registry init --store URL`, or start the workers on its own machine."
         )
     store = Store(_scratch() if url else Path(registry), RemoteBlobs(url) if url else None)
-    opened = _from_store(store, model) if model["is_stored"] else open_model(model["spec"], revision=model["revision"])
+    spec = str(_from_store(store, model)) if model["is_stored"] else model["spec"]
+    opened = open_model(spec, revision=model["revision"], trust_remote_code=model["trust_remote_code"])
     _check_file(opened.path / "config.json", model["files"]["config.json"])
     files = {name: to_entry(blob) for name, blob in statistics.items()}
     learnt = Statistics.open(lambda name: store.path(files[name].sha256)) if files else None
     return opened, learnt, store
 
 
-def _from_store(store: Store, model: _Frozen) -> Model:
+def _from_store(store: Store, model: _Frozen) -> Path:
     folder = Path(tempfile.mkdtemp(dir=_scratch(), prefix="model-"))
     for name, blob in model["files"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.link(store.path(blob["sha256"]), folder / name)
-    return open_model(str(folder))
+    return folder
 
 
 @lru_cache(maxsize=4096)

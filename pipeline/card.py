@@ -17,6 +17,7 @@ from pipeline.card_header import card_header
 from pipeline.command import compress_command, evaluate_command
 from pipeline.markdown import Markdown, markdown_template
 from pipeline.origin import base_model_of, last_part, model_name, public_name, without_local_folders
+from pipeline.own_code import code_commit
 from pipeline.version import requirement
 from pipeline.version_documents import reading
 from pipeline.version_facts import VersionFacts
@@ -59,6 +60,7 @@ def render_card(facts: VersionFacts, repo_id: str, tag: str) -> str:
         num_params=sum(rows * columns for rows, columns in (m["shape"] for m in facts.plan["matrices"].values())),
         num_windows=statistics.metadata.get("num_windows") if statistics else None,
         auto=known_class(report),
+        code=code_commit(facts.recipe),
         generates=known_class(report) in GENERATING,
         picture=ALLOCATION_PICTURE if ALLOCATION_PICTURE in facts.report_files else None,
         plan=facts.plan,

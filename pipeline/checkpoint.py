@@ -24,6 +24,8 @@ from pipeline.allocation import Plan
 from pipeline.atomic import replace_file
 from pipeline.decompose import read_matrix
 from pipeline.model import Model
+from pipeline.origin import hub_id
+from pipeline.own_code import REFERRING_FILES, referring_to
 from pipeline.progress import SILENT, Progress
 from pipeline.safetensors_file import DTYPES, SafetensorsFile, TensorSpec, into_shards
 from quantizers import quantization_config
@@ -54,7 +56,7 @@ class Checkpoint:
     @cached_property
     def texts(self) -> dict[str, str]:
         """File name -> content of the JSON files that are made here."""
-        config = json.loads((self.model.path / "config.json").read_text())
+        config = self._referring("config.json")
         config.pop("_name_or_path", None)  # where whoever saved it had loaded it from; nobody reads it
         if self.model.config.architectures:  # of what is in the files, see settle_architecture
             config["architectures"] = self.model.config.architectures
@@ -63,6 +65,8 @@ class Checkpoint:
             [each.module for each in self.model.embeddings if each.is_head and each.module in self.plan.embeddings],
         )
         texts = {"config.json": config, "plan.json": self.plan.to_json(), "recipe.json": self.recipe}
+        if self._code_repo:
+            texts |= {name: self._referring(name) for name in self.model.extra_files() if name in REFERRING_FILES}
         if len(self.shards) > 1:
             weight_map = {spec.name: name for name, file in self.shards.items() for spec in file.tensors}
             total = sum(spec.size_bytes for file in self.shards.values() for spec in file.tensors)
@@ -77,7 +81,7 @@ class Checkpoint:
         """File name -> exact size of every file of the folder."""
         sizes = {name: file.size_bytes for name, file in self.shards.items()}
         sizes |= {name: len(text.encode()) for name, text in self.texts.items()}
-        return sizes | {name: (self.model.path / name).stat().st_size for name in self.model.extra_files()}
+        return sizes | {name: (self.model.path / name).stat().st_size for name in self._copied()}
 
     @property
     def size_bytes(self) -> int:
@@ -98,7 +102,7 @@ class Checkpoint:
             matrix_path: module name -> file that `decompose` wrote for it.
             kept: parameter name -> tensor in place of the original's, of its shape and dtype.
         """
-        for name in self.model.extra_files():
+        for name in self._copied():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             replace_file(folder / name, partial(shutil.copyfile, self.model.path / name))
         for name, text in self.texts.items():
@@ -106,6 +110,22 @@ class Checkpoint:
         reader = _Reader(self.model, self.plan, matrix_path, kept)
         for name, file in progress.track(self.shards.items(), "Write checkpoint", total=len(self.shards)):
             replace_file(folder / name, partial(file.write, read=reader.tensor))
+
+    def _copied(self) -> list[str]:
+        return [name for name in self.model.extra_files() if name not in self.texts]
+
+    @property
+    def _code_repo(self) -> str | None:
+        """The Hub's repository with the code that the model brings, if that is run."""
+        is_there = self.model.trust_remote_code and self.model.revision is not None
+        return hub_id(self.model.spec, self.model.revision) if is_there else None
+
+    def _referring(self, name: str) -> dict[str, Any]:
+        """A JSON file of the original, with its classes where a checkpoint finds them (own_code.py)."""
+        content: dict[str, Any] = json.loads((self.model.path / name).read_text(encoding="utf-8"))
+        if not self.model.trust_remote_code:
+            content.pop("auto_map", None)  # it was not used, and names files that are not copied
+        return referring_to(self._code_repo, content) if self._code_repo else content
 
     def _specs(self) -> list[TensorSpec]:
         specs = []

@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError, RecipeError
 from pipeline.finetune_cli import finetune
 from pipeline.home import home
 from pipeline.hub_cli import pull, push
+from pipeline.memory import is_shortage
 from pipeline.options import (
     Adapter,
     AsJson,
@@ -57,6 +58,7 @@ from pipeline.options import (
     SeqLen,
     ShareGroups,
     Solver,
+    TrustRemoteCode,
 )
 from pipeline.output import check_compressed, check_free
 from pipeline.registry_cli import registry_app
@@ -81,7 +83,13 @@ app.add_typer(registry_app, name="registry")
 
 
 @app.command()
-def inspect(model: ModelArgument, revision: Revision = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def inspect(
+    model: ModelArgument,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
     """List a model's matrices, their groups, what would be skipped and why, and sizes."""
     _check_model(model, revision, quiet)
     from dataclasses import asdict
@@ -89,7 +97,7 @@ def inspect(model: ModelArgument, revision: Revision = None, as_json: AsJson = F
     from pipeline.display import show_model
     from pipeline.model import open_model
 
-    opened = open_model(model, revision=revision, progress=progress_of(quiet))
+    opened = open_model(model, revision=revision, trust_remote_code=trust_remote_code, progress=progress_of(quiet))
     if as_json:
         print_json(
             {
@@ -111,6 +119,7 @@ def plan(
     budget: BudgetOption,
     dry_run: Annotated[bool, typer.Option(help="write nothing, neither into the registry nor elsewhere")] = False,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     preset: Preset = "default",
     rank: Rank = None,
     factor_bits: FactorBits = None,
@@ -171,6 +180,7 @@ def compress(
     output: Output,
     name: Name = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     preset: Preset = "default",
     rank: Rank = None,
     factor_bits: FactorBits = None,
@@ -286,6 +296,7 @@ def evaluate(
     num_windows: Annotated[int, typer.Option(min=1, help="windows to evaluate on, from the start of the text")] = 24,
     seq_len: Annotated[int, typer.Option(min=2, help="tokens of a window")] = 512,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -306,6 +317,7 @@ def evaluate(
         seq_len=seq_len,
         device=device_of(device),
         adapter=adapter,
+        trust_remote_code=trust_remote_code,
         progress=progress_of(quiet),
     )
     if as_json:
@@ -321,6 +333,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="at most so many tokens")] = 64,
     chat: Annotated[bool, typer.Option(help="send the prompt through the chat template")] = False,
     adapter: Adapter = None,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
 ) -> None:
     """Continue a text with a compressed model, token by token as they come."""
@@ -329,7 +342,15 @@ def generate(
     check_compressed(folder)
     from pipeline.generate import stream_text
 
-    stream_text(folder, prompt, max_new_tokens=max_new_tokens, chat=chat, adapter=adapter, device=device_of(device))
+    stream_text(
+        folder,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+        device=device_of(device),
+    )
 
 
 app.command()(finetune)
@@ -367,9 +388,9 @@ def run_app(app: typer.Typer) -> None:
             _end(f"Error: {error}", 1)
         if isinstance(error, OSError):
             _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
-        if isinstance(error, MemoryError):
-            advice = "Use fewer or shorter windows (--num-samples, --seq-len), or a larger machine."
-            _end(f"Error: out of memory. {advice}", 1)
+        if is_shortage(error):
+            advice = "Use fewer or shorter windows (--seq-len), --device cpu instead of a GPU, or a larger machine."
+            _end(f"Error: out of memory ({' '.join(str(error).split())[:200]}). {advice}", 1)
         raise
 
 

@@ -32,6 +32,7 @@ def evaluate_command(recipe: dict[str, Any], folder: str = "OUT") -> str:
         "--seq-len": recipe["eval_seq_len"],
     }
     words += [word for flag, value in flags.items() if value is not None for word in (flag, value)]
+    words += ["--trust-remote-code"] * bool(recipe.get("trust_remote_code"))
     return " ".join(shlex.quote(str(word)) for word in words)
 
 

@@ -28,18 +28,20 @@ def evaluate_folder(
     seq_len: int,
     device: str,
     adapter: Path | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Perplexity, KL divergence and top-1 agreement on the first windows of a text.
 
     Args:
         adapter: folder that `finetune` wrote for this model.
+        trust_remote_code: run the code that the original brings; see pipeline/own_code.py.
     Raises:
         CheckpointError: `folder` is not a sound compressed checkpoint, or the adapter is another model's.
         ModelError, CalibrationError: see pipeline/errors.py.
     """
-    network = load_with_adapter(folder, adapter, device)
-    original = open_model(base, revision=base_revision, progress=progress)
+    network = load_with_adapter(folder, adapter, device, trust_remote_code=trust_remote_code)
+    original = open_model(base, revision=base_revision, trust_remote_code=trust_remote_code, progress=progress)
     made_from = json.loads((folder / "recipe.json").read_text()).get("model_sha256")
     if made_from != original.digest:
         progress.say(f"Note: {folder} was made from another model than {base} (its files differ).")

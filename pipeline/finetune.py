@@ -39,6 +39,7 @@ from pipeline.finetune_settings import FinetuneSettings
 from pipeline.lora_network import Opened, open_for_finetuning
 from pipeline.memory import give_back
 from pipeline.output import OutputFolder
+from pipeline.own_code import loading_options
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import quiet_transformers
@@ -81,6 +82,7 @@ def finetune(
     output: Path,
     *,
     dataset_revision: str | None = None,
+    trust_remote_code: bool = False,
     device: str = "cpu",
     resume: bool = True,
     progress: Progress = SILENT,
@@ -94,6 +96,7 @@ def finetune(
     Args:
         checkpoint: a folder that `compress` wrote.
         dataset: see conversations.py; None for the bundled instructions.
+        trust_remote_code: run the code that the original brings; see pipeline/own_code.py.
         on_start: called before the first step with the examples and the number of trained parameters.
     Raises:
         CalibrationError: the dataset cannot be used.
@@ -104,14 +107,27 @@ def finetune(
         OutputExistsError, RecipeChangedError: `output` or its unfinished work is of something else.
         RecipeError: nothing would be trained.
     """
-    network = load_packed(checkpoint, device, torch.float32 if settings.compute == "float32" else None)
+    load = partial(load_packed, checkpoint, device, trust_remote_code=trust_remote_code)
+    network = load(dtype=torch.float32 if settings.compute == "float32" else None)
     if network.dtype == torch.float16:  # which would lose small gradients
-        network = load_packed(checkpoint, device, torch.float32)
+        network = load(dtype=torch.float32)
     if not isinstance(task_of(network.config), NextToken):
         raise CheckpointError(
             f"The model in {checkpoint} is no decoder that goes on from a text, and finetuning trains such models only."
         )
-    examples = _read(checkpoint, dataset, dataset_revision, settings, network, progress)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint, local_files_only=True, **loading_options(checkpoint, trust_remote_code)
+        )
+    examples = read_examples(
+        dataset,
+        tokenizer,
+        seq_len=settings.seq_len,
+        most_rows=settings.most_rows,
+        revision=dataset_revision,
+        progress=progress,
+    )
+    _check_fits(examples, network)
     base = base_sha256(network)
     out = OutputFolder(output, _recipe(examples, settings, base))
     out.check_claim(resume=resume)
@@ -137,7 +153,7 @@ def finetune(
         del network, opened  # or there would be two models in memory
         gc.collect()
         give_back()
-        check_adapter(checkpoint, out.partial / "checkpoint", tokens, logits)
+        check_adapter(checkpoint, out.partial / "checkpoint", tokens, logits, trust_remote_code=trust_remote_code)
         out.finish()
     return _finished(output, was_finished=False)
 
@@ -150,28 +166,6 @@ def _finished(output: Path, *, was_finished: bool = True) -> Finetuned:
             "train with other settings, choose another folder with -o."
         )
     return Finetuned(output, report, was_finished)
-
-
-def _read(
-    checkpoint: Path,
-    dataset: str | None,
-    revision: str | None,
-    settings: FinetuneSettings,
-    network: PreTrainedModel,
-    progress: Progress,
-) -> Examples:
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    examples = read_examples(
-        dataset,
-        tokenizer,
-        seq_len=settings.seq_len,
-        most_rows=settings.most_rows,
-        revision=revision,
-        progress=progress,
-    )
-    _check_fits(examples, network)
-    return examples
 
 
 @dataclass(frozen=True)

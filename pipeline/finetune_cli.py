@@ -11,7 +11,7 @@ from pipeline.devices import device_of
 from pipeline.display import ERRORS, RESULTS, new_table
 from pipeline.errors import RecipeError
 from pipeline.finetune_settings import FinetuneSettings
-from pipeline.options import AsJson, DatasetRevision, Device, FolderArgument, Quiet
+from pipeline.options import AsJson, DatasetRevision, Device, FolderArgument, Quiet, TrustRemoteCode
 from pipeline.output import check_compressed
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def finetune(
     check_every: Annotated[int, typer.Option(help=_help("check_every"))] = _default("check_every"),
     seed: Annotated[int, typer.Option(help="of the order of the examples and of new factors")] = _default("seed"),
     resume: Annotated[bool, typer.Option(help="go on from an unfinished run; --no-resume starts over")] = True,
+    trust_remote_code: TrustRemoteCode = False,
     device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -86,12 +87,18 @@ def finetune(
     _require_peft()
     from pipeline.finetune import finetune
     from pipeline.merged import check_merged_folder, write_merged
+    from pipeline.own_code import names_code
     from pipeline.training import compute_of
 
     if merged is not None:
         merged = merged.expanduser().absolute()
         if merged == output:
             raise RecipeError("The adapter and the merged model need a folder each: give --merged another one than -o.")
+        if names_code(folder):
+            raise RecipeError(
+                "This model brings code of its own, and --merged writes models of transformers' own classes only. "
+                "Leave it out: the adapter works on the checkpoint."
+            )
         check_merged_folder(merged, output)
     done = finetune(
         folder,
@@ -99,6 +106,7 @@ def finetune(
         FinetuneSettings.model_validate(given | {"compute": compute_of(target)}),
         output,
         dataset_revision=dataset_revision,
+        trust_remote_code=trust_remote_code,
         device=target,
         resume=resume,
         progress=progress_of(quiet),

@@ -24,6 +24,7 @@ from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
 from pipeline.experts import PiecedTensor, expert_tensors
 from pipeline.model_config import read_config
+from pipeline.own_code import code_files, forget_code
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.shards import TensorInfo, read_folder
@@ -98,6 +99,7 @@ class Model:
         ties: parameter name -> the parameter whose tensor it shares.
         num_positions: the longest text that it can read, in tokens; None where positions are computed.
         experts_apart: each expert of a mixture is layers of its own, in whatever network is made of the model.
+        trust_remote_code: code that comes with it is run, and belongs to what it is.
     """
 
     spec: str
@@ -111,6 +113,7 @@ class Model:
     ties: dict[str, str] = field(repr=False)
     num_positions: int | None = field(repr=False)
     experts_apart: bool = field(default=False, repr=False)
+    trust_remote_code: bool = field(default=False, repr=False)
 
     @cached_property
     def task(self) -> Task:
@@ -119,11 +122,11 @@ class Model:
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """File -> sha256, of config and weight files.
+        """File -> sha256, of config and weight files, and of code that is run.
 
         Reads every byte once (a second per GB or so), hence not part of opening.
         """
-        names = {"config.json"} | {file for info in self.tensors.values() for file in info.files}
+        names = {"config.json", *self._code_files()} | {file for info in self.tensors.values() for file in info.files}
         return {name: _file_sha256(self.path / name) for name in sorted(names)}
 
     @cached_property
@@ -208,8 +211,14 @@ class Model:
         """The whole model in memory, in eval mode."""
         with quiet_transformers():
             model = auto_class(self.config).from_pretrained(
-                self.path, dtype=dtype, local_files_only=True, use_safetensors=True, trust_remote_code=False
+                self.path,
+                dtype=dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=self.trust_remote_code,
             )
+        if not self.trust_remote_code:
+            forget_code(model.config)
         if self.experts_apart:
             set_experts_apart(model)
         model.to(torch.device(device))  # type: ignore[arg-type]
@@ -223,7 +232,9 @@ class Model:
         """
         try:
             with quiet_transformers():
-                return AutoTokenizer.from_pretrained(self.path, local_files_only=True, trust_remote_code=False)
+                return AutoTokenizer.from_pretrained(
+                    self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
+                )
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise ModelError(
                 f"No usable tokenizer in {self.path}: {first_line(error)} Expected tokenizer.json or "
@@ -232,23 +243,33 @@ class Model:
             ) from error
 
     def extra_files(self) -> list[str]:
-        """Names of what a complete folder has beside config, weights and README: tokenizer, licence ..."""
+        """Names of what a complete folder has beside config, weights and README: tokenizer, licence ...
+
+        Code of its own is among them where it is on this disk alone.
+        """
         paths = {path for pattern in EXTRA_FILES for path in self.path.glob(pattern) if path.is_file()}
-        return sorted(path.relative_to(self.path).as_posix() for path in paths)
+        code = [] if self.revision else self._code_files()
+        return sorted({*(path.relative_to(self.path).as_posix() for path in paths), *code})
+
+    def _code_files(self) -> list[str]:
+        return code_files(self.path) if self.trust_remote_code else []
 
 
-def open_model(spec: str, *, revision: str | None = None, progress: Progress = SILENT) -> Model:
+def open_model(
+    spec: str, *, revision: str | None = None, trust_remote_code: bool = False, progress: Progress = SILENT
+) -> Model:
     """Open a model from its headers, and check that it is whole.
 
     Args:
         spec: a folder, a Hub id, a GGUF file (converted once), or `demo`.
         revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the code that comes with it; see pipeline/own_code.py.
         progress: told about downloads and conversions.
     Raises:
         ModelError: unknown, unsafe, incomplete, damaged, already quantized, or without a compressible matrix.
     """
-    source = find_source(spec, revision, progress)
-    config = read_config(source.path)
+    source = find_source(spec, revision, progress, trust_remote_code=trust_remote_code)
+    config = read_config(source.path, trust_remote_code=trust_remote_code)
     stored = read_folder(source.path)
     settle_architecture(config, [info.name for info in stored])
     skeleton = build_skeleton(config)
@@ -278,6 +299,7 @@ def open_model(spec: str, *, revision: str | None = None, progress: Progress = S
         ties=structure.ties,
         num_positions=structure.num_positions,
         experts_apart=bool(experts),
+        trust_remote_code=trust_remote_code,
     )
 
 

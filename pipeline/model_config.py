@@ -1,4 +1,4 @@
-"""config.json, read by transformers without running any code that comes with the model."""
+"""config.json, read by transformers. Code that comes with the model runs only where it is trusted."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,18 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from pipeline.errors import ModelError
+from pipeline.own_code import TRUST_ADVICE, forget_code
 from pipeline.quiet import first_line, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def read_config(path: Path) -> "PretrainedConfig":
+def read_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
     """The config of the model in folder `path`.
 
+    Args:
+        trust_remote_code: run the code that it names; see pipeline/own_code.py.
     Raises:
         ModelError: none there, not JSON, already quantized, or an architecture that transformers lacks.
     """
@@ -34,19 +37,38 @@ def read_config(path: Path) -> "PretrainedConfig":
         raise ModelError(f"{config_path} is not a JSON object. Download the model again.")
     _refuse_quantized(config_path, raw)
     try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return load_config(path, {"trust_remote_code": trust_remote_code})
     except StrictDataclassError as error:
         raise ModelError(
             f"{config_path} holds a value that transformers rejects: {' '.join(str(error).split())} "
             "Mend the file, or download the model again."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:  # a model's own code may raise anything
+        if trust_remote_code and raw.get("auto_map"):
+            raise ModelError(
+                f"The code that {config_path} names does not run with this transformers: {type(error).__name__}: "
+                f"{first_line(error)} Install what it needs, or a version of transformers that it was written for."
+            ) from error
+        if not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError | ImportError):
+            raise
         raise ModelError(
             f"transformers does not know the architecture in {config_path} (model_type "
-            f"{raw.get('model_type')!r}): {first_line(error)} Update transformers if the model is newer. "
-            "Code that comes with a model is never run, so a model that needs its own code cannot be opened."
+            f"{raw.get('model_type')!r}): {first_line(error)} "
+            f"{TRUST_ADVICE if raw.get('auto_map') else 'Update transformers if the model is newer.'}"
         ) from error
+
+
+def load_config(path: Path, options: dict[str, Any]) -> "PretrainedConfig":
+    """What AutoConfig reads; without trust it has lost the classes that it names.
+
+    Args:
+        options: `trust_remote_code`, and `code_revision` where the code is elsewhere.
+    """
+    with quiet_transformers():
+        config = AutoConfig.from_pretrained(path, local_files_only=True, **options)
+    if not options["trust_remote_code"]:
+        forget_code(config)
+    return config
 
 
 def _refuse_quantized(config_path: Path, raw: dict[str, Any]) -> None:

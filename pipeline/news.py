@@ -83,7 +83,10 @@ def _base(recipe: Recipe, registry: Registry, progress: Progress) -> tuple[str, 
     if _is_local(recipe):
         from pipeline.model import open_model
 
-        return "model_sha256", open_model(recipe.model, revision=recipe.revision, progress=progress).digest
+        opened = open_model(
+            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
+        )
+        return "model_sha256", opened.digest
     repo = hub_id(recipe.model, "") or recipe.model
     found = ask_hub(repo, recipe.revision or "main", registry.root)
     if isinstance(found, RegistryError):

@@ -28,6 +28,10 @@ TrustConfig = Annotated[
     typer.Option(help="trust configuration of a private Sigstore, in JSON; else the public one, from the network"),
 ]
 Revision = Annotated[str | None, typer.Option(help="commit, tag or branch of a Hub id")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="run the code that comes with the model; it may do anything that you may"),
+]
 BudgetOption = Annotated[
     str,
     typer.Option(
@@ -73,7 +77,7 @@ Override = Annotated[
 ]
 Embeddings = Annotated[
     str | None,
-    typer.Option(help="quantizer of token embeddings and output head, e.g. lloyd6-g64-s6; left as they are by default"),
+    typer.Option(help="quantizer of token embeddings and output head, e.g. lloyd5-g64-s6; left as they are by default"),
 ]
 ShareGroups = Annotated[
     bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")
@@ -86,12 +90,10 @@ Recover = Annotated[
 RecoverSamples = Annotated[
     int | None,
     typer.Option(
-        help="windows of the calibration text for that training, 512 by default; a few are kept to check with"
+        help="windows of the calibration text for that training, 416 by default; a few are kept to check with"
     ),
 ]
-RecoverSteps = Annotated[
-    int | None, typer.Option(help="steps of that training at most, 200 by default, 240 with `best`")
-]
+RecoverSteps = Annotated[int | None, typer.Option(help="steps of that training at most, 200 by default")]
 RecoverLearningRate = Annotated[
     float | None,
     typer.Option(help="of that training, at its height; 0.001 by default; less is taken where little is left"),

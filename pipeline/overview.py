@@ -9,6 +9,7 @@ from pipeline.card_header import card_header
 from pipeline.eval_report import EvalReport
 from pipeline.markdown import Markdown, markdown_template
 from pipeline.origin import base_model_of, model_name
+from pipeline.own_code import code_commit
 from pipeline.version import requirement
 from pipeline.version_facts import VersionFacts
 from registry import IntegrityError, Overview, RegistryError
@@ -48,6 +49,7 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
     body = markdown_template("overview.md.j2", bytes=human_bytes).render(
         base_model=base_model,
         auto=known_class(largest.report),
+        code=code_commit(largest.recipe),
         columns=[(figure, title) for figure, title in _COLUMNS.items() if any(figure in row for row in rows)],
         originals=_originals(EvalReport.from_json(evaluation["report"])) if evaluation else {},
         name=model_name(largest.recipe["model"], base_model),

@@ -6,13 +6,15 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.allocation import Plan
 from pipeline.decompose import read_matrix
 from pipeline.errors import CheckpointError
 from pipeline.model import Model
+from pipeline.model_config import load_config
 from pipeline.output import check_compressed
+from pipeline.own_code import TRUST_ADVICE, loading_options, names_code
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class
 from pipeline.unloaded import MergedError, Unloaded
@@ -59,40 +61,53 @@ def _sharing(model: Model, plan: Plan) -> list[str]:
     return [name.removesuffix(".weight") for name, source in model.ties.items() if source in packed]
 
 
-def load_packed(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_packed(
+    folder: Path, device: str = "cpu", dtype: torch.dtype | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A compressed folder as transformers loads it: packed, on the device.
 
     Args:
         dtype: of what is not packed; None for float32 on the CPU and the checkpoint's own on a GPU.
+        trust_remote_code: run the code that the original brings; see pipeline/own_code.py.
     Raises:
         CheckpointError: it is not a folder that bitsmith wrote, or it is damaged.
     """
     check_compressed(folder)
+    options = loading_options(folder, trust_remote_code)
     try:
+        config = load_config(folder, options)
         with quiet_transformers():
-            network = auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(
+            network = auto_class(config).from_pretrained(
                 folder,
+                config=config,
                 dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
                 local_files_only=True,
                 use_safetensors=True,
+                **options,
             )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} does not load: {error}") from error
+    except Exception as error:  # a model's own code may raise anything
+        if not trust_remote_code and not isinstance(error, OSError | ValueError | RuntimeError):
+            raise
+        advice = "" if trust_remote_code or not names_code(folder) else f" {TRUST_ADVICE}"
+        raise CheckpointError(f"{folder} does not load: {error}{advice}") from error
     network.to(torch.device(device))  # type: ignore[arg-type]
     return network.eval()
 
 
-def load_with_adapter(folder: Path, adapter: Path | None, device: str) -> PreTrainedModel:
+def load_with_adapter(
+    folder: Path, adapter: Path | None, device: str, *, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """The same, with what `finetune` wrote for it on top, if that is asked for.
 
     Raises:
         CheckpointError: see `load_packed`; or the adapter is damaged, or another model's.
     """
     if adapter is None:
-        return load_packed(folder, device)
+        return load_packed(folder, device, trust_remote_code=trust_remote_code)
     from pipeline.adapter import load_tuned  # brings peft along, which not everybody has
 
-    return load_tuned(folder, adapter, device).get_base_model()  # type: ignore[return-value]
+    tuned = load_tuned(folder, adapter, device, trust_remote_code=trust_remote_code)
+    return tuned.get_base_model()  # type: ignore[return-value]
 
 
 def unpack(network: PreTrainedModel) -> None:

@@ -27,6 +27,7 @@ class Recipe(BaseModel):
 
     model: str = Field(description="folder, Hub id, GGUF file, or `demo`")
     revision: str | None = Field(None, description="commit, tag or branch on the Hub")
+    trust_remote_code: bool = Field(False, description="run the code that comes with the model, see own_code.py")
     budget: str = Field(description="2.75bpw, 180MB, 4.2GiB or 40%")
     ranks: tuple[Annotated[int, Field(ge=0)], ...] = Field(
         description="of low-rank parts on offer, beside none; 0 for none"

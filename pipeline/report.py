@@ -50,6 +50,7 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
         f=content,
         pictures=pictures,
         auto=known_class(content),
+        trusts=bool(content["recipe"].get("trust_remote_code")),
         generates=known_class(content) in GENERATING,
         error_name=error_name(content),
         rows=before_after(content),

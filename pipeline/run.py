@@ -89,7 +89,9 @@ class Run:
         recipe: Recipe, registry: Registry, *, device: str, resume: bool, log: StageLog, progress: Progress
     ) -> "Run":
         """`prepare` without a look at the budget and at the weights' values."""
-        model = open_model(recipe.model, revision=recipe.revision, progress=progress)
+        model = open_model(
+            recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
+        )
         check_ranks(model.matrices, recipe.ranks)
         check_trainable(recipe)
         if recipe.recover and not model.task.generates and (recipe.recover_hidden_weight or recipe.recover_ce_weight):
@@ -356,7 +358,7 @@ class Run:
             )
             expected = fixed_answer(in_memory)
             del in_memory  # one copy at a time
-            audit(staged, expected)
+            audit(staged, expected, trust_remote_code=self.model.trust_remote_code)
         output.finish()
 
     def evaluation(self, checkpoint: Artifact, folder: Path) -> Artifact | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from pipeline.errors import ModelError
 from pipeline.gguf_source import convert_gguf
 from pipeline.hub_failures import hub_failures
+from pipeline.own_code import CODE_FILES
 from pipeline.progress import Progress
 from pipeline.shards import refuse_pickle
 
@@ -48,9 +49,11 @@ class Source:
     revision: str | None
 
 
-def find_source(spec: str, revision: str | None, progress: Progress) -> Source:
+def find_source(spec: str, revision: str | None, progress: Progress, *, trust_remote_code: bool = False) -> Source:
     """The folder that `spec` stands for; downloads or converts if it must.
 
+    Args:
+        trust_remote_code: download the model's own code too.
     Raises:
         ModelError: nothing there, or only files that are not safe or not readable.
     """
@@ -70,7 +73,7 @@ def find_source(spec: str, revision: str | None, progress: Progress) -> Source:
     if match := _HUB_GGUF.fullmatch(spec):
         return _gguf_from_hub(match["repo"], match["file"], revision, progress)
     if _HUB_ID.fullmatch(spec) and not spec.endswith(".gguf"):
-        return _from_hub(spec, revision, progress)
+        return _from_hub(spec, revision, progress, with_code=trust_remote_code)
     raise ModelError(
         f"No model at {spec}: there is no such folder or file, and it is not a Hub id either (user/name). "
         "Check the path; it is taken relative to the current folder."
@@ -102,7 +105,7 @@ def _from_disk(path: Path, progress: Progress) -> Path:
     )
 
 
-def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Source:
+def _from_hub(repo_id: str, revision: str | None, progress: Progress, *, with_code: bool = False) -> Source:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -125,12 +128,13 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Source:
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise _unknown(repo_id, "the Hub knows no such public model (private ones need `hf auth login`)") from error
     except hub_failures() as error:
-        return _from_hub_cache(repo_id, revision, error)
+        return _from_hub_cache(repo_id, revision, _patterns(with_code), error)
     _refuse_unsafe_repo(repo_id, [file.rfilename for file in info.siblings or ()])
     progress.say(f"Downloading {repo_id} at {info.sha} unless it is in the cache")
-    patterns = ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES]
     try:
-        path = snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns, etag_timeout=HUB_TIMEOUT_SECONDS)
+        path = snapshot_download(
+            repo_id, revision=info.sha, allow_patterns=_patterns(with_code), etag_timeout=HUB_TIMEOUT_SECONDS
+        )
     except hub_failures() as error:
         raise ModelError(
             f"The download of {repo_id} broke off ({type(error).__name__}: {error}). Finished files are "
@@ -139,10 +143,13 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress) -> Source:
     return Source(Path(path), info.sha)
 
 
-def _from_hub_cache(repo_id: str, revision: str | None, cause: Exception) -> Source:
+def _patterns(with_code: bool) -> list[str]:
+    return ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES, *[CODE_FILES] * with_code]
+
+
+def _from_hub_cache(repo_id: str, revision: str | None, patterns: list[str], cause: Exception) -> Source:
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "README.md", *WEIGHT_FILES, *EXTRA_FILES]
     try:
         path = Path(snapshot_download(repo_id, revision=revision, local_files_only=True, allow_patterns=patterns))
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.errors import ModelError
+from pipeline.own_code import brings_code
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.task import auto_class, task_of
 from quantizers.embedding_swap import input_embeddings, is_packable, tied_to
@@ -101,12 +102,19 @@ def build_skeleton(config: "PretrainedConfig", *, experts_apart: bool = False) -
     try:
         # bfloat16, because some fused kernels have a meta implementation for it alone
         with quiet_transformers(), torch.device("meta"):
-            model = auto_class(config).from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+            model = auto_class(config).from_config(
+                config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=brings_code(config)
+            )
+    except Exception as error:  # a model's own code may raise anything
+        known = ValueError | KeyError | TypeError | AttributeError | ImportError | RuntimeError
+        if not isinstance(error, known) and not brings_code(config):
+            raise
+        advice = "Check config.json, or update transformers."
+        if brings_code(config):
+            advice = "Its own code ran: install what it needs, or a version of transformers that it was written for."
         raise ModelError(
             f"transformers cannot build a language model for model_type "
-            f"{getattr(config, 'model_type', '?')!r}: {first_line(error)} Check config.json, or update "
-            "transformers; code that comes with a model is never run."
+            f"{getattr(config, 'model_type', '?')!r}: {first_line(error)} {advice}"
         ) from error
     if experts_apart:
         set_experts_apart(model)

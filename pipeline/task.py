@@ -30,9 +30,12 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from pipeline.own_code import brings_code
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+GENERATING_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText)
 ENCODER_CLASSES: tuple[Any, ...] = (
     AutoModelForMaskedLM,
     AutoModelForPreTraining,
@@ -235,9 +238,10 @@ def drawn_labels(logits: Tensor, seed: int) -> Tensor:
 
 def task_of(config: "PretrainedConfig") -> Task:
     """The task of a model with this config."""
-    if _encoder_class(config) is not None:
+    named = auto_class(config)
+    if named in ENCODER_CLASSES:
         return Features()
-    if config.is_encoder_decoder and type(config) in AutoModelForSeq2SeqLM._model_mapping:
+    if named is AutoModelForSeq2SeqLM:
         stated = (getattr(config, key, None) for key in ("decoder_start_token_id", "pad_token_id"))
         return Continuation(next((token for token in stated if token is not None), 0))
     return NextToken()
@@ -245,6 +249,8 @@ def task_of(config: "PretrainedConfig") -> Task:
 
 def auto_class(config: "PretrainedConfig") -> Any:
     """transformers' class that builds and loads models of `config`."""
+    if brings_code(config) and (own := _own_class(config)) is not None:
+        return own
     if (encoder := _encoder_class(config)) is not None:
         return encoder
     if config.is_encoder_decoder and type(config) in AutoModelForSeq2SeqLM._model_mapping:
@@ -262,6 +268,8 @@ def settle_architecture(config: "PretrainedConfig", stored: Collection[str]) -> 
     Args:
         stored: names of the tensors in the files, which begin with the encoder's own name where there is a head.
     """
+    if brings_code(config):
+        return
     encoder = _encoder_class(config)
     kind = type(config)
     if encoder is None or kind not in AutoModelForMaskedLM._model_mapping or kind not in AutoModel._model_mapping:
@@ -273,6 +281,15 @@ def settle_architecture(config: "PretrainedConfig", stored: Collection[str]) -> 
         config.architectures = [alone.__name__]
     elif not config.architectures and has_head:
         config.architectures = [masked.__name__]
+
+
+def _own_class(config: "PretrainedConfig") -> Any:
+    """The class for which a model's own code has one: for the named architecture, if that is among them."""
+    named = {auto.__name__: auto for auto in (*GENERATING_CLASSES, *ENCODER_CLASSES)}
+    own = {auto: str(reference).rpartition(".")[2] for auto, reference in config.auto_map.items() if auto in named}
+    architecture = next(iter(config.architectures or ()), None)
+    fitting = [auto for auto in named if own.get(auto) == architecture] or [auto for auto in named if auto in own]
+    return named[fitting[0]] if fitting else None
 
 
 def _encoder_class(config: "PretrainedConfig") -> Any:

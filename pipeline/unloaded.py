@@ -21,6 +21,7 @@ from pipeline.errors import ModelError
 from pipeline.memory import free_bytes
 from pipeline.model import Model
 from pipeline.model_config import read_config
+from pipeline.own_code import brings_code
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import block_names, build_skeleton
 from pipeline.task import auto_class
@@ -162,12 +163,14 @@ def _loading(weights: Weights, block: nn.Module, name: str) -> Callable[..., Any
 
 def _without_weights(model: Model) -> "PreTrainedModel":
     """Parameters on the meta device; buffers, which its code computes, are real."""
-    config = read_config(model.path)  # not model.config, where the skeleton has set eager attention
+    config = read_config(
+        model.path, trust_remote_code=model.trust_remote_code
+    )  # not model.config, where the skeleton has set eager attention
     config.architectures = model.config.architectures
     handle = register_module_parameter_registration_hook(_on_meta)  # type: ignore[arg-type]
     try:
         with quiet_transformers():
-            network = auto_class(config).from_config(config, dtype=torch.float32)
+            network = auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=brings_code(config))
     finally:
         handle.remove()
     if model.experts_apart:

@@ -13,7 +13,8 @@ HEAD = """# Architectures
 Each row is a tiny random model of transformers' own class, which the tests compress, load anew, and compare with what
 was planned (`tests/pipeline/test_architectures.py`). Other models that read text are taken apart alike:
 every linear layer that text calls in the repeated blocks is a matrix; what is for images stays as it is.
-`bitsmith inspect MODEL` lists what is left, and why.
+`bitsmith inspect MODEL` lists what is left, and why. A model that transformers lacks and that brings its own code is
+opened with `--trust-remote-code` (`tests/pipeline/test_own_code.py`).
 
 "In memory" is what statistics, evaluation and audit hold of the original's weights in float32, beside embeddings, norms
 and head.

@@ -219,7 +219,7 @@ def test_a_folder_without_them_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("label", ["trellis3", "int4", "lloyd4-r2", "kmeans3", "e8p2"])
 def test_a_quantizer_whose_rows_cannot_be_read_alone_is_refused(label: str, tiny_model_dir: Path) -> None:
-    with pytest.raises(RecipeError, match=f"cannot be packed with {label}.*lloyd6-g64-s6"):
+    with pytest.raises(RecipeError, match=f"cannot be packed with {label}.*lloyd5-g64-s6"):
         planned_embeddings(open_model(str(tiny_model_dir)), label)
 
 
@@ -304,7 +304,7 @@ def test_the_forecast_and_the_disk_count_them_and_the_start_names_them(
         table = new_table(title="")
         add_run_rows(table, run)
         said.append(dict(zip(*(column.cells for column in table.columns), strict=True)))
-    assert said[0]["embeddings"] == "49.15 kB, as they are; --embeddings lloyd6-g64-s6 packs them"
+    assert said[0]["embeddings"] == "49.15 kB, as they are; --embeddings lloyd5-g64-s6 packs them"
     assert said[1]["packed too"].startswith(f"model.embed_tokens as {LABEL}, ")
 
 

@@ -440,13 +440,6 @@ def test_unknown_architecture(copied: Path) -> None:
     assert "Update transformers" in message
 
 
-def test_foreign_code_is_never_run(copied: Path) -> None:
-    (copied / "evil.py").write_text(f"open({str(copied / 'ran')!r}, 'w')\nclass C: pass\n")
-    edit_config(copied, model_type="brand_new", auto_map={"AutoConfig": "evil.C"})
-    assert "never run" in message_of(copied)
-    assert not (copied / "ran").exists()
-
-
 def test_no_language_model(copied: Path) -> None:
     edit_config(copied, model_type="vit", architectures=["ViTModel"])
     assert "cannot build a language model" in message_of(copied)
@@ -483,18 +476,21 @@ def test_hub_id_when_offline() -> None:
 def test_hub_that_refuses_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))  # 23 s of them
     message = message_of("no-such-user/no-such-model")
     assert "cannot be reached (ConnectError)" in message
     assert "No model no-such-user/no-such-model/x.gguf" in message_of("no-such-user/no-such-model/x.gguf")
 
 
-def pretend_hub(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str]) -> list[dict[str, Any]]:
+def pretend_hub(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str], sha: str = "c0ffee"
+) -> list[dict[str, Any]]:
     """A Hub that knows one repository; returns the list of downloads that are asked for."""
     asked: list[dict[str, Any]] = []
 
     def model_info(self: object, repo_id: str, **kwargs: Any) -> SimpleNamespace:
         assert kwargs["timeout"] <= 10
-        return SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=name) for name in files])
+        return SimpleNamespace(sha=sha, siblings=[SimpleNamespace(rfilename=name) for name in files])
 
     def snapshot_download(repo_id: str, **kwargs: Any) -> str:
         asked.append({"repo_id": repo_id, **kwargs})
