@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from pipeline.errors import CheckpointError
+from pipeline.memory import is_shortage
 from pipeline.packed import load_packed
 from quantizers.adapter import attach_adapter
 
@@ -25,6 +26,8 @@ def load_tuned(checkpoint: Path, adapter: Path, device: str = "cpu", *, trust_re
     try:
         return attach_adapter(network, adapter).eval()
     except (ValueError, RuntimeError, OSError) as error:
+        if is_shortage(error):
+            raise
         raise CheckpointError(f"{adapter} does not go on {checkpoint}: {error}.") from error
 
 

@@ -122,6 +122,10 @@ def _opened(
         )
     store = Store(_scratch() if url else Path(registry), RemoteBlobs(url) if url else None)
     spec = str(_from_store(store, model)) if model["is_stored"] else model["spec"]
+    if model["revision"] is None:  # else a commit of the Hub's says what it is
+        for name, blob in model["files"].items():
+            if name.endswith(".py"):
+                _check_file(Path(spec) / name, blob)
     opened = open_model(spec, revision=model["revision"], trust_remote_code=model["trust_remote_code"])
     _check_file(opened.path / "config.json", model["files"]["config.json"])
     files = {name: to_entry(blob) for name, blob in statistics.items()}

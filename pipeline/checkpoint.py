@@ -11,7 +11,7 @@ Planning and writing share one description, so the forecast is exact and not an 
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -65,8 +65,7 @@ class Checkpoint:
             [each.module for each in self.model.embeddings if each.is_head and each.module in self.plan.embeddings],
         )
         texts = {"config.json": config, "plan.json": self.plan.to_json(), "recipe.json": self.recipe}
-        if self._code_repo:
-            texts |= {name: self._referring(name) for name in self.model.extra_files() if name in REFERRING_FILES}
+        texts |= dict(self._rewritten())
         if len(self.shards) > 1:
             weight_map = {spec.name: name for name, file in self.shards.items() for spec in file.tensors}
             total = sum(spec.size_bytes for file in self.shards.values() for spec in file.tensors)
@@ -120,12 +119,23 @@ class Checkpoint:
         is_there = self.model.trust_remote_code and self.model.revision is not None
         return hub_id(self.model.spec, self.model.revision) if is_there else None
 
+    def _rewritten(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name in self.model.extra_files():
+            if name in REFERRING_FILES:
+                before, now = self._read(name), self._referring(name)
+                if now != before:
+                    yield name, now
+
     def _referring(self, name: str) -> dict[str, Any]:
         """A JSON file of the original, with its classes where a checkpoint finds them (own_code.py)."""
-        content: dict[str, Any] = json.loads((self.model.path / name).read_text(encoding="utf-8"))
+        content = self._read(name)
         if not self.model.trust_remote_code:
             content.pop("auto_map", None)  # it was not used, and names files that are not copied
-        return referring_to(self._code_repo, content) if self._code_repo else content
+        return referring_to(self._code_repo, content)
+
+    def _read(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.model.path / name).read_text(encoding="utf-8"))
+        return content
 
     def _specs(self) -> list[TensorSpec]:
         specs = []

@@ -61,6 +61,7 @@ from pipeline.options import (
     TrustRemoteCode,
 )
 from pipeline.output import check_compressed, check_free
+from pipeline.quiet import first_line
 from pipeline.registry_cli import registry_app
 from pipeline.sweep_folder import check_sweep_folder
 from registry import Registry, RegistryError
@@ -386,11 +387,11 @@ def run_app(app: typer.Typer) -> None:
             _end("Stopped. What is finished is kept: run the same command again to go on.", 128 + asked[0])
         if isinstance(error, PipelineError | RegistryError):
             _end(f"Error: {error}", 1)
+        if is_shortage(error):
+            advice = "Use shorter windows (--seq-len), --device cpu instead of a GPU, or a larger machine."
+            _end(f"Error: out of memory ({first_line(error)[:200]}). {advice}", 1)
         if isinstance(error, OSError):
             _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)
-        if is_shortage(error):
-            advice = "Use fewer or shorter windows (--seq-len), --device cpu instead of a GPU, or a larger machine."
-            _end(f"Error: out of memory ({' '.join(str(error).split())[:200]}). {advice}", 1)
         raise
 
 

@@ -4,6 +4,7 @@ Both models read the same token windows; each scored token contributes to every 
 and in order. Standard errors treat the window, not the token, as the unit of sampling.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -59,10 +60,9 @@ def evaluate(
         raise ValueError("`base` was prepared for other tokens: call base_log_probs with the same ones.")
     scores: list[TokenScores] = []
     batch_size = batch_size or batch_of(tokens.shape[1], task_of(model.config).answer_width(model.config))
-    starts = range(0, len(tokens), batch_size)
     with inference_only(model):
-        for start in progress.track(starts, "comparing with the original", len(starts)):
-            scores += _scores(model, base, tokens[start : start + batch_size], start)
+        found = _scores(model, base, tokens, batch_size)
+        scores += progress.track(found, "comparing with the original", len(tokens))
     return _report(scores, tokens)
 
 
@@ -152,15 +152,21 @@ def sample_text(
     return str(tokenizer.decode(output[0, num_read:], skip_special_tokens=True))
 
 
-def _scores(model: PreTrainedModel, base: BaseLogits, batch: Tensor, start: int) -> list[TokenScores]:
-    """Of a batch at once; where memory runs out, of its windows one by one."""
-    try:
-        return _score_batch(model, base, batch, start)
-    except Exception as error:
-        if not is_shortage(error) or len(batch) == 1:
-            raise
-    give_back()  # here, where the failed attempt's tensors are gone
-    return [scores for at, window in enumerate(batch, start) for scores in _score_batch(model, base, window[None], at)]
+def _scores(model: PreTrainedModel, base: BaseLogits, tokens: Tensor, batch_size: int) -> Iterator[TokenScores]:
+    """Of each window, a batch at once; one by one from where memory runs out."""
+    start = 0
+    while start < len(tokens):
+        batch = tokens[start : start + batch_size]
+        try:
+            found = _score_batch(model, base, batch, start)
+        except Exception as error:
+            if not is_shortage(error) or len(batch) == 1:
+                raise
+            found, batch_size = [], 1
+        if not found:
+            give_back()  # here, where the failed attempt's tensors are gone
+        yield from found
+        start += len(found)
 
 
 def _score_batch(model: PreTrainedModel, base: BaseLogits, batch: Tensor, start: int) -> list[TokenScores]:

@@ -27,7 +27,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pipeline.adapter import check_adapter
 from pipeline.atomic import replace_file, write_json
@@ -39,10 +39,8 @@ from pipeline.finetune_settings import FinetuneSettings
 from pipeline.lora_network import Opened, open_for_finetuning
 from pipeline.memory import give_back
 from pipeline.output import OutputFolder
-from pipeline.own_code import loading_options
-from pipeline.packed import load_packed
+from pipeline.packed import load_packed, load_tokenizer
 from pipeline.progress import SILENT, Progress
-from pipeline.quiet import quiet_transformers
 from pipeline.structure import num_positions
 from pipeline.task import NextToken, task_of
 from pipeline.training import Lesson, Training, can_keep_activations, sha256_of
@@ -115,13 +113,9 @@ def finetune(
         raise CheckpointError(
             f"The model in {checkpoint} is no decoder that goes on from a text, and finetuning trains such models only."
         )
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint, local_files_only=True, **loading_options(checkpoint, trust_remote_code)
-        )
     examples = read_examples(
         dataset,
-        tokenizer,
+        load_tokenizer(checkpoint, trust_remote_code=trust_remote_code),
         seq_len=settings.seq_len,
         most_rows=settings.most_rows,
         revision=dataset_revision,

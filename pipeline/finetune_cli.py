@@ -94,7 +94,7 @@ def finetune(
         merged = merged.expanduser().absolute()
         if merged == output:
             raise RecipeError("The adapter and the merged model need a folder each: give --merged another one than -o.")
-        if names_code(folder):
+        if trust_remote_code and names_code(folder):
             raise RecipeError(
                 "This model brings code of its own, and --merged writes models of transformers' own classes only. "
                 "Leave it out: the adapter works on the checkpoint."

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from pipeline.errors import CheckpointError
-from pipeline.own_code import loading_options
-from pipeline.packed import load_with_adapter
+from pipeline.packed import load_tokenizer, load_with_adapter
 from pipeline.quiet import quiet_transformers
 from pipeline.task import task_of
 
@@ -39,10 +38,7 @@ def stream_text(
             f"The model in {folder} is an encoder: it gives features of a text and continues none. Its card "
             "and its report say how to load it."
         )
-    with quiet_transformers():
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, **loading_options(folder, trust_remote_code)
-        )
+    tokenizer: Any = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     if chat:
         turns = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))

@@ -104,8 +104,11 @@ def _write(path: Path, sha256: str, reader: "GGUFReader", folder: Path) -> None:
                 dtype=torch.bfloat16,
                 quantization_config=GgufConfig(dequantize=True),
                 local_files_only=True,
+                trust_remote_code=False,  # what lies beside the file is not asked
             )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:  # foreign parser on a foreign file
         raise ModelError(
             f"transformers cannot open {path}: {type(error).__name__}: {error}. The file is damaged, or its "

@@ -1,6 +1,7 @@
 """How much memory this process may still take, and what it need not keep."""
 
 import ctypes
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -44,9 +45,11 @@ def give_back() -> None:
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Did memory run out: Python's, that of torch on the CPU, or a device's (torch.OutOfMemoryError)?"""
-    is_of_torch = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or is_of_torch or type(error).__name__ == "OutOfMemoryError"
+    """Did memory run out: Python's, the system's, that of torch on the CPU, or a device's (torch.OutOfMemoryError)?"""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    said = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _left_of_address_space() -> int:

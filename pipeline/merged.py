@@ -10,13 +10,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.adapter import load_tuned
 from pipeline.atomic import write_json
 from pipeline.disk_space import disk_may_fill_up
 from pipeline.errors import CheckpointError, OutputExistsError
+from pipeline.packed import load_tokenizer
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class
 from quantizers import QuantizedLinear
@@ -79,7 +80,7 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> bool:
         partial.mkdir(parents=True)
         write_json(partial / NOTE_FILE, _note(adapter))
         dense.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(checkpoint, local_files_only=True).save_pretrained(partial)
+        load_tokenizer(checkpoint).save_pretrained(partial)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

@@ -24,7 +24,7 @@ from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
 from pipeline.experts import PiecedTensor, expert_tensors
 from pipeline.model_config import read_config
-from pipeline.own_code import code_files, forget_code
+from pipeline.own_code import TRUST_ADVICE, code_files, forget_code, names_code
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.shards import TensorInfo, read_folder
@@ -99,7 +99,7 @@ class Model:
         ties: parameter name -> the parameter whose tensor it shares.
         num_positions: the longest text that it can read, in tokens; None where positions are computed.
         experts_apart: each expert of a mixture is layers of its own, in whatever network is made of the model.
-        trust_remote_code: code that comes with it is run, and belongs to what it is.
+        trust_remote_code: code comes with it, which is run and belongs to what it is.
     """
 
     spec: str
@@ -235,11 +235,15 @@ class Model:
                 return AutoTokenizer.from_pretrained(
                     self.path, local_files_only=True, trust_remote_code=self.trust_remote_code
                 )
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # its own code may raise anything
+            known = OSError | ValueError | KeyError | TypeError | ImportError
+            if not isinstance(error, known) and not self.trust_remote_code:
+                raise
+            is_refused = names_code(self.path) and not self.trust_remote_code
+            advice = TRUST_ADVICE if is_refused else "Save the model's tokenizer into that folder."
             raise ModelError(
                 f"No usable tokenizer in {self.path}: {first_line(error)} Expected tokenizer.json or "
-                "another tokenizer that transformers reads without foreign code. Save the model's tokenizer "
-                "into that folder."
+                f"another tokenizer that transformers reads. {advice}"
             ) from error
 
     def extra_files(self) -> list[str]:
@@ -269,7 +273,8 @@ def open_model(
         ModelError: unknown, unsafe, incomplete, damaged, already quantized, or without a compressible matrix.
     """
     source = find_source(spec, revision, progress, trust_remote_code=trust_remote_code)
-    config = read_config(source.path, trust_remote_code=trust_remote_code)
+    is_trusted = trust_remote_code and bool(code_files(source.path))
+    config = read_config(source.path, trust_remote_code=is_trusted)
     stored = read_folder(source.path)
     settle_architecture(config, [info.name for info in stored])
     skeleton = build_skeleton(config)
@@ -299,7 +304,7 @@ def open_model(
         ties=structure.ties,
         num_positions=structure.num_positions,
         experts_apart=bool(experts),
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=is_trusted,
     )
 
 

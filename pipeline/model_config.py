@@ -45,9 +45,11 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedCo
         ) from error
     except Exception as error:  # a model's own code may raise anything
         if trust_remote_code and raw.get("auto_map"):
+            is_missing = isinstance(error, OSError)
+            advice = "Install what it needs, or a version of transformers that it was written for."
             raise ModelError(
-                f"The code that {config_path} names does not run with this transformers: {type(error).__name__}: "
-                f"{first_line(error)} Install what it needs, or a version of transformers that it was written for."
+                f"The code that {config_path} names {'is missing' if is_missing else 'does not run'}: "
+                f"{type(error).__name__}: {first_line(error)} {'Download the model again.' if is_missing else advice}"
             ) from error
         if not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError | ImportError):
             raise

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.origin import hub_id, without_local_folders
 from pipeline.progress import SILENT, Progress
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, default_of
 from pipeline.sources import DEMO, demo_gguf
 from pipeline.watch import ask_hub
 from registry import NotFoundError, Registry, RegistryError, Version
@@ -66,16 +66,10 @@ def _changes(registry: Registry, recipe: Recipe, name: str, field: str, base: st
     public = without_local_folders(recipe.to_json() | {field: base})  # as recipe.json has it
     for setting in recipe.to_json():
         now = public[setting]
-        if (was := before.get(setting, _default(setting))) != now:
+        if (was := before.get(setting, default_of(setting))) != now:
             yield f"the recipe of {version} had {setting} {was!r}, and it is {now!r} now"
     if (was := before.get(field)) != base:
         yield f"{recipe.model} was {str(was)[:12]} when {version} was made, and is {base[:12]} now"
-
-
-def _default(setting: str) -> Any:
-    """What a version of before the setting existed was made with."""
-    default = Recipe.model_fields[setting].get_default()
-    return list(default) if isinstance(default, tuple) else default
 
 
 def _base(recipe: Recipe, registry: Registry, progress: Progress) -> tuple[str, str]:

@@ -6,16 +6,17 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.allocation import Plan
 from pipeline.decompose import read_matrix
 from pipeline.errors import CheckpointError
+from pipeline.memory import is_shortage
 from pipeline.model import Model
 from pipeline.model_config import load_config
 from pipeline.output import check_compressed
 from pipeline.own_code import TRUST_ADVICE, loading_options, names_code
-from pipeline.quiet import quiet_transformers
+from pipeline.quiet import first_line, quiet_transformers
 from pipeline.task import auto_class
 from pipeline.unloaded import MergedError, Unloaded
 from quantizers import BlockFormat, QuantizedLinear
@@ -86,12 +87,30 @@ def load_packed(
                 **options,
             )
     except Exception as error:  # a model's own code may raise anything
-        if not trust_remote_code and not isinstance(error, OSError | ValueError | RuntimeError):
+        is_known = trust_remote_code or isinstance(error, OSError | ValueError | RuntimeError)
+        if not is_known or is_shortage(error):
             raise
         advice = "" if trust_remote_code or not names_code(folder) else f" {TRUST_ADVICE}"
         raise CheckpointError(f"{folder} does not load: {error}{advice}") from error
     network.to(torch.device(device))  # type: ignore[arg-type]
     return network.eval()
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a compressed folder.
+
+    Raises:
+        CheckpointError: there is none that can be used.
+    """
+    options = loading_options(folder, trust_remote_code)
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:  # a tokenizer's own code may raise anything
+        if not trust_remote_code and not isinstance(error, OSError | ValueError | KeyError | TypeError | ImportError):
+            raise
+        advice = "" if trust_remote_code or not names_code(folder) else f" {TRUST_ADVICE}"
+        raise CheckpointError(f"No usable tokenizer in {folder}: {first_line(error)}{advice}") from error
 
 
 def load_with_adapter(

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -48,15 +49,21 @@ def collect_part(
 
 
 def _with_a_shorter_tail(passes: Callable[..., Iterator[None]], tail: range) -> Iterator[None]:
-    """The passes with that tail; where memory runs out, with the last block alone, from what is there already."""
+    """The passes with that tail; where memory runs out, with the last block alone, from what is there already.
+
+    Yields for each step once, whatever was in vain.
+    """
+    num_yielded = 0
     try:
-        yield from passes(tail=tail)
+        for _ in passes(tail=tail):
+            num_yielded += 1
+            yield
         return
     except Exception as error:
         if not is_shortage(error) or len(tail) == 1:
             raise
     give_back()  # here, where the failed attempt's tensors are gone
-    yield from passes(tail=tail[-1:])
+    yield from islice(passes(tail=tail[-1:]), num_yielded, None)
 
 
 def num_steps(network: Network, kind: Sums, num_windows: int) -> int:

@@ -55,7 +55,9 @@ def measured(model: Model, folder: Path, windows: TokenWindows, device: str, pro
     }
 
 
-def _sample(label: str, model: Model, network: PreTrainedModel, progress: Progress) -> str:
+def _sample(label: str, model: Model, network: PreTrainedModel, progress: Progress) -> str | None:
+    if not hasattr(network, "generate"):  # not all code that comes with models can
+        return None
     for _ in progress.track([label], f"Sample text, {label}", total=1):
         text = sample_text(network, model.tokenizer(), SAMPLE_PROMPT, SAMPLE_TOKENS)
     return text

@@ -24,6 +24,6 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of many paragraphs says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -122,12 +122,19 @@ def check_trainable(recipe: Recipe) -> None:
         )
 
 
+def default_of(setting: str) -> Any:
+    """What a recipe of before the setting existed stood for, as in its JSON; None of what is no setting."""
+    field = Recipe.model_fields.get(setting)
+    default = None if field is None or field.is_required() else field.get_default()
+    return list(default) if isinstance(default, tuple) else default
+
+
 def refuse_changes(before: dict[str, Any], now: dict[str, Any], where: str, advice: str) -> None:
     """Raise RecipeChangedError naming the fields in which two recipes differ, if any."""
     changed = [
-        f"{field} was {before.get(field)!r} and is now {now.get(field)!r}"
+        f"{field} was {was!r} and is now {now.get(field)!r}"
         for field in sorted(before.keys() | now.keys())
-        if before.get(field) != now.get(field)
+        if (was := before.get(field, default_of(field))) != now.get(field)
     ]
     if changed:
         raise RecipeChangedError(f"{where} was made with another recipe: {'; '.join(changed)}. {advice}")

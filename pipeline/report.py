@@ -16,6 +16,7 @@ from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.charts import DARK, LIGHT, PICTURES, error_name, png
 from pipeline.figures import ReportFacts, figures
+from pipeline.own_code import code_commit
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
 
@@ -51,6 +52,7 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
         pictures=pictures,
         auto=known_class(content),
         trusts=bool(content["recipe"].get("trust_remote_code")),
+        code=code_commit(content["recipe"]),
         generates=known_class(content) in GENERATING,
         error_name=error_name(content),
         rows=before_after(content),

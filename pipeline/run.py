@@ -92,6 +92,7 @@ class Run:
         model = open_model(
             recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
         )
+        recipe = recipe.model_copy(update={"trust_remote_code": model.trust_remote_code})  # it may bring no code
         check_ranks(model.matrices, recipe.ranks)
         check_trainable(recipe)
         if recipe.recover and not model.task.generates and (recipe.recover_hidden_weight or recipe.recover_ce_weight):

@@ -286,9 +286,11 @@ def settle_architecture(config: "PretrainedConfig", stored: Collection[str]) -> 
 def _own_class(config: "PretrainedConfig") -> Any:
     """The class for which a model's own code has one: for the named architecture, if that is among them."""
     named = {auto.__name__: auto for auto in (*GENERATING_CLASSES, *ENCODER_CLASSES)}
-    own = {auto: str(reference).rpartition(".")[2] for auto, reference in config.auto_map.items() if auto in named}
+    own = {auto: str(config.auto_map[auto]).rpartition(".")[2] for auto in named if auto in config.auto_map}
     architecture = next(iter(config.architectures or ()), None)
-    fitting = [auto for auto in named if own.get(auto) == architecture] or [auto for auto in named if auto in own]
+    if config.is_encoder_decoder:
+        own = {auto: own[auto] for auto in sorted(own, key=lambda auto: auto != "AutoModelForSeq2SeqLM")}
+    fitting = [auto for auto in own if own[auto] == architecture] or list(own)
     return named[fitting[0]] if fitting else None
 
 

@@ -1,7 +1,8 @@
 """The product of a packed layer as one operator, for `torch.compile`: opaque to it, so that no graph is broken.
 
 An operator takes tensors and numbers, and what a layer stores comes and goes with the kernels' layout; so a layer is
-named by a number, under which this process knows it as long as it lives. Eager code calls the layer itself.
+named by a number, under which this process knows it as long as it lives. A graph is made for that number: compile a
+network as a whole, not block by block. Eager code, and what is exported, calls the layer itself.
 """
 
 import itertools
@@ -27,6 +28,7 @@ class PackedLayer(Protocol):
 
 _LAYERS: "WeakValueDictionary[int, PackedLayer]" = WeakValueDictionary()
 _NUMBERS = itertools.count()
+TAGS = (torch.Tag.cudagraph_unsafe,)  # the kernels' layout is made by the first product, and goes when the layer moves
 
 
 def numbered(layer: PackedLayer) -> int:
@@ -36,14 +38,14 @@ def numbered(layer: PackedLayer) -> int:
     return number
 
 
-@torch.library.custom_op("bitsmith::packed_linear", mutates_args=())
+@torch.library.custom_op("bitsmith::packed_linear", mutates_args=(), tags=TAGS)
 def packed_linear(x: Tensor, layer: int, out_features: int) -> Tensor:
     """x [..., in] -> x W^T [..., out] in the dtype of `x`; no autocast."""
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         return _LAYERS[layer].product(x).contiguous()
 
 
-@torch.library.custom_op("bitsmith::packed_linear_back", mutates_args=())
+@torch.library.custom_op("bitsmith::packed_linear_back", mutates_args=(), tags=TAGS)
 def packed_linear_back(gradient: Tensor, layer: int, in_features: int) -> Tensor:
     """The gradient [..., out] of the product -> that of its input [..., in]."""
     with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):

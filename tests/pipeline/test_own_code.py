@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from pipeline import audit
+from pipeline.audit import answer_in_fresh_process  # the real one, which `quick` replaces
 from pipeline.card import render_card
 from pipeline.cli import app
 from pipeline.command import compress_command, evaluate_command
 from pipeline.compress import Compressed, compress
 from pipeline.errors import CheckpointError, ModelError, RecipeError
 from pipeline.model import open_model
-from pipeline.own_code import referring_to
+from pipeline.own_code import code_files, referring_to
 from pipeline.packed import load_packed
 from pipeline.recipe import Recipe
 from pipeline.version_facts import VersionFacts
@@ -80,18 +81,18 @@ def compressed(drum: Path, tmp_path_factory: pytest.TempPathFactory, quick) -> C
 
 
 def test_it_is_refused_and_not_run_without_consent(drum: Path) -> None:
+    """In a process of its own: code that this one has loaded before would not run a second time."""
     (drum / "ran").unlink(missing_ok=True)
-    with pytest.raises(ModelError, match="--trust-remote-code") as caught:
-        open_model(str(drum))
-    assert "\n" not in str(caught.value)
-    result = CliRunner().invoke(app, ["inspect", str(drum)])
-    assert isinstance(result.exception, ModelError)
-    assert not (drum / "ran").exists()
+    for trusted, code in ((False, 1), (True, 0)):
+        command = [sys.executable, "-m", "pipeline", "inspect", str(drum), *["--trust-remote-code"] * trusted]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stderr
+        assert ("--trust-remote-code" in done.stderr) == (not trusted)
+        assert (drum / "ran").exists() == trusted
 
 
 def test_with_consent_its_layers_are_found(drum: Path) -> None:
     model = open_model(str(drum), trust_remote_code=True)
-    assert (drum / "ran").exists()
     assert [matrix.kind for matrix in model.matrices] == ["mix_proj", "up_proj", "down_proj"] * 2
     result = CliRunner().invoke(app, ["inspect", str(drum), "--trust-remote-code", "--json"])
     assert len(json.loads(result.output)["matrices"]) == 6
@@ -123,13 +124,11 @@ def test_a_fresh_process_opens_the_checkpoint_with_transformers_alone(compressed
     }
 
 
-def test_the_audit_runs_it_where_the_recipe_says_so(compressed: Compressed, tmp_path: Path) -> None:
-    answer = tmp_path / "answer.safetensors"
-    audit.main([str(compressed.folder), str(answer), audit.TRUSTED])
+def test_the_audits_process_runs_it_with_consent(compressed: Compressed) -> None:
     expected = audit.fixed_answer(load_packed(compressed.folder, trust_remote_code=True))
-    torch.testing.assert_close(load_file(answer)["answer"], expected)
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        audit.main([str(compressed.folder), str(answer)])
+    torch.testing.assert_close(answer_in_fresh_process(compressed.folder, trust_remote_code=True), expected)
+    with pytest.raises(CheckpointError, match="trust_remote_code"):
+        answer_in_fresh_process(compressed.folder)
 
 
 def test_commands_on_the_checkpoint_want_consent_too(drum: Path, compressed: Compressed) -> None:
@@ -163,23 +162,28 @@ def test_of_the_hub_the_commit_is_referred_to(
     """Its code is downloaded with it, and stays out of the checkpoint; whoever opens that gets it from the commit."""
     snapshot = Path(shutil.copytree(drum, tmp_path / "snapshots" / COMMIT))
     asked = pretend_hub(monkeypatch, snapshot, ["model.safetensors"], sha=COMMIT)
-    served = []
+    served: list[tuple[str, str]] = []
 
     def cached_file(repo_id: str, name: str, **options: Any) -> str:
-        served.append((str(repo_id), name, options.get("revision")))
-        return str((snapshot if str(repo_id) == "user/name" else Path(repo_id)) / name)
+        if str(repo_id) != "user/name":
+            return str(Path(repo_id) / name)
+        assert options["local_files_only"]
+        assert any(each["revision"] == options["revision"] for each in asked), "nobody downloaded it"
+        served.append((name, options["revision"]))
+        return str(snapshot / name)
 
     monkeypatch.setattr("transformers.dynamic_module_utils.cached_file", cached_file)
     registry = Registry(tmp_path / "registry")
     done = compress(recipe_of("user/name", revision="main"), registry, tmp_path / "out")
-    assert all("*.py" in each["allow_patterns"] for each in asked)
+    assert "*.py" in asked[0]["allow_patterns"]
     assert not list(done.folder.rglob("*.py"))
     refuse_executables(registry.get(done.version.digest).files)
     config = json.loads((done.folder / "config.json").read_text())
     assert config["auto_map"] == {auto: f"user/name--{reference}" for auto, reference in AUTO_MAP.items()}
+    asked.clear()
     load_packed(done.folder, trust_remote_code=True)
-    from_hub = {served_file[1:] for served_file in served if served_file[0] == "user/name"}
-    assert from_hub == {("modeling_drum.py", COMMIT), ("configuration_drum.py", COMMIT)}
+    assert asked[0] == {"repo_id": "user/name", "revision": COMMIT, "allow_patterns": "*.py"}
+    assert set(served) == {("modeling_drum.py", COMMIT), ("configuration_drum.py", COMMIT)}
     card = render_card(VersionFacts.of(registry, done.version), "me/mine", "v1")
     assert card.count(f'trust_remote_code=True, code_revision="{COMMIT}"') == 2
     assert "trust_remote_code=True" in (done.folder / "report" / "index.html").read_text()
@@ -194,6 +198,34 @@ def test_a_tokenizers_code_is_referred_to_like_the_models() -> None:
         },
         "bos_token": "<s>",
     }
+    assert referring_to("user/name", {"auto_map": ["a.B", None]}) == {"auto_map": ["user/name--a.B", None]}
+    assert referring_to(None, {"auto_map": named}) == {"auto_map": named}
+
+
+def test_only_what_is_named_is_code(drum: Path, tmp_path: Path, tiny_model_dir: Path) -> None:
+    folder = Path(shutil.copytree(drum, tmp_path / "model"))
+    for stray in ("train.py", ".venv/lib/site.py"):
+        (folder / stray).parent.mkdir(parents=True, exist_ok=True)
+        (folder / stray).touch()
+    assert code_files(folder) == ["configuration_drum.py", "modeling_drum.py"]
+    assert code_files(tiny_model_dir) == []
+    model = open_model(str(tiny_model_dir), trust_remote_code=True)
+    assert not model.trust_remote_code, "there is nothing to trust"
+    assert model.digest == open_model(str(tiny_model_dir)).digest
+
+
+def test_code_of_another_repository_is_refused(drum: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(drum, tmp_path / "model"))
+    save_config(folder, auto_map={"AutoConfig": "some/body--configuration.Config"})
+    with pytest.raises(ModelError, match=r"another repository \(some/body\)"):
+        open_model(str(folder), trust_remote_code=True)
+
+
+def test_the_class_is_that_of_the_named_architecture_or_any_that_there_is(drum: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(drum, tmp_path / "model"))
+    for named in (["DrumForCausalLM"], ["SomethingElse"], None):
+        save_config(folder, architectures=named, auto_map=AUTO_MAP | {"AutoModel": "modeling_drum.DrumModel"})
+        assert type(open_model(str(folder), trust_remote_code=True).load()).__name__ == "DrumForCausalLM"
 
 
 def test_what_transformers_has_itself_needs_no_code(tmp_path: Path, tiny_tokenizer, quick) -> None:
@@ -202,9 +234,12 @@ def test_what_transformers_has_itself_needs_no_code(tmp_path: Path, tiny_tokeniz
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
     done = compress(recipe_of(folder, trust_remote_code=False), Registry(tmp_path / "registry"), tmp_path / "out")
     assert not (folder / "ran").exists()
-    assert "auto_map" not in json.loads((done.folder / "config.json").read_text())
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((done.folder / name).read_text())
     assert type(load_packed(done.folder)).__name__ == "LlamaForCausalLM"
 
 

@@ -1,5 +1,6 @@
-"""Packed layers under `torch.compile`, in a process whose functions nobody has wrapped: the tests' type checks are no code
-that it can trace.
+"""Packed layers under `torch.compile`, in a process whose functions nobody has wrapped.
+
+The tests' type checks are no code that it can trace.
 
     python -m tests.quantizers.compile_packed       # prints the names of what held, as JSON
 """
@@ -69,6 +70,22 @@ def copy_is_a_layer_of_its_own() -> None:
     torch.testing.assert_close(compiled(inputs(3)), other(inputs(3)))
 
 
+def autocast_gives_the_same_numbers_in_float32() -> None:
+    """Compiled layers do not follow autocast; what they compute is as exact as without it."""
+    layer = layer_of(NormalFloat(4))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled(inputs(3))
+    torch.testing.assert_close(found.float(), layer(inputs(3)), rtol=0.02, atol=0.02)
+
+
+def exported_program_has_the_weights_itself() -> None:
+    layer = layer_of(NormalFloat(4))
+    exported = torch.export.export(layer, (inputs(3),))
+    assert "bitsmith" not in exported.graph_module.code
+    torch.testing.assert_close(exported.module()(inputs(3)), layer(inputs(3)))
+
+
 def network_is_one_graph(label: str) -> None:
     network, tokens = packed_llama(label), random_windows(2)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
@@ -84,8 +101,14 @@ def main() -> None:
         one_graph_with_the_eager_numbers(quantizer)
         held.append(quantizer_id(quantizer))
         torch._dynamo.reset()
-    for check in (operator_is_what_it_says, copy_is_a_layer_of_its_own):
+    for check in (
+        operator_is_what_it_says,
+        copy_is_a_layer_of_its_own,
+        autocast_gives_the_same_numbers_in_float32,
+        exported_program_has_the_weights_itself,
+    ):
         check()
+        torch._dynamo.reset()
         held.append(check.__name__)
     for label in ("lloyd3-g32-s4-r2-f8", "trellis3"):
         network_is_one_graph(label)
