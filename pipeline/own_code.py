@@ -103,7 +103,7 @@ def loading_options(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
 
 def code_commit(recipe: dict[str, Any]) -> str | None:
     """Of a recipe.json, the commit on the Hub of the code that the model brings, if it was run."""
-    commit = recipe.get("model_commit") if recipe.get("trust_remote_code") else None
+    commit = recipe.get("model_commit") if recipe.get("runs_own_code") else None
     return commit if isinstance(commit, str) else None
 
 

@@ -51,7 +51,7 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
         f=content,
         pictures=pictures,
         auto=known_class(content),
-        trusts=bool(content["recipe"].get("trust_remote_code")),
+        trusts=bool(content["recipe"].get("runs_own_code")),
         code=code_commit(content["recipe"]),
         generates=known_class(content) in GENERATING,
         error_name=error_name(content),
@@ -101,6 +101,7 @@ def _recipe_rows(recipe: dict[str, Any]) -> list[tuple[str, str, str]]:
         "model_commit": "of the original on the Hub",
         "model_sha256": "of the original's files",
         "recovery_sha256": "of the tokens that recovery trains on and checks with",
+        "runs_own_code": "code that came with the original was run",
     }
     fields = Recipe.model_fields
     return [(key, _in_words(recipe[key]), facts.get(key) or _meaning(fields.get(key))) for key in order]

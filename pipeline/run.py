@@ -92,7 +92,6 @@ class Run:
         model = open_model(
             recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
         )
-        recipe = recipe.model_copy(update={"trust_remote_code": model.trust_remote_code})  # it may bring no code
         check_ranks(model.matrices, recipe.ranks)
         check_trainable(recipe)
         if recipe.recover and not model.task.generates and (recipe.recover_hidden_weight or recipe.recover_ce_weight):
@@ -116,7 +115,7 @@ class Run:
         """
         calibration, recovery, evaluation = self.texts.calibration, self.texts.recovery, self.texts.evaluation
         text = calibration or recovery
-        stood_for = {
+        stood_for: dict[str, Any] = {
             "bitsmith": VERSION,
             "calibration_commit": text.revision if text else None,
             "calibration_sha256": calibration.sha256 if calibration else None,
@@ -125,6 +124,8 @@ class Run:
             "model_sha256": self.model.digest,
             "model_commit": self.model.revision,
         }
+        if self.model.trust_remote_code:  # which a recipe may say of a model that brings no code
+            stood_for["runs_own_code"] = True
         return without_local_folders(self.recipe.to_json() | stood_for)
 
     @property
