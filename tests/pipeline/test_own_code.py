@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ AUTO_MAP = {
     "AutoConfig": "configuration_drum.DrumConfig",
     "AutoModelForCausalLM": "modeling_drum.DrumForCausalLM",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """transformers keeps a copy of the code that it runs; not in the user's folder."""
+    folder = str(tmp_path_factory.mktemp("modules"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", folder)
+        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,5 @@ def test_budget_and_preset_have_their_own_words() -> None:
 
 def test_changes_are_named() -> None:
     refuse_changes({"seed": 0}, {"seed": 0}, "The run", "Do this.")
-    with pytest.raises(
-        RecipeChangedError, match=r"ranks was \(8,\) and is now \(4,\); seed was None and is now 1\. Do"
-    ):
+    with pytest.raises(RecipeChangedError, match=r"ranks was \(8,\) and is now \(4,\); seed was 0 and is now 1\. Do"):
         refuse_changes({"ranks": (8,)}, {"ranks": (4,), "seed": 1}, "The run", "Do this.")
