@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +261,10 @@ def test_a_network_in_half_precision_passes_its_audit(
     """As on a GPU, where the checkpoint's own dtype is loaded; float16 is trained in float32."""
     load = finetune_module.load_packed
     for module, stored in ((finetune_module, dtype), (adapter_module, torch.bfloat16)):
-        loaded = partial(lambda stored, folder, device, own=None: load(folder, device, own or stored), stored)
+
+        def loaded(folder: Path, device: str, dtype=None, *, stored: torch.dtype = stored, **trust: bool):
+            return load(folder, device, dtype or stored, **trust)
+
         monkeypatch.setattr(module, "load_packed", loaded)
     settings = SETTINGS.model_copy(update={"compute": "bfloat16", "start": "factors"})
     assert run(checkpoint, dataset, tmp_path / "out", settings).report.has_gained
