@@ -42,8 +42,8 @@ def measure(
 ) -> dict[str, float]:
     """The figures by name, and all of them as a table beside the run."""
     options: dict[str, Any] = {"dataset": dataset, "dataset_revision": dataset_revision}
-    options |= {"num_windows": num_windows, "seq_len": seq_len, "device": device}
-    options |= {"trust_remote_code": trust_remote_code}
+    options |= {"num_windows": num_windows, "seq_len": seq_len}
+    options |= {"device": device, "trust_remote_code": trust_remote_code}
     asked = Asked(registry, what, base, base_revision, options, torch.get_num_threads())
     with borrowed_child() as child:
         report: EvalReport = child.call(evaluate_in_child, asked, RunDisplay(), doing="evaluate")

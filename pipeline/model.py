@@ -24,7 +24,7 @@ from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
 from pipeline.experts import PiecedTensor, expert_tensors
 from pipeline.model_config import read_config
-from pipeline.own_code import TRUST_ADVICE, code_files, forget_code, names_code
+from pipeline.own_code import TRUST_ADVICE, code_files, forget_code, names_code, refuse_code_elsewhere
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.shards import TensorInfo, read_folder
@@ -273,7 +273,9 @@ def open_model(
         ModelError: unknown, unsafe, incomplete, damaged, already quantized, or without a compressible matrix.
     """
     source = find_source(spec, revision, progress, trust_remote_code=trust_remote_code)
-    is_trusted = trust_remote_code and bool(code_files(source.path))
+    is_trusted = trust_remote_code and names_code(source.path)
+    if is_trusted:
+        refuse_code_elsewhere(source.path)
     config = read_config(source.path, trust_remote_code=is_trusted)
     stored = read_folder(source.path)
     settle_architecture(config, [info.name for info in stored])

@@ -29,23 +29,25 @@ TRUST_ADVICE = (
 
 
 def code_files(folder: Path) -> list[str]:
-    """The modules that a model's folder names, and those that they import from there; paths in it, sorted.
-
-    Raises:
-        ModelError: it names code of another repository.
-    """
+    """The modules that a model's folder names, and those that they import from there; paths in it, sorted."""
     from transformers.dynamic_module_utils import get_relative_import_files
 
     modules = {f"{reference.partition('.')[0]}.py" for reference in _references(folder)}
-    for elsewhere in (module.partition("--")[0] for module in modules if "--" in module):
-        raise ModelError(
-            f"{folder} names code of another repository ({elsewhere}), and only code that lies beside the weights is "
-            f"run. Put that repository's .py files into a copy of the folder, and take '{elsewhere}--' out of its "
-            "config.json and tokenizer_config.json."
-        )
     paths = [folder / module for module in modules if (folder / module).is_file()]
     found = {*paths, *(Path(each) for path in paths for each in get_relative_import_files(path))}
     return sorted(path.relative_to(folder).as_posix() for path in found if path.is_file())
+
+
+def refuse_code_elsewhere(folder: Path) -> None:
+    """Raise ModelError if a model's folder names code of another repository, of which nobody says the commit."""
+    for reference in _references(folder):
+        if "--" in reference:
+            elsewhere = reference.partition("--")[0]
+            raise ModelError(
+                f"{folder} names code of another repository ({elsewhere}), and only code that lies beside the weights "
+                f"is run. Put that repository's .py files into a copy of the folder, and take '{elsewhere}--' out of "
+                "its config.json and tokenizer_config.json."
+            )
 
 
 def names_code(folder: Path) -> bool:

@@ -263,6 +263,14 @@ def test_code_that_fails_is_named(file: str, drum: Path, tmp_path: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_code_that_is_missing_is_told_from_code_that_is_not_trusted(drum: Path, tmp_path: Path) -> None:
+    """As in a cache that was filled without the flag, and is read with it offline."""
+    folder = Path(shutil.copytree(drum, tmp_path / "model", ignore=shutil.ignore_patterns("*.py")))
+    with pytest.raises(ModelError, match=r"is missing.*Download the model again") as caught:
+        open_model(str(folder), trust_remote_code=True)
+    assert "--trust-remote-code" not in str(caught.value)
+
+
 def test_commands_that_repeat_the_work_have_the_flag(drum: Path) -> None:
     recipe = recipe_of(drum).to_json()
     assert "--trust-remote-code" in compress_command(recipe).split()
