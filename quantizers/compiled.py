@@ -1,8 +1,9 @@
-"""Packed weights on a CPU by compiled loops (cpu_loops.py), where numba is installed: several times sooner than torch.
+"""Codes on a CPU by compiled loops, where numba is installed: several times sooner than torch.
 
-Each function gives None where the loops do not serve: without numba, on other devices, for few weights, for which
-loading numba would take longer, for products of many rows, where dense products pay, where a gradient is to flow, and
-inside of torch.compile. Its callers then do the same with torch, which stays the reference.
+They are products with packed weights (cpu_loops.py) and the search for the codes of a trellis (cpu_viterbi.py). Each
+function gives None where the loops do not serve: without numba, on other devices, for few weights, for which loading
+numba would take longer, for products of many rows, where dense products pay, where a gradient is to flow, and inside
+of torch.compile. Its callers then do the same with torch, which stays the reference.
 """
 
 import functools
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int32, Int64
+from jaxtyping import Float, Float32, Int32, Int64, UInt8
 from torch import Tensor
 
 from quantizers.packing import WORD_BITS, num_words
 
 LEAST_WEIGHTS = 2**16
+LEAST_COSTS = 2**28  # of states of a trellis, that a process finds with torch: less than a second
+COSTS_A_WEIGHT = 16
 MOST_ROWS = 8  # of a product
 WEIGHTS_A_THREAD = 2**16  # fewer are not worth waking another
 
@@ -115,6 +118,32 @@ def tile_product(
     return y[:, : shape[0]].to(x.dtype).reshape(*x.shape[:-1], shape[0]) if is_done else None
 
 
+def closed_paths(
+    targets: Float32[Tensor, "sequence step"],
+    roots: Float32[Tensor, "sequence step"],
+    levels: Float32[Tensor, " state"],
+    bits: int,
+    join: int,
+) -> UInt8[Tensor, "sequence step"] | None:
+    """Symbols of the shortest closed paths through a trellis, the same as torch's (see trellis.py).
+
+    Args:
+        targets: values times `roots`, the roots of their weights.
+        join: steps on either side of a sequence's ends that decide how the ends join.
+    """
+    costs = targets.numel() * len(levels)
+    loops = _loops_serving(targets, roots, levels) if _searched.pays(costs) else None
+    if loops is None:
+        return None
+    from quantizers import cpu_viterbi
+
+    symbols = torch.empty(targets.shape, dtype=torch.uint8, device="cpu")
+    arguments = (_array(targets), _array(roots), _array(-levels), join, symbols.numpy())
+    loop = functools.partial(cpu_viterbi.CLOSED_PATHS[bits], *arguments)
+    num_groups = -(-len(targets) // cpu_viterbi.LANES)
+    return symbols if _over_rows(num_groups, costs // COSTS_A_WEIGHT, loop) else None
+
+
 def _tiles(
     loops: ModuleType,
     words: Tensor,
@@ -142,7 +171,13 @@ def _tiles(
 
 def loads_for(kind: str, num_weights: int) -> bool:
     """Is numba loaded (for good, with tens of megabytes) when a weight of that format is decoded on a CPU?"""
-    return "trellis" in kind and num_weights >= LEAST_WEIGHTS and importlib.util.find_spec("numba") is not None
+    return "trellis" in kind and num_weights >= LEAST_WEIGHTS and is_there()
+
+
+@functools.cache
+def is_there() -> bool:
+    """Is numba installed?"""
+    return importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
@@ -157,6 +192,19 @@ def _loops() -> ModuleType | None:
     return cpu_loops
 
 
+class _Searched:
+    """How much of the search for codes this process has done with torch."""
+
+    def __init__(self) -> None:
+        self.costs = 0
+
+    def pays(self, costs: int) -> bool:
+        """Is so much more a reason to load numba?"""
+        self.costs += costs
+        return self.costs >= LEAST_COSTS
+
+
+_searched = _Searched()
 _given_up: list[str] = []
 _ready: set[Callable[..., None]] = set()
 
@@ -173,14 +221,18 @@ def _give_up(error: Exception) -> None:
 
 
 def _loops_for(words: Tensor, shape: tuple[int, int], x: Tensor | None, levels: Tensor) -> ModuleType | None:
+    serves = shape[0] * shape[1] >= LEAST_WEIGHTS and levels.dtype == torch.float32
+    if x is None:
+        return _loops_serving(words, levels) if serves else None
+    serves = serves and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] == shape[1]
+    return _loops_serving(words, levels, x) if serves else None
+
+
+def _loops_serving(*tensors: Tensor) -> ModuleType | None:
     if _given_up or torch.compiler.is_compiling():
         return None
-    tensors = [each for each in (words, levels, x) if each is not None]
     are_plain = all(type(each) is Tensor and each.device.type == "cpu" for each in tensors)  # not fake, for one
-    serves = are_plain and shape[0] * shape[1] >= LEAST_WEIGHTS and levels.dtype == torch.float32
-    if x is not None:
-        serves = serves and x.dtype in (torch.float32, torch.bfloat16, torch.float16) and x.shape[1] == shape[1]
-    return _loops() if serves else None
+    return _loops() if are_plain else None
 
 
 def _require(tensor: Tensor, size: int) -> None:

@@ -21,7 +21,7 @@ FIELD_CODES = {2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 8: 1}
 IN_ANY_ORDER = {"reassoc", "contract", "nsz"}  # sums become vectors, and a NaN stays one
 
 
-def _compiled(loop: Callable[..., None], name: str, *, freedom: set[str] | None = None) -> Any:
+def compile_loop(loop: Callable[..., None], name: str, *, freedom: set[str] | None = None) -> Any:
     """Without the lock of Python, and kept on disk for the next process where there is a folder for that.
 
     Args:
@@ -99,7 +99,7 @@ def _product_blocks(bits: int) -> Any:
                             total += values[half * HALF + k] * x[t, group * WORD_BITS + half * HALF + k]
                         y[t, row] += total * scale
 
-    return _compiled(product_blocks, f"product_blocks_{bits}", freedom=IN_ANY_ORDER)
+    return compile_loop(product_blocks, f"product_blocks_{bits}", freedom=IN_ANY_ORDER)
 
 
 # By bits: rows `first` to `stop` of the weight times each row of x [n, columns] into y [n, rows]. Columns are a
@@ -132,7 +132,7 @@ def _tile(
         values[k] = levels[level_start + state]
 
 
-_tile = _compiled(_tile, "tile")
+_tile = compile_loop(_tile, "tile")
 
 
 def _decode_tiles(
@@ -194,5 +194,5 @@ def _product_tiles(
 # levels[states] * scale of rows `first` to `stop` of tiles into `out`, or times each row of x [n, columns] into y
 # [n, rows]; all sides are multiples of a tile's. `starts` are first words and `tile_bits` bits of a symbol, tile by
 # tile; `state_bits` and `level_starts` are by bits of a symbol.
-decode_tiles = _compiled(_decode_tiles, "decode_tiles")
-product_tiles = _compiled(_product_tiles, "product_tiles", freedom=IN_ANY_ORDER)
+decode_tiles = compile_loop(_decode_tiles, "decode_tiles")
+product_tiles = compile_loop(_product_tiles, "product_tiles", freedom=IN_ANY_ORDER)

@@ -57,7 +57,8 @@ class Triangular:
             block = slice(start, start + size)
             own = self.unit_upper[block, block]
             root[block, block] = own * self.pivots[block].sqrt()
-            upper[:, block] = torch.linalg.solve_triangular(own, upper[:, block], upper=True, left=False)
+            upper[:start, block] = torch.linalg.solve_triangular(own, upper[:start, block], upper=True, left=False)
+            upper[block, block] = torch.eye(len(own), device=upper.device)
         return Triangular(upper, root.square().sum(dim=1), self.damping, root)
 
     def weigh(self, errors: Float32[Tensor, "m n"]) -> Float32[Tensor, "m n"]:

@@ -61,29 +61,46 @@ def round_with_feedback(
         height *= -(-weight.shape[0] // height)
     padded = _pad(weight, height, width)
     num_rows, num_columns = padded.shape[0] // height, padded.shape[1] // width
-    upper = _pad_unit(inputs.unit_upper, padded.shape[1])
-    upper = upper.view(-1, num_columns, width).transpose(0, 1).contiguous()  # U [columns, in, width]
+    # Tiles of a diagonal go together. With the columns' order turned round they are a diagonal of memory: no copies.
+    tiles = padded.view(num_rows, height, num_columns, width).flip(2)  # [row, height, column, width]
+    upper = _pad_unit(inputs.unit_upper, padded.shape[1]).view(num_columns, width, num_columns, width).flip(0, 2)
+    own = upper.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # U's blocks of a tile [column, width, width]
+    upper = upper.permute(2, 0, 1, 3).reshape(num_columns, -1, width)  # U [column, in, width]
+    is_solved = torch.equal(own, torch.eye(width, device=own.device).expand_as(own))
     lower = None
     if outputs is not None:
-        lower = _pad_unit(outputs.unit_upper, padded.shape[0]).T  # V^T [rows, height, out]
+        lower = _pad_unit(outputs.unit_upper, padded.shape[0]).T  # V^T [row, height, out]
         lower = lower.reshape(num_rows, height, -1)
-    tiles = padded.view(num_rows, height, num_columns, width).transpose(1, 2)  # [rows, columns, height, width]
-    values = torch.zeros_like(tiles, memory_format=torch.contiguous_format)
-    errors = padded.new_zeros(num_columns, num_rows, height, width)  # E
-    passed = padded.new_zeros(num_rows, height, num_columns, width)  # X = V^T E
-    for diagonal in range(num_rows + num_columns - 1):
-        rows = torch.arange(max(0, diagonal - num_columns + 1), min(num_rows, diagonal + 1), device=weight.device)
-        columns = diagonal - rows
-        if lower is not None:  # from the rows above; the tile's own error is still zero
-            passed[rows, :, columns] = lower[rows] @ errors[columns].flatten(1, 2)
-        taken_up = passed[rows].flatten(2) @ upper[columns]
-        own = upper.view(num_columns, num_columns, width, width)[columns, columns]
-        taken_up = torch.linalg.solve_triangular(own, taken_up, upper=True, left=False, unitriangular=True)
-        values[rows, columns] = rounder.round_tiles(rows, columns, tiles[rows, columns] + taken_up, own)
-        error = tiles[rows, columns] - values[rows, columns]
-        errors[columns, rows] = error
-        passed[rows, :, columns] += error  # V is the identity within a tile
-    return values.transpose(1, 2).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
+    values, passed = torch.zeros_like(tiles), torch.zeros_like(tiles)  # Q, X = V^T E
+    errors = padded.new_zeros(num_columns, num_rows * height, width)  # E [column, out, width]
+    errors_by_row = errors.view(num_columns, num_rows, height, width).permute(1, 2, 0, 3)
+    for offset in range(num_columns - 1, -num_rows, -1):
+        first = max(0, -offset)
+        count = min(num_rows, num_columns - offset) - first
+        rows, columns = slice(first, first + count), slice(first + offset, first + offset + count)
+        above, before = (first + count) * height, (first + offset) * width  # errors of other tiles are still zero
+        if lower is not None:
+            _diagonal(passed, offset).copy_(lower[rows, :, :above] @ errors[columns, :above])
+        taken_up = passed[rows].flatten(2)[:, :, before:] @ upper[columns, before:]
+        if not is_solved:
+            block = own[columns]
+            taken_up = torch.linalg.solve_triangular(block, taken_up, upper=True, left=False, unitriangular=True)
+        weights = _diagonal(tiles, offset)
+        row_numbers = torch.arange(first, first + count, device=weight.device)
+        column_numbers = num_columns - 1 - offset - row_numbers
+        found = rounder.round_tiles(row_numbers, column_numbers, weights + taken_up, own[columns])
+        _diagonal(values, offset).copy_(found)
+        error = weights - found
+        _diagonal(errors_by_row, offset).copy_(error)
+        _diagonal(passed, offset).add_(error)  # V is the identity within a tile
+    return values.flip(2).reshape(padded.shape)[: weight.shape[0], : weight.shape[1]]
+
+
+def _diagonal(
+    tiles: Float32[Tensor, "rows height columns width"], offset: int
+) -> Float32[Tensor, "tiles height width"]:
+    """A view of the tiles (i, i + offset)."""
+    return tiles.diagonal(offset, 0, 2).permute(2, 0, 1)
 
 
 def _pad(weight: Tensor, height: int, width: int) -> Tensor:

@@ -21,10 +21,14 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 from safetensors.torch import load_file
 from torch import Tensor
 
+from quantizers.compiled import closed_paths, is_there
+
 BITS = range(1, 6)
 STATE_BITS = range(6, 13)
 LEVELS_FILE = Path(__file__).parent / "data" / "trellis_levels.safetensors"
 
+# Weights whose targets and roots are in memory at once.
+_SOME_WEIGHTS = 2**22
 # Costs of a chunk of sequences, 1 MiB of float32: larger leaves the cache, smaller is lost in calls.
 _CHUNK_COSTS = 2**18
 # Weights on either side of a sequence's ends that decide how the ends join, in lengths of a state's memory and at
@@ -92,19 +96,35 @@ def encode(
     _check_values(values, weights)
     if not bool(levels.isfinite().all()):
         raise ValueError("the levels hold NaN or infinity; take the ones of trellis_levels, or train them again")
-    num_sequences, num_steps = values.shape
-    symbols = torch.empty(num_sequences, num_steps, dtype=torch.uint8, device=values.device)
-    if num_sequences == 0:
-        return symbols
-    num_chunks = math.ceil(num_sequences * len(levels) / _CHUNK_COSTS)
-    chunk = math.ceil(num_sequences / num_chunks)
-    viterbi = _Viterbi(levels.to(values.device), bits, num_steps, chunk)
-    for start in range(0, num_sequences, chunk):
-        some = slice(start, start + chunk)
-        ones = torch.ones_like(values[some])
-        roots = _relative_roots(ones if weights is None else weights[some])
-        symbols[some] = viterbi.closed_path(values[some].T.contiguous(), roots).T
+    symbols = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    some_sequences = math.ceil(_SOME_WEIGHTS / values.shape[1])
+    for start in range(0, len(values), some_sequences):
+        some = slice(start, start + some_sequences)
+        roots = torch.ones_like(values[some]) if weights is None else _relative_roots(weights[some])
+        symbols[some] = _closed_paths(values[some] * roots, roots, levels.to(values.device), bits)
     return symbols
+
+
+def _closed_paths(
+    targets: Float32[Tensor, "sequence step"],
+    roots: Float32[Tensor, "sequence step"],
+    levels: Float32[Tensor, " state"],
+    bits: int,
+) -> UInt8[Tensor, "sequence step"]:
+    join = _join(targets.shape[1], len(levels), bits)
+    found = closed_paths(targets, roots, levels, bits, join)
+    if found is not None:
+        return found
+    num_chunks = math.ceil(len(targets) * len(levels) / _CHUNK_COSTS)
+    chunk = math.ceil(len(targets) / num_chunks)
+    viterbi = _Viterbi(levels, bits, targets.shape[1], chunk, join)
+    parts = zip(targets.split(chunk), roots.split(chunk), strict=True)
+    return torch.cat([viterbi.closed_path(*(x.T.contiguous() for x in part)) for part in parts], dim=1).T
+
+
+def search_seconds(state_bits: int) -> float:
+    """About how long `encode` takes for a million weights on one thread of a CPU."""
+    return (2.5e-4 if is_there() else 1.6e-3) * 2**state_bits
 
 
 def decode(
@@ -143,7 +163,9 @@ class _Viterbi:
     second; only the best cost of each overlap is kept, and the choices are found again on the way back.
     """
 
-    def __init__(self, levels: Float32[Tensor, " state"], bits: int, num_steps: int, num_sequences: int) -> None:
+    def __init__(
+        self, levels: Float32[Tensor, " state"], bits: int, num_steps: int, num_sequences: int, join: int
+    ) -> None:
         self.bits = bits
         self.fanout = 2**bits
         self.num_overlaps = len(levels) >> bits
@@ -151,17 +173,19 @@ class _Viterbi:
         self.heads = torch.arange(self.fanout, device=levels.device)[:, None] * self.num_overlaps
         self.costs = levels.new_empty(len(levels), num_sequences)
         self.best = levels.new_empty(num_steps + 1, self.num_overlaps, num_sequences)
-        memory = math.ceil(math.log2(len(levels)) / bits)
-        self.join = min(num_steps // 2, max(_JOIN_LEAST, _JOIN_MEMORIES * memory))
+        self.join = join
 
     def closed_path(
-        self, values: Float32[Tensor, "step sequence"], roots: Float32[Tensor, "step sequence"]
+        self, targets: Float32[Tensor, "step sequence"], roots: Float32[Tensor, "step sequence"]
     ) -> UInt8[Tensor, "step sequence"]:
-        """Symbols of a path that ends in the overlap in which it begins; `roots` are the roots of the weights."""
-        targets = values * roots
+        """Symbols of a path that ends in the overlap in which it begins.
+
+        Args:
+            targets: values times the roots of their weights.
+        """
         end_targets, end_roots = (x.roll(self.join, 0)[: 2 * self.join] for x in (targets, roots))
         self._forward(end_targets, end_roots, first=None)
-        last = self.best[2 * self.join, :, : values.shape[1]].min(0).indices  # argmin is ten times slower
+        last = self.best[2 * self.join, :, : targets.shape[1]].min(0).indices  # argmin is ten times slower
         overlap = self._backward(end_targets, end_roots, last, stop=self.join)[self.join] >> self.bits
         self._forward(targets, roots, first=overlap)
         return (self._backward(targets, roots, overlap, stop=0) & (self.fanout - 1)).to(torch.uint8)
@@ -198,10 +222,16 @@ class _Viterbi:
         return states
 
 
-def _relative_roots(weights: Float32[Tensor, "sequence step"]) -> Float32[Tensor, "step sequence"]:
+def _join(num_steps: int, num_levels: int, bits: int) -> int:
+    """Steps on either side of a sequence's ends that are searched to join them."""
+    memory = math.ceil(math.log2(num_levels) / bits)
+    return min(num_steps // 2, max(_JOIN_LEAST, _JOIN_MEMORIES * memory))
+
+
+def _relative_roots(weights: Float32[Tensor, "sequence step"]) -> Float32[Tensor, "sequence step"]:
     """Square roots of the weights over each sequence's largest: Fisher information may be 1e-30 throughout."""
     largest = weights.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weights / largest).sqrt().T.contiguous()
+    return (weights / largest).sqrt()
 
 
 def _check_settings(num_steps: int, levels: Tensor, bits: int) -> None:

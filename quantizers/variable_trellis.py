@@ -5,8 +5,7 @@ that are rounded last make up much of the loss. Sharing the same bits out left 7
 calibration in one run at 2.5 bits, and as much as before on text unlike it (BENCHMARKS.md). And the average may be any
 eighth of a bit.
 
-A million weights take 5.4 seconds with feedback on both sides, 3.6 without, where a uniform trellis of 3 bits takes 4.5
-and 2.0 (2.5 bits, one thread; a CPU half as fast as the one of trellis_coded.py).
+A million weights take 0.4 seconds, 0.9 with feedback on both sides (2.5 bits, one thread of a CPU).
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
 from quantizers.sides import Sides
 from quantizers.tile_rates import TileRates, fill_tiles
-from quantizers.trellis import decode, encode
+from quantizers.trellis import decode, encode, search_seconds
 from quantizers.trellis_coded import trellis_distortion
 from quantizers.trellis_format import TILE, num_tiles
 from quantizers.variable_trellis_format import WIDTHS, WORDS_A_BIT, VariableTrellisFormat, tiles_by_width
@@ -51,7 +50,7 @@ class VariableTrellis(AbstractRotated):
 
     def seconds_per_million(self, has_feedback: bool) -> float:
         """See AbstractQuantizer."""
-        return (5.4 if has_feedback else 3.6) * 1.2 ** (self.state_bits - 8)
+        return search_seconds(self.state_bits) + (0.8 if has_feedback else 0.3)
 
     @property
     def tile(self) -> tuple[int, int]:
