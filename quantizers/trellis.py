@@ -21,7 +21,9 @@ from jaxtyping import Float32, Int32, Int64, UInt8
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantizers.compiled import closed_paths, is_there
+from quantizers.compiled import closed_paths as compiled_paths
+from quantizers.compiled import is_there
+from quantizers.kernels.switch import KERNELS
 
 BITS = range(1, 6)
 STATE_BITS = range(6, 13)
@@ -112,7 +114,9 @@ def _closed_paths(
     bits: int,
 ) -> UInt8[Tensor, "sequence step"]:
     join = _join(targets.shape[1], len(levels), bits)
-    found = closed_paths(targets, roots, levels, bits, join)
+    found = compiled_paths(targets, roots, levels, bits, join)
+    if found is None and KERNELS.serves(targets):
+        found = KERNELS.attempt(lambda: _kernel_paths(targets, roots, levels, bits, join))
     if found is not None:
         return found
     num_chunks = math.ceil(len(targets) * len(levels) / _CHUNK_COSTS)
@@ -153,6 +157,12 @@ def states(symbols: UInt8[Tensor, "sequence step"], bits: int, state_bits: int) 
     for age in range(1, math.ceil(state_bits / bits)):
         found |= wide.roll(age, 1) << (bits * age)
     return found & (2**state_bits - 1)
+
+
+def _kernel_paths(targets: Tensor, roots: Tensor, levels: Tensor, bits: int, join: int) -> Tensor:
+    from quantizers.kernels.viterbi import closed_paths  # it imports Triton
+
+    return closed_paths(targets, roots, levels, bits, join)
 
 
 class _Viterbi:

@@ -22,6 +22,7 @@ from quantizers.kernels.layout import PLANE_BITS
 from quantizers.kernels.matmul import matmul_kernel
 from quantizers.kernels.matvec import matvec_kernel
 from quantizers.kernels.trellis import trellis_kernel
+from quantizers.kernels.viterbi import num_warps, viterbi_kernel
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 DOT = {torch.float32: triton.language.float32, torch.float16: triton.language.float16}
@@ -73,11 +74,20 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         signature |= {"N": "i32", "K": "i32", "num_tiles": "i32"}
         constants = {"BITS": bits, "STATE_BITS": state_bits, "TILES": 8}
         yield f"trellis, {bits} bits, states of {state_bits}", trellis_kernel, signature, constants, {"num_warps": 4}
+        data = dict.fromkeys(("best", "targets", "roots", "negative_levels"), "*fp32")
+        signature = {"symbols": "*u8", **data, "steps": "i32", "join": "i32"}
+        constants, options = {"BITS": bits, "STATE_BITS": state_bits}, {"num_warps": num_warps(2**state_bits)}
+        yield f"viterbi, {bits} bits, states of {state_bits}", viterbi_kernel, signature, constants, options
 
 
 def few() -> list:
     """Each kernel with two planes, look-up and factors of 8 bits, and one with integers."""
-    names = ("3 bits, blocks of 32", "dequantize, 2 bits, blocks of 16, integers", "trellis, 3 bits, states of 8")
+    names = (
+        "3 bits, blocks of 32",
+        "dequantize, 2 bits, blocks of 16, integers",
+        "trellis, 3 bits, states of 8",
+        "viterbi, 3 bits, states of 12",
+    )
     return [each for each in variants() if any(name in each[0] for name in names)]
 
 
