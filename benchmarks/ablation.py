@@ -12,6 +12,7 @@ from typing import Any
 from benchmarks.quality import Bench, Seconds, ours
 from pipeline.recipe import PRESETS
 
+SCALARS = ("lloyd6-g64-s6", "nf8-g64-s8")  # of the default
 STEPS: dict[str, dict[str, Any]] = {
     "default": {},
     "factors from gradients of whole windows (sketch of YAQA)": {"sensitivity": "sequence"},
@@ -23,12 +24,12 @@ STEPS: dict[str, dict[str, Any]] = {
         "candidates": PRESETS["fast"]["candidates"],
     },
     "without low-rank parts": {"ranks": (0,)},
-    "with bits by tiles": {
-        "candidates": (*(f"vtrellis{quarters / 4:g}" for quarters in range(4, 21)), "lloyd6-g64-s6", "nf8-g64-s8")
+    "with bits by tiles": {"candidates": (*(f"vtrellis{quarters / 4:g}-l12" for quarters in range(4, 21)), *SCALARS)},
+    "with 1024 states": {
+        "candidates": ("trellis1", "trellis2-l10", "trellis3-l10", "trellis4-l10", "trellis5", *SCALARS)
     },
-    "with 1024 states": {"candidates": PRESETS["best"]["candidates"]},
+    "with 256 states": {"candidates": (*(f"trellis{bits}" for bits in range(1, 6)), *SCALARS)},
     "with recovery": {"recover": True},
-    "with 1024 states and recovery": {"candidates": PRESETS["best"]["candidates"], "recover": True},
 }
 
 

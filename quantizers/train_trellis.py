@@ -1,6 +1,6 @@
 """Train the levels of quantizers/trellis.py for standard normal values, and write them beside it.
 
-    python -m quantizers.train_trellis            all tables, about 20 minutes on one core
+    python -m quantizers.train_trellis            all tables, about 20 minutes on two cores
     python -m quantizers.train_trellis 2.8 4.10   2 bits with a state of 8, 4 bits with a state of 10
 
 A table starts as normal quantiles; which state gets which is a rule of L integers:
@@ -24,14 +24,16 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 from torch import Tensor
 
-from quantizers.trellis import LEVELS_FILE, decode, encode, states
+from quantizers.trellis import BITS, LEVELS_FILE, decode, encode, states
 
-# Table -> changes of the rule to try; a change costs four times as much with two state bits more.
-TABLES = {f"{bits}.8": 250 for bits in range(1, 6)} | {f"{bits}.10": 60 for bits in (2, 3, 4)}
+# Table -> changes of the rule to try; a change costs four times as much with two state bits more. None may be added
+# with 10 bits: variable trellises take the one with 8 where there is none.
+TABLES = {f"{bits}.8": 250 for bits in BITS}
+TABLES |= {f"{bits}.10": 60 for bits in (2, 3, 4)} | {f"{bits}.12": 60 for bits in BITS}
 STEPS = 256
 SEARCH_ROUNDS = 6
 TRAINING_ROUNDS = 40
-TRAINING_SAMPLES = 2**18
+TRAINING_SAMPLES = 256  # for each state, and for 1024 at least
 
 
 def train(bits: int, state_bits: int, num_changes: int) -> Float32[Tensor, " state"]:
@@ -46,7 +48,8 @@ def train(bits: int, state_bits: int, num_changes: int) -> Float32[Tensor, " sta
         if error < least:
             least, best, coefficients = error, levels, changed
     print(f"{bits}.{state_bits} coefficients {coefficients}", flush=True)
-    return trained(best, bits, normal_sample(TRAINING_SAMPLES, seed=2), TRAINING_ROUNDS)[1]
+    size = TRAINING_SAMPLES * 2 ** max(state_bits, 10)
+    return trained(best, bits, normal_sample(size, seed=2), TRAINING_ROUNDS)[1]
 
 
 def normal_sample(size: int, seed: int) -> Float32[Tensor, "sequence step"]:

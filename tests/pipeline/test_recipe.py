@@ -43,7 +43,7 @@ def test_every_wrong_setting_is_named(settings: dict, expected: str) -> None:
 def test_the_best_preset_recovers_and_has_known_candidates() -> None:
     best = Recipe.of("best", model="demo", budget="2.5bpw")
     assert best.recover
-    assert {"trellis2-l10", "trellis3-l10", "trellis4-l10"} < set(best.candidates)
+    assert {"trellis2-l12", "trellis3-l12", "trellis4-l12"} < set(best.candidates)
     assert all(quantizer_from_label(label).format.rank == 0 for label in best.candidates)
     assert not Recipe.of(model="demo", budget="3bpw").recover
 
