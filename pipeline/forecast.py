@@ -26,7 +26,7 @@ from pipeline.training import FREE_SHARE, KEPT_A_FEATURE
 from pipeline.unloaded import WHOLE_SHARE
 from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
 from quantizers import quantizer_from_label
-from quantizers.compiled import loads_for
+from quantizers.compiled import SEARCH_BYTES, loads_for
 
 HEAP_BYTES = 100 * 2**20  # in pieces that the allocator keeps, while a network runs
 LATER_BYTES = 70 * 2**20  # libraries that are loaded on the way: solvers, scipy
@@ -119,7 +119,7 @@ class _Facts:
 
     @property
     def loops(self) -> int:
-        """What a process takes for good that decodes a matrix of each kind on offer."""
+        """What a process takes for good that decodes a matrix of each kind on offer, or searches for its codes."""
         largest = max(matrix.num_params for matrix in self.run.model.matrices)
         kinds = {quantizer_from_label(label).format.kind for label in self.run.labels}
         return LOOPS_BYTES if any(loads_for(kind, largest) for kind in kinds) else 0
@@ -184,8 +184,9 @@ class _Facts:
         packing = packing_bytes(model, self.run.embeddings, is_weighted=weighs_head(self.run))
         packing += self.now  # before the matrices (run.py)
         if not in_processes:
-            return self._host("decompose", seconds, max(packing, self.now + workers * max(each)))
-        worker = PROCESS_BYTES + self.loops + max(each)
+            held = self.loops + workers * (max(each) + SEARCH_BYTES * (self.loops > 0))
+            return self._host("decompose", seconds, max(packing, self.now + held))
+        worker = PROCESS_BYTES + self.loops + SEARCH_BYTES * (self.loops > 0) + max(each)
         total = max(packing, self.now + workers * worker)
         return StageForecast("decompose", seconds, max(packing, worker), total)
 

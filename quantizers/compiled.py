@@ -25,6 +25,7 @@ from quantizers.packing import WORD_BITS, num_words
 LEAST_WEIGHTS = 2**16
 LEAST_COSTS = 2**28  # of states of a trellis, that a process finds with torch: less than a second
 COSTS_A_WEIGHT = 16
+SEARCH_BYTES = 2**25  # of costs, that a thread keeps once it has searched
 MOST_ROWS = 8  # of a product
 WEIGHTS_A_THREAD = 2**16  # fewer are not worth waking another
 
@@ -138,10 +139,10 @@ def closed_paths(
     from quantizers import cpu_viterbi
 
     symbols = torch.empty(targets.shape, dtype=torch.uint8, device="cpu")
-    arguments = (_array(targets), _array(roots), _array(-levels), join, symbols.numpy())
-    loop = functools.partial(cpu_viterbi.CLOSED_PATHS[bits], *arguments)
-    num_groups = -(-len(targets) // cpu_viterbi.LANES)
-    return symbols if _over_rows(num_groups, costs // COSTS_A_WEIGHT, loop) else None
+    lanes = cpu_viterbi.num_lanes(len(targets), targets.shape[1], len(levels) >> bits)
+    arguments = (_array(targets), _array(roots), _array(-levels), join, lanes, symbols.numpy())
+    loop = functools.partial(cpu_viterbi.SEARCHES[bits], *arguments)
+    return symbols if _over_rows(-(-len(targets) // lanes), costs // COSTS_A_WEIGHT, loop) else None
 
 
 def _tiles(
@@ -170,7 +171,7 @@ def _tiles(
 
 
 def loads_for(kind: str, num_weights: int) -> bool:
-    """Is numba loaded (for good, with tens of megabytes) when a weight of that format is decoded on a CPU?"""
+    """Is numba loaded (for good, with tens of megabytes) when a weight gets that format, or is decoded, on a CPU?"""
     return "trellis" in kind and num_weights >= LEAST_WEIGHTS and is_there()
 
 

@@ -1,16 +1,20 @@
 """The search of trellis.py, compiled by numba for the CPU. compiled.py calls it, where numba is there.
 
 The same operations in the same order as there, so the same symbols. What is saved are passes over memory: the costs of
-a step stay in registers, for LANES sequences at once, and only the least of each overlap is written.
+a step stay in registers, for some sequences (lanes) at once, and only the least of each overlap is written.
 """
 
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from quantizers.compiled import SEARCH_BYTES
 from quantizers.cpu_loops import compile_loop
 
-LANES = 24  # sequences that are searched together; 32 take 5% less time each, and are less often full
+MOST_LANES = 48
+VECTOR = 8  # lanes are a multiple of it
 UNROLLED = 16  # states that lead to an overlap, in one part; a loop around more does not become vectors
 
 
@@ -27,17 +31,17 @@ def _closed_paths(bits: int) -> Any:
         negative_levels: np.ndarray,
         join: int,
         symbols: np.ndarray,
+        best: np.ndarray,
         first: int,
         stop: int,
     ) -> None:
         num_sequences, num_steps = all_targets.shape
-        num_overlaps = negative_levels.size >> bits
-        best = np.empty((num_steps + 1, num_overlaps, LANES), np.float32)  # least costs of reaching an overlap
-        targets, roots = np.empty((num_steps, LANES), np.float32), np.empty((num_steps, LANES), np.float32)
-        overlaps = np.zeros(LANES, np.int64)
+        num_overlaps, lanes = best.shape[1:]
+        targets, roots = np.empty((num_steps, lanes), np.float32), np.empty((num_steps, lanes), np.float32)
+        overlaps = np.zeros(lanes, np.int64)
         for group in range(first, stop):
-            begin = group * LANES
-            for lane in range(LANES):  # those to spare search for the last sequence's, too
+            begin = group * lanes
+            for lane in range(lanes):  # those to spare search for the last sequence's, too
                 sequence = min(begin + lane, num_sequences - 1)
                 for step in range(num_steps):
                     targets[step, lane] = all_targets[sequence, step]
@@ -46,15 +50,15 @@ def _closed_paths(bits: int) -> Any:
                 start, count, least_place = (num_steps - join, 2 * join, join) if turn == 0 else (0, num_steps, 0)
                 best[0] = np.inf if turn else 0
                 if turn:
-                    for lane in range(LANES):
+                    for lane in range(lanes):
                         best[0, overlaps[lane], lane] = 0
                 for place in range(count):
                     step = (start + place) % num_steps
                     for overlap in range(num_overlaps):
-                        for lane in range(LANES):
+                        for lane in range(lanes):
                             best[place + 1, overlap, lane] = np.inf
                         for part in range(num_parts):
-                            for lane in range(LANES):
+                            for lane in range(lanes):
                                 least = best[place + 1, overlap, lane]
                                 for head in range(unrolled):
                                     state = (part * unrolled + head) * num_overlaps + overlap
@@ -64,13 +68,13 @@ def _closed_paths(bits: int) -> Any:
                                 best[place + 1, overlap, lane] = least
                 if turn == 0:
                     overlaps[:] = 0
-                    for lane in range(LANES):
+                    for lane in range(lanes):
                         for overlap in range(1, num_overlaps):
                             if best[count, overlap, lane] < best[count, overlaps[lane], lane]:
                                 overlaps[lane] = overlap
                 for place in range(count - 1, least_place - 1, -1):
                     step = (start + place) % num_steps
-                    for lane in range(LANES):
+                    for lane in range(lanes):
                         chosen, least = 0, np.float32(np.inf)
                         for head in range(fanout):
                             state = head * num_overlaps + overlaps[lane]
@@ -85,6 +89,39 @@ def _closed_paths(bits: int) -> Any:
     return compile_loop(closed_paths, f"closed_paths_{bits}", freedom={"contract"})
 
 
-# By bits of a symbol: symbols [n, steps] of the groups `first` to `stop` of LANES sequences, whose targets are values
+_CLOSED_PATHS = {bits: _closed_paths(bits) for bits in range(1, 6)}
+_scratch = threading.local()
+
+
+def num_lanes(num_sequences: int, num_steps: int, num_overlaps: int) -> int:
+    """Of the groups in which so many sequences are searched."""
+    most = SEARCH_BYTES // (4 * (num_steps + 1) * num_overlaps) // VECTOR * VECTOR
+    most = max(VECTOR, min(most, MOST_LANES))
+    num_groups = -(-num_sequences // most)
+    return -(-num_sequences // (num_groups * VECTOR)) * VECTOR
+
+
+def _search(bits: int) -> Callable[..., None]:
+    def search(
+        targets: np.ndarray,
+        roots: np.ndarray,
+        negative_levels: np.ndarray,
+        join: int,
+        lanes: int,
+        symbols: np.ndarray,
+        first: int,
+        stop: int,
+    ) -> None:
+        shape = (targets.shape[1] + 1, negative_levels.size >> bits, lanes)
+        size = int(np.prod(shape))
+        if getattr(_scratch, "best", np.empty(0)).size < size:
+            _scratch.best = np.empty(size, np.float32)
+        best = _scratch.best[:size].reshape(shape)  # least costs of reaching an overlap
+        _CLOSED_PATHS[bits](targets, roots, negative_levels, join, symbols, best, first, stop)
+
+    return search
+
+
+# By bits of a symbol: symbols [n, steps] of the groups `first` to `stop` of `lanes` sequences, whose targets are values
 # times roots of weights; `join` as in trellis.py.
-CLOSED_PATHS = {bits: _closed_paths(bits) for bits in range(1, 6)}
+SEARCHES = {bits: _search(bits) for bits in range(1, 6)}

@@ -1,8 +1,8 @@
 """Trellis-coded quantization of the rotated weight (QTIP, arXiv:2406.11235).
 
 Per weight the trellis comes within a few percent of the best that any code of its rate can do, where a scalar
-codebook loses a quarter of a bit. A million weights take 0.3 seconds, 0.7 with feedback on both sides, and 0.5 and 0.9
-with 1024 states (3 bits, one thread of a CPU); without numba about 3 and 6, 4 and 8.
+codebook loses a quarter of a bit. A million weights take about 0.3 seconds, 1.0 with feedback on both sides, and 1.2
+and 2.4 with 4096 states (3 bits, one thread of a CPU); without numba 256 states take 1.4 to 4 and 6 seconds.
 """
 
 import functools
@@ -43,7 +43,7 @@ class TrellisCoded(AbstractRotated):
 
     def seconds_per_million(self, has_feedback: bool) -> float:
         """See AbstractQuantizer."""
-        return search_seconds(self.state_bits) + (0.6 if has_feedback else 0.2)
+        return search_seconds(self.state_bits) + (0.8 if has_feedback else 0.2)
 
     @property
     def tile(self) -> tuple[int, int]:

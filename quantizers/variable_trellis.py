@@ -5,7 +5,7 @@ that are rounded last make up much of the loss. Sharing the same bits out left 7
 calibration in one run at 2.5 bits, and as much as before on text unlike it (BENCHMARKS.md). And the average may be any
 eighth of a bit.
 
-A million weights take 0.4 seconds, 0.9 with feedback on both sides (2.5 bits, one thread of a CPU).
+A million weights take 0.4 seconds, 1.2 with feedback on both sides (2.5 bits, 256 states, one thread of a CPU).
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class VariableTrellis(AbstractRotated):
 
     def seconds_per_million(self, has_feedback: bool) -> float:
         """See AbstractQuantizer."""
-        return search_seconds(self.state_bits) + (0.8 if has_feedback else 0.3)
+        return search_seconds(self.state_bits) + (1.0 if has_feedback else 0.3)
 
     @property
     def tile(self) -> tuple[int, int]:
