@@ -7,17 +7,18 @@ import copy
 from functools import partial
 from typing import Literal, get_args
 
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.base import finite_float32
 from quantizers.block_format import BlockFormat
-from quantizers.block_rounding import Metric, RoundWeights, metric_of, round_blocks
+from quantizers.block_grid import BlockGrid
+from quantizers.block_rounding import Metric, metric_of, round_blocks
 from quantizers.quantized import QuantizedTensor
-from quantizers.scale_search import nearest, search_scales
+from quantizers.scale_search import search_scales
 from quantizers.statistics import LayerStatistics
-from quantizers.stored_scales import TINY, BlockColumns, StoredScales
+from quantizers.stored_scales import BlockColumns, StoredScales
 
 ScaleRule = Literal["search", "absmax"]
 
@@ -82,16 +83,9 @@ class CodebookParameters:
         part.scales = self.scales.rows(rows)
         return part
 
-    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 1"]) -> RoundWeights:
+    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 1"]) -> BlockGrid:
         """See BlockParameters."""
-        scales = self.scales.store(columns, found[:, :, 0])[:, :, None]
-        divisors = scales.clamp_min(TINY)
-
-        def round_weights(weights: Tensor) -> tuple[UInt8[Tensor, "..."], Float32[Tensor, "..."]]:
-            codes = nearest(weights / divisors, self.levels)
-            return codes, self.levels[codes.int()] * scales
-
-        return round_weights
+        return BlockGrid(self.scales.store(columns, found[:, :, 0])[:, :, None], self.levels)
 
     def tensors(self) -> dict[str, Tensor]:
         """See BlockParameters."""

@@ -14,17 +14,17 @@ from jaxtyping import Float, Float32, Int64, UInt8
 from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
+from quantizers.block_grid import BlockGrid
 from quantizers.blocks import to_blocks
 from quantizers.column_order import OrderedColumns, order_columns
 from quantizers.feedback import round_with_feedback
+from quantizers.kernels.switch import KERNELS
 from quantizers.packing import pack
 from quantizers.statistics import LayerStatistics
 from quantizers.stored_scales import BlockColumns
 
 # Blocks [n, block_size] and the importance of their weights (None: all alike) -> what each block asks for.
 FindParameters = Callable[[Tensor, Tensor | None], Float32[Tensor, "n parameters"]]
-# Weights [out, tiles, columns] -> the codes nearest to them under their blocks' parameters, and the values of these.
-RoundWeights = Callable[[Tensor], tuple[UInt8[Tensor, "out tiles columns"], Float32[Tensor, "out tiles columns"]]]
 Metric = Float[Tensor, "out in"] | OrderedColumns | None  # a Fisher diagonal, factors of H_I, or nothing known
 
 
@@ -32,8 +32,8 @@ Metric = Float[Tensor, "out in"] | OrderedColumns | None  # a Fisher diagonal, f
 class BlockParameters(Protocol):
     """The parameters of all blocks as they will be stored, filled in block by block."""
 
-    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles parameters"]) -> RoundWeights:
-        """Round the parameters of some blocks to ones that can be stored; says how weights are rounded under them."""
+    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles parameters"]) -> BlockGrid:
+        """Round the parameters of some blocks to ones that can be stored."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def codes_under(
         round_with_feedback(weight[:, metric.columns], None, metric.factor, (1, block_size), rounder)
         codes = rounder.codes
     else:
-        codes, _ = parameters.store(slice(None), first)(blocks)
+        codes, _ = parameters.store(slice(None), first).round(blocks)
     return codes.flatten(1)[:, : weight.shape[1]].reshape(-1)
 
 
@@ -140,18 +140,28 @@ class _BlockRounder:
 
 def _columns_in_turn(
     target: Float32[Tensor, "out tiles width"],
-    round_weights: RoundWeights,
+    grid: BlockGrid,
     right: Float32[Tensor, "tiles width width"],
 ) -> tuple[UInt8[Tensor, "out tiles width"], Float32[Tensor, "out tiles width"]]:
     """Codes and values; each column's error is passed on to those after it."""
+    if KERNELS.serves(target):
+        found = KERNELS.attempt(lambda: _by_kernel(target, grid, right))
+        if found is not None:
+            return found
     work = target.clone()
     codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
     values = torch.empty_like(target)
     last = target.shape[2] - 1
     for column in range(target.shape[2]):
         here = slice(column, column + 1)
-        codes[:, :, here], values[:, :, here] = round_weights(work[:, :, here])
+        codes[:, :, here], values[:, :, here] = grid.round(work[:, :, here])
         if column < last:
             error = target[:, :, here] - values[:, :, here]
             work[:, :, column + 1 :] += error * right[:, column, column + 1 :]
     return codes, values
+
+
+def _by_kernel(target: Tensor, grid: BlockGrid, right: Tensor) -> tuple[Tensor, Tensor]:
+    from quantizers.kernels.column_feedback import columns_in_turn  # it imports Triton
+
+    return columns_in_turn(target, grid, right)

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from quantizers.affine_search import round_affine, search_affine
+from quantizers.affine_search import search_affine
 from quantizers.base import AbstractQuantizer, finite_float32
-from quantizers.block_rounding import RoundWeights, metric_of, round_blocks
+from quantizers.block_grid import BlockGrid
+from quantizers.block_rounding import metric_of, round_blocks
 from quantizers.integer_format import IntegerFormat
 from quantizers.packing import pack
 from quantizers.quantized import QuantizedTensor
@@ -67,18 +68,13 @@ class _IntegerParameters:
         self.scales, self.bits = StoredScales(first[:, :, 0], form), form.bits
         self.zeros = torch.zeros_like(self.scales.codes)
 
-    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 2"]) -> RoundWeights:
+    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 2"]) -> BlockGrid:
         """See BlockParameters."""
         scales = self.scales.store(columns, found[:, :, 0])[:, :, None]
         zeros = found[:, :, 1:]
         self.zeros[:, columns] = zeros[:, :, 0].to(torch.uint8)
-        top = 2**self.bits - 1
-
-        def round_weights(weights: Tensor) -> tuple[UInt8[Tensor, "..."], Float32[Tensor, "..."]]:
-            levels = round_affine(weights, scales, zeros, top)
-            return (levels + zeros).to(torch.uint8), levels * scales
-
-        return round_weights
+        codes = torch.arange(2**self.bits, dtype=torch.float32, device=scales.device)
+        return BlockGrid(scales, codes, zeros)
 
     def tensors(self) -> dict[str, Tensor]:
         """See BlockParameters."""

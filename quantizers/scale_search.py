@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from quantizers.kernels.switch import KERNELS
+
 BINS = 1024  # of the look-up table from a scaled weight to its level
 CHUNK = 2**16  # weights at a time: they stay in the processor's cache
 # Multiples of the largest magnitude that are tried; the optimum for normal weights lies at 0.5 ... 0.7
@@ -31,12 +33,22 @@ def search_scales(
         levels: ascending in [-1, 1].
     """
     table = _table(levels)
+    multiples = MULTIPLES.get(len(levels).bit_length() - 1, FINE_MULTIPLES)
+    if KERNELS.serves(blocks):
+        found = KERNELS.attempt(lambda: _by_kernel(blocks, weights, table, multiples))
+        if found is not None:
+            return found
     if weights is not None:
         weights = torch.where(weights.amax(dim=1, keepdim=True) > 0, weights, 1.0)
-    multiples = MULTIPLES.get(len(levels).bit_length() - 1, FINE_MULTIPLES)
     rows = max(1, CHUNK // blocks.shape[1])
     chunks = zip(blocks.split(rows), weights.split(rows) if weights is not None else [None] * len(blocks), strict=False)
     return torch.cat([_search(block, weight, table, multiples) for block, weight in chunks])
+
+
+def _by_kernel(blocks: Tensor, weights: Tensor | None, table: Tensor, multiples: tuple[float, ...]) -> Tensor:
+    from quantizers.kernels.scale_search import search_scales as search  # it imports Triton
+
+    return search(blocks, weights, table, multiples, SMALLEST_SCALE)
 
 
 def nearest(values: Tensor, levels: Float32[Tensor, " levels"]) -> Tensor:
@@ -73,4 +85,4 @@ def _level(block: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     half = (BINS - 1) / 2
     inverse = torch.where(scale > SMALLEST_SCALE, half / scale, 0)[:, None]
     index = (block * inverse).add_(half + 0.5).clamp_(0, BINS - 1).int()
-    return table.index_select(0, index.view(-1)).view_as(block)
+    return table.index_select(0, index.reshape(-1)).view(block.shape)

@@ -2,9 +2,12 @@
 
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Found = TypeVar("Found")
 
 
 class KernelSwitch:
@@ -24,7 +27,7 @@ class KernelSwitch:
         dtypes = (torch.float32, torch.float16, torch.bfloat16)
         return self.failure is None and x.device.type in self.device_types and x.dtype in dtypes
 
-    def attempt(self, run: Callable[[], Tensor]) -> Tensor | None:
+    def attempt(self, run: Callable[[], Found]) -> Found | None:
         """What `run` gives, or None where Triton is missing or fails.
 
         Raises:
@@ -37,9 +40,9 @@ class KernelSwitch:
         except Exception as error:  # compilers, drivers and Triton raise all kinds
             self.failure = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
             warnings.warn(
-                f"bitsmith's GPU kernels do not work here ({self.failure[:500]}); packed layers are dequantized by "
-                "torch for every product, with the same results, but slowly. `pip install triton` or another "
-                "version of it may help",
+                f"bitsmith's GPU kernels do not work here ({self.failure[:500]}); torch does what they would: packed "
+                "layers are dequantized for every product, and codes are searched step by step, with the same results, "
+                "but slowly. `pip install triton` or another version of it may help",
                 RuntimeWarning,
                 stacklevel=2,
             )

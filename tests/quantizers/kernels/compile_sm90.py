@@ -16,13 +16,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from quantizers.kernels.column_feedback import column_feedback_kernel
 from quantizers.kernels.configs import CONFIGS, DEFAULT
 from quantizers.kernels.dequantize import dequantize_kernel
 from quantizers.kernels.layout import PLANE_BITS
 from quantizers.kernels.matmul import matmul_kernel
 from quantizers.kernels.matvec import matvec_kernel
+from quantizers.kernels.scale_search import scale_search_kernel
 from quantizers.kernels.trellis import trellis_kernel
 from quantizers.kernels.viterbi import num_warps, viterbi_kernel
+from quantizers.scale_search import BINS, SMALLEST_SCALE
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 DOT = {torch.float32: triton.language.float32, torch.float16: triton.language.float16}
@@ -78,6 +81,19 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         signature = {"symbols": "*u8", **data, "steps": "i32", "join": "i32"}
         constants, options = {"BITS": bits, "STATE_BITS": state_bits}, {"num_warps": num_warps(2**state_bits)}
         yield f"viterbi, {bits} bits, states of {state_bits}", viterbi_kernel, signature, constants, options
+    for size, is_weighted in ((16, True), (128, False)):
+        signature = dict.fromkeys(("scales", "blocks", "weights", "table", "multiples"), "*fp32") | {
+            "num_blocks": "i32"
+        }
+        constants = {"SIZE": size, "PADDED": size, "BINS": BINS, "SMALLEST": SMALLEST_SCALE, "TRIALS": 6}
+        constants |= {"WEIGHTED": is_weighted, "ROWS": 2048 // size}
+        yield f"scale_search, blocks of {size}", scale_search_kernel, signature, constants, {"num_warps": 4}
+    for bits, width, is_integer in ((2, 16, True), (4, 64, False), (8, 128, False)):
+        data = ("values", "target", "right", "scales", "zeros", "levels", "bounds")
+        signature = {"codes": "*u8", **dict.fromkeys(data, "*fp32"), "N": "i32", "num_tiles": "i32"}
+        constants = {"WIDTH": width, "PADDED": width, "NUM_LEVELS": 2**bits, "INTEGER": is_integer, "ROWS": 32}
+        name = f"column_feedback, {bits} bits, blocks of {width}"
+        yield name, column_feedback_kernel, signature, constants, {"num_warps": 4}
 
 
 def few() -> list:
@@ -87,6 +103,8 @@ def few() -> list:
         "dequantize, 2 bits, blocks of 16, integers",
         "trellis, 3 bits, states of 8",
         "viterbi, 3 bits, states of 12",
+        "scale_search, blocks of 16",
+        "column_feedback, 4 bits",
     )
     return [each for each in variants() if any(name in each[0] for name in names)]
 

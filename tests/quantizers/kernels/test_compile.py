@@ -39,7 +39,13 @@ def check(variants: dict[str, dict]) -> None:
 
 def test_each_kernel_compiles(tmp_path: Path) -> None:
     variants = compiled(tmp_path, "--few")
-    assert {name.partition(",")[0] for name in variants} == {*CONFIGS[DEFAULT], "trellis", "viterbi"}
+    assert {name.partition(",")[0] for name in variants} == {
+        *CONFIGS[DEFAULT],
+        "trellis",
+        "viterbi",
+        "scale_search",
+        "column_feedback",
+    }
     check(variants)
 
 
