@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 from torch import Tensor
 
-from quantizers.trellis import BITS, LEVELS_FILE, decode, encode, states
+from quantizers.trellis import BITS, LEVELS_FILE, decode, encode, states, trained_errors
 
 # Table -> changes of the rule to try; a change costs four times as much with two state bits more. None may be added
 # with 10 bits: variable trellises take the one with 8 where there is none.
@@ -117,10 +117,10 @@ def main(names: list[str]) -> None:
         error = mean_squared_error(fresh, decode(encode(fresh, levels, bits), levels, bits))
         seconds = time.perf_counter() - began
         print(f"{name} fresh error {error:.6f}, {error * 4**bits:.4f} of the bound, {seconds:.0f} s", flush=True)
-        tables = load_file(LEVELS_FILE) if LEVELS_FILE.exists() else {}
+        tables, errors = load_file(LEVELS_FILE), trained_errors() | {name: f"{error:.4g}"}
         tables[name] = levels
-        LEVELS_FILE.parent.mkdir(exist_ok=True)
-        save_file(dict(sorted(tables.items())), LEVELS_FILE)
+        save_file(dict(sorted(tables.items())), LEVELS_FILE, metadata=errors)
+        trained_errors.cache_clear()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float32, Int32, Int64, UInt8
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,9 +67,21 @@ def has_trellis_levels(bits: int, state_bits: int) -> bool:
     return f"{bits}.{state_bits}" in _trained_levels()
 
 
+def trellis_distortion(bits: int, state_bits: int) -> float:
+    """Mean squared error of standard normal values in sequences of 256, as measured when the levels were trained."""
+    return float(trained_errors()[f"{bits}.{state_bits}"])
+
+
 @functools.cache
 def _trained_levels() -> dict[str, Tensor]:
     return load_file(LEVELS_FILE)
+
+
+@functools.cache
+def trained_errors() -> dict[str, str]:
+    """Mean squared errors by bits and state bits ("2.12"), as text."""
+    with safe_open(LEVELS_FILE, "pt") as file:
+        return file.metadata()
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ codebook loses a quarter of a bit. A million weights take about 0.3 seconds, 1.0
 and 2.4 with 4096 states (3 bits, one thread of a CPU); without numba 256 states take 1.4 to 4 and 6 seconds.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
 from quantizers.sides import Sides
-from quantizers.trellis import decode, encode, search_seconds, trellis_levels
+from quantizers.trellis import decode, encode, search_seconds, trellis_distortion
 from quantizers.trellis_format import TILE, TrellisFormat, num_tiles
 
 
@@ -62,14 +61,6 @@ class TrellisCoded(AbstractRotated):
     def rounder(self, root_mean_square: Float32[Tensor, ""], sides: Sides) -> StoringRounder:
         """See AbstractRotated."""
         return _TrellisRounder(self.format, sides.shape, root_mean_square)
-
-
-@functools.cache
-def trellis_distortion(bits: int, state_bits: int) -> float:
-    """Mean squared error of standard normal numbers."""
-    levels = trellis_levels(bits, state_bits)
-    values = torch.randn(64, TILE * TILE, generator=torch.Generator().manual_seed(0))
-    return float((values - decode(encode(values, levels, bits), levels, bits)).square().mean())
 
 
 class _TrellisRounder:

@@ -18,8 +18,7 @@ from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
 from quantizers.sides import Sides
 from quantizers.tile_rates import TileRates, fill_tiles
-from quantizers.trellis import decode, encode, search_seconds
-from quantizers.trellis_coded import trellis_distortion
+from quantizers.trellis import decode, encode, search_seconds, trellis_distortion
 from quantizers.trellis_format import TILE, num_tiles
 from quantizers.variable_trellis_format import WIDTHS, WORDS_A_BIT, VariableTrellisFormat, tiles_by_width
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quantizers.trellis import decode, encode, trellis_levels
+from quantizers.trellis import decode, encode, trellis_distortion, trellis_levels
 
 TRAINED = [(bits, state_bits) for state_bits in (8, 12) for bits in range(1, 6)] + [(bits, 10) for bits in (2, 3, 4)]
 LLOYD_MAX_ERRORS = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}  # Max 1960, table I
@@ -204,6 +204,13 @@ def test_trained_levels_beat_scalar_levels(bits: int, state_bits: int) -> None:
     assert levels.shape == (2**state_bits,)
     mean = errors(values, encode(values, levels, bits), levels, bits).sum() / values.square().sum()
     assert 4.0**-bits < mean < 0.8 * LLOYD_MAX_ERRORS[bits]
+
+
+@pytest.mark.parametrize(("bits", "state_bits"), TRAINED)
+def test_the_distortion_is_that_of_other_values(bits: int, state_bits: int) -> None:
+    levels, values = trellis_levels(bits, state_bits), normal(64, 256, seed=4)
+    mean = float(errors(values, encode(values, levels, bits), levels, bits).sum() / values.numel())
+    assert trellis_distortion(bits, state_bits) == pytest.approx(mean, rel=0.03)
 
 
 @pytest.mark.parametrize(("bits", "state_bits"), TRAINED)
