@@ -80,8 +80,8 @@ class QuantizeMatrix:
 
     def working_bytes(self, matrix: Matrix) -> int:
         """See MatrixTask."""
-        has_low_rank = quantizer_from_label(self.labels[matrix.module]).format.rank > 0
-        return quantize_bytes(matrix.shape, self.statistics.metric if self.statistics else None, has_low_rank)
+        metric = self.statistics.metric if self.statistics else None
+        return quantize_bytes(matrix.shape, metric, [self.labels[matrix.module]])
 
     def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
         """See MatrixTask."""

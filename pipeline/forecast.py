@@ -24,15 +24,14 @@ from pipeline.summed_parts import PART_WINDOWS, sum_bytes
 from pipeline.tail import tail_room, tail_within
 from pipeline.training import FREE_SHARE, KEPT_A_FEATURE
 from pipeline.unloaded import WHOLE_SHARE
-from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
+from pipeline.working_memory import LOOPS_BYTES, PROCESS_BYTES, costs_bytes, quantize_bytes
 from quantizers import quantizer_from_label
-from quantizers.compiled import SEARCH_BYTES, loads_for
+from quantizers.compiled import loads_for
 
 HEAP_BYTES = 100 * 2**20  # in pieces that the allocator keeps, while a network runs
 LATER_BYTES = 70 * 2**20  # libraries that are loaded on the way: solvers, scipy
 PROGRAM_BYTES = 20 * 2**20  # the integer program
 REPORT_BYTES = 120 * 2**20  # matplotlib, and the pictures
-LOOPS_BYTES = 90 * 2**20  # numba
 DEQUANTIZE_BYTES = 24  # for each weight of the layer under way
 SLICE_BYTES = 48  # for each probability that is scored at once, in float64
 LOG_PROB_BYTES = 10  # for each probability: float16, while it is written with its checksum or read and checked
@@ -119,7 +118,7 @@ class _Facts:
 
     @property
     def loops(self) -> int:
-        """What a process takes for good that decodes a matrix of each kind on offer, or searches for its codes."""
+        """What a process takes for good that decodes a matrix of each kind on offer."""
         largest = max(matrix.num_params for matrix in self.run.model.matrices)
         kinds = {quantizer_from_label(label).format.kind for label in self.run.labels}
         return LOOPS_BYTES if any(loads_for(kind, largest) for kind in kinds) else 0
@@ -176,17 +175,16 @@ class _Facts:
     def decompose(self) -> StageForecast:
         """A matrix a process, or a thread."""
         model, labels = self.run.model, self.run.labels
-        has_low_rank = any(quantizer_from_label(label).format.rank for label in labels)
-        each = [quantize_bytes(matrix.shape, self.metric, has_low_rank) for matrix in model.matrices]
+        shapes = {matrix.shape for matrix in model.matrices}
+        each = [quantize_bytes(shape, self.metric, labels) for shape in shapes]
         in_processes = is_in_processes(True, model.matrices)
         workers = num_workers(each, in_processes, self.free)
         seconds = self.seconds.decompose(workers)
         packing = packing_bytes(model, self.run.embeddings, is_weighted=weighs_head(self.run))
         packing += self.now  # before the matrices (run.py)
         if not in_processes:
-            held = self.loops + workers * (max(each) + SEARCH_BYTES * (self.loops > 0))
-            return self._host("decompose", seconds, max(packing, self.now + held))
-        worker = PROCESS_BYTES + self.loops + SEARCH_BYTES * (self.loops > 0) + max(each)
+            return self._host("decompose", seconds, max(packing, self.now + workers * max(each)))
+        worker = PROCESS_BYTES + max(each)
         total = max(packing, self.now + workers * worker)
         return StageForecast("decompose", seconds, max(packing, worker), total)
 

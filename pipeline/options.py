@@ -54,7 +54,7 @@ Name = Annotated[
 ]
 Preset = Annotated[
     str,
-    typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe; best: more states, recovery"),
+    typer.Option(help="fast: fewer samples, minutes on a CPU; default: the full recipe; best: that and recovery"),
 ]
 Rank = Annotated[list[int] | None, typer.Option(help="rank of a low-rank part on offer; repeat for several; 0: none")]
 FactorBits = Annotated[

@@ -1,8 +1,13 @@
 """What one matrix takes while it is treated, beside the program itself: measured, for shapes up to 2048 x 3072."""
 
+from collections.abc import Iterable
+
 from pipeline.curvature_sums import Metric, sums_of
+from quantizers import quantizer_from_label
+from quantizers.compiled import SEARCH_BYTES, is_there
 
 MIB = 2**20
+LOOPS_BYTES = 90 * MIB  # of numba, once something was compiled
 PROCESS_BYTES = 330 * MIB  # of a worker process that has loaded torch and the quantizers
 # in all, for each weight, and for each number of the larger curvature, whose factors are made in float64
 COSTS = {"diagonal": (15 * MIB, 42, 0), "curvature": (60 * MIB, 69, 31)}
@@ -15,9 +20,12 @@ def costs_bytes(shape: tuple[int, int], metric: Metric | None) -> int:
     return _total(shape, metric, COSTS)
 
 
-def quantize_bytes(shape: tuple[int, int], metric: Metric | None, has_low_rank: bool) -> int:
-    """While it is quantized, and the error measured."""
-    return _total(shape, metric, QUANTIZE_LOW_RANK if has_low_rank else QUANTIZE)
+def quantize_bytes(shape: tuple[int, int], metric: Metric | None, labels: Iterable[str]) -> int:
+    """While it is quantized by one of these quantizers, and the error measured; compiled loops included."""
+    formats = [quantizer_from_label(label).format for label in labels]
+    searches = is_there() and any("trellis" in form.kind for form in formats)
+    measured = QUANTIZE_LOW_RANK if any(form.rank for form in formats) else QUANTIZE
+    return _total(shape, metric, measured) + searches * (LOOPS_BYTES + SEARCH_BYTES)
 
 
 def _total(shape: tuple[int, int], metric: Metric | None, measured: dict[str, tuple[int, int, int]]) -> int:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from quantizers.affine_search import round_affine
 from quantizers.scale_search import nearest
-
-TINY = torch.finfo(torch.float32).tiny
+from quantizers.stored_scales import TINY
 
 
 @dataclass(frozen=True)

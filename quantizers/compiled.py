@@ -175,20 +175,18 @@ def loads_for(kind: str, num_weights: int) -> bool:
     return "trellis" in kind and num_weights >= LEAST_WEIGHTS and is_there()
 
 
-@functools.cache
 def is_there() -> bool:
-    """Is numba installed?"""
-    return importlib.util.find_spec("numba") is not None
+    """Is numba installed, and not known to fail?"""
+    return not _given_up and importlib.util.find_spec("numba") is not None
 
 
 @functools.cache
 def _loops() -> ModuleType | None:
     try:
-        from quantizers import cpu_loops
-    except ImportError:
-        return None
-    except Exception as error:  # numba and LLVM raise all kinds
-        _give_up(error)
+        from quantizers import cpu_loops, cpu_viterbi  # noqa: F401
+    except Exception as error:  # numba and LLVM raise all kinds; a NumPy that does not fit is an ImportError
+        if not (isinstance(error, ModuleNotFoundError) and error.name == "numba"):
+            _give_up(error)
         return None
     return cpu_loops
 
@@ -214,8 +212,9 @@ def _give_up(error: Exception) -> None:
     """No loop is tried again in this process."""
     _given_up.append(f"{type(error).__name__}: {str(error)[:500]}")
     warnings.warn(
-        f"numba does not work here ({_given_up[-1]}); packed weights are decoded by torch, with the same results, but "
-        "slowly. Another version of numba may help, or NUMBA_CACHE_DIR=FOLDER with a new folder for what it compiled",
+        f"numba does not work here ({_given_up[-1]}); packed weights are decoded, and codes are searched for, by "
+        "torch, with the same results, but slowly. Another version of numba may help, or NUMBA_CACHE_DIR=FOLDER with a "
+        "new folder for what it compiled",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -1,7 +1,8 @@
 """The search of trellis.py, compiled by numba for the CPU. compiled.py calls it, where numba is there.
 
-The same operations in the same order as there, so the same symbols. What is saved are passes over memory: the costs of
-a step stay in registers, for some sequences (lanes) at once, and only the least of each overlap is written.
+The same operations in the same order as there, fused where torch fuses them, so the same symbols. What is saved are
+passes over memory: the costs of a step stay in registers, for some sequences (lanes) at once, and only the least of
+each overlap is written.
 """
 
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import torch
 
 from quantizers.compiled import SEARCH_BYTES
 from quantizers.cpu_loops import compile_loop
@@ -16,6 +18,15 @@ from quantizers.cpu_loops import compile_loop
 MOST_LANES = 48
 VECTOR = 8  # lanes are a multiple of it
 UNROLLED = 16  # states that lead to an overlap, in one part; a loop around more does not become vectors
+
+
+def _is_fused() -> bool:
+    """Does torch round once in addcmul, as its kernels for most processors do?"""
+    a, b, c = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
+    return torch.equal(torch.addcmul(a, b, c), (a.double() + b.double() * c.double()).float())
+
+
+_FUSED = _is_fused()
 
 
 def _closed_paths(bits: int) -> Any:
@@ -86,7 +97,9 @@ def _closed_paths(bits: int) -> Any:
                         if turn and begin + lane < num_sequences:
                             symbols[begin + lane, step] = chosen & mask
 
-    return compile_loop(closed_paths, f"closed_paths_{bits}", freedom={"contract"})
+    if _FUSED:
+        return compile_loop(closed_paths, f"closed_paths_{bits}_fused", freedom={"contract"})
+    return compile_loop(closed_paths, f"closed_paths_{bits}")
 
 
 _CLOSED_PATHS = {bits: _closed_paths(bits) for bits in range(1, 6)}

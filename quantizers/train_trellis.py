@@ -13,6 +13,7 @@ search changes coefficients; then the generalized Lloyd algorithm (Linde, Buzo, 
 centroids. Levels are odd throughout, level[~state] = -level[state]: complemented symbols stand for negated values.
 """
 
+import json
 import random
 import sys
 import time
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import norm
 from torch import Tensor
 
-from quantizers.trellis import BITS, LEVELS_FILE, decode, encode, states, trained_errors
+from quantizers.trellis import BITS, ERRORS_KEY, LEVELS_FILE, decode, encode, states, trained_errors
 
 # Table -> changes of the rule to try; a change costs four times as much with two state bits more. None may be added
 # with 10 bits: variable trellises take the one with 8 where there is none.
@@ -117,9 +118,11 @@ def main(names: list[str]) -> None:
         error = mean_squared_error(fresh, decode(encode(fresh, levels, bits), levels, bits))
         seconds = time.perf_counter() - began
         print(f"{name} fresh error {error:.6f}, {error * 4**bits:.4f} of the bound, {seconds:.0f} s", flush=True)
-        tables, errors = load_file(LEVELS_FILE), trained_errors() | {name: f"{error:.4g}"}
-        tables[name] = levels
-        save_file(dict(sorted(tables.items())), LEVELS_FILE, metadata=errors)
+        tables, errors = (load_file(LEVELS_FILE), trained_errors()) if LEVELS_FILE.exists() else ({}, {})
+        tables[name], errors[name] = levels, float(f"{error:.4g}")
+        LEVELS_FILE.parent.mkdir(exist_ok=True)
+        metadata = {ERRORS_KEY: json.dumps(errors, sort_keys=True)}
+        save_file(dict(sorted(tables.items())), LEVELS_FILE, metadata=metadata)
         trained_errors.cache_clear()
 
 

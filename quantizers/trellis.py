@@ -13,6 +13,7 @@ Legend: sequence, step (weights of a sequence), state (2**L).
 """
 
 import functools
+import json
 import math
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from quantizers.kernels.switch import KERNELS
 BITS = range(1, 6)
 STATE_BITS = range(6, 13)
 LEVELS_FILE = Path(__file__).parent / "data" / "trellis_levels.safetensors"
+ERRORS_KEY = "mean_squared_errors"  # of its metadata
 
 # Weights whose targets and roots are in memory at once.
 _SOME_WEIGHTS = 2**22
@@ -69,7 +71,8 @@ def has_trellis_levels(bits: int, state_bits: int) -> bool:
 
 def trellis_distortion(bits: int, state_bits: int) -> float:
     """Mean squared error of standard normal values in sequences of 256, as measured when the levels were trained."""
-    return float(trained_errors()[f"{bits}.{state_bits}"])
+    _ = trellis_levels(bits, state_bits)  # raises where there are none
+    return trained_errors()[f"{bits}.{state_bits}"]
 
 
 @functools.cache
@@ -78,10 +81,10 @@ def _trained_levels() -> dict[str, Tensor]:
 
 
 @functools.cache
-def trained_errors() -> dict[str, str]:
-    """Mean squared errors by bits and state bits ("2.12"), as text."""
+def trained_errors() -> dict[str, float]:
+    """Mean squared errors by bits and state bits ("2.12")."""
     with safe_open(LEVELS_FILE, "pt") as file:
-        return file.metadata()
+        return json.loads(file.metadata()[ERRORS_KEY])
 
 
 @torch.no_grad()

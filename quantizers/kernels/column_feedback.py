@@ -56,7 +56,10 @@ def column_feedback_kernel(
         is_here = column[None, :] == each
         weight = tl.sum(tl.where(is_here, work, 0.0), axis=1) / divisor
         if INTEGER:
-            step = tl.minimum(tl.maximum(tl.floor(weight + 0.5), -zero), NUM_LEVELS - 1 - zero)
+            step = tl.floor(weight + 0.5)
+            is_odd_tie = (step - weight == 0.5) & (step - 2 * tl.floor(step / 2) == 1)
+            step = tl.where(is_odd_tie, step - 1, step)  # half to even, like torch
+            step = tl.minimum(tl.maximum(step, -zero), NUM_LEVELS - 1 - zero)
             code = (step + zero).to(tl.int32)
             value = step * scale
         else:
@@ -72,7 +75,7 @@ def column_feedback_kernel(
 def columns_in_turn(
     target: Float32[Tensor, "out tiles width"], grid: "BlockGrid", right: Float32[Tensor, "tiles width width"]
 ) -> tuple[UInt8[Tensor, "out tiles width"], Float32[Tensor, "out tiles width"]]:
-    """Codes and values, as there but for what is rounded in between."""
+    """Codes and values, as there but for the last bits of errors, which may turn a code."""
     target, levels = target.contiguous(), grid.levels.contiguous()
     rows, num_tiles, width = target.shape
     codes, values = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)

@@ -87,7 +87,7 @@ def search_scales(
             blocks,
             blocks if weights is None else weights.contiguous(),
             table,
-            torch.tensor(multiples, device=blocks.device),
+            torch.tensor(multiples, dtype=torch.float32, device=blocks.device),
             num_blocks,
             SIZE=size,
             PADDED=padded,

@@ -23,7 +23,7 @@ class KernelSwitch:
         self.failure: str | None = None
 
     def serves(self, x: Tensor) -> bool:
-        """May a product with `x` be tried?"""
+        """May what begins with `x` be tried?"""
         dtypes = (torch.float32, torch.float16, torch.bfloat16)
         return self.failure is None and x.device.type in self.device_types and x.dtype in dtypes
 
@@ -40,9 +40,9 @@ class KernelSwitch:
         except Exception as error:  # compilers, drivers and Triton raise all kinds
             self.failure = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
             warnings.warn(
-                f"bitsmith's GPU kernels do not work here ({self.failure[:500]}); torch does what they would: packed "
-                "layers are dequantized for every product, and codes are searched step by step, with the same results, "
-                "but slowly. `pip install triton` or another version of it may help",
+                f"bitsmith's GPU kernels do not work here ({self.failure[:500]}); torch does what they would, but "
+                "slowly: packed layers are dequantized for every product, and codes are searched for step by step. "
+                "`pip install triton` or another version of it may help",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline import forecast as forecasting
-from pipeline import memory_check
+from pipeline import memory_check, working_memory
 from pipeline.curvature_sums import Metric
 from pipeline.errors import MemoryShortError
 from pipeline.evaluate import MOST_LOGITS_BYTES, batch_of
@@ -22,7 +22,7 @@ from pipeline.run import Run
 from pipeline.spread import num_workers
 from pipeline.stages import StageLog
 from pipeline.tail import _kept_bytes, tail_room, tail_within
-from pipeline.working_memory import PROCESS_BYTES, costs_bytes, quantize_bytes
+from pipeline.working_memory import LOOPS_BYTES, PROCESS_BYTES, costs_bytes, quantize_bytes
 from registry import Registry
 from tests.architectures import build_causal
 from tests.models import save_model
@@ -107,8 +107,16 @@ def test_a_large_matrix_takes_what_its_metric_wants() -> None:
     shape = (4096, 11008)
     assert costs_bytes(shape, "factored") == costs_bytes(shape, "fisher") == costs_bytes(shape, None)
     assert costs_bytes(shape, "kronecker") > 2 * costs_bytes(shape, "fisher")
-    assert quantize_bytes(shape, "fisher", True) > quantize_bytes(shape, "fisher", False)
-    assert quantize_bytes(shape, "input", False) > quantize_bytes(shape[::-1], "input", False)
+    assert quantize_bytes(shape, "fisher", ["nf4", "nf4-r2"]) > quantize_bytes(shape, "fisher", ["nf4"])
+    assert quantize_bytes(shape, "input", ["nf4"]) > quantize_bytes(shape[::-1], "input", ["nf4"])
+
+
+def test_compiled_loops_take_memory_where_there_are_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(working_memory, "is_there", lambda: True)
+    plain, searching = (quantize_bytes((96, 64), None, [label]) for label in ("nf4", "trellis3-l12-r2"))
+    assert searching - plain > LOOPS_BYTES
+    monkeypatch.setattr(working_memory, "is_there", lambda: False)
+    assert quantize_bytes((96, 64), None, ["trellis3-l12"]) == plain
 
 
 @pytest.mark.parametrize(("free_gib", "in_processes", "workers"), [(1000, False, 3), (2.5, False, 2), (2.5, True, 1)])

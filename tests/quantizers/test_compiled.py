@@ -16,7 +16,17 @@ BLOCKS = [
     *("lloyd2-g32-s4", "lloyd3-g64-s5", "lloyd4-g128-s6", "lloyd5-g16-s7", "lloyd6-g64-s8"),
     "nf8-g64-s3",
 ]
-SEARCHES = [(1, 6, 40), (2, 8, 256), (3, 6, 2), (3, 10, 30), (4, 8, 17), (5, 9, 64)]
+SEARCHES = [
+    (1, 6, 40),
+    (2, 8, 256),
+    (3, 6, 2),
+    (3, 10, 30),
+    (4, 8, 17),
+    (5, 9, 64),
+    (1, 12, 256),
+    (3, 12, 256),
+    (5, 12, 256),
+]
 TILES = ["trellis1", "trellis2-l12", "trellis3", "trellis4-l10", "trellis5", "vtrellis2.75"]
 
 
@@ -44,10 +54,10 @@ def by_torch(monkeypatch, run: Any) -> torch.Tensor:
 def test_few_rows_times_blocks(label: str, shape: tuple[int, int], monkeypatch) -> None:
     weight = quantized(label, shape)
     for num_rows in (0, 1, 8):
-        x = torch.randn(num_rows, shape[1])
+        x = torch.randn(num_rows, shape[1], generator=torch.Generator().manual_seed(num_rows))
         assert weight.format.compiled_product(x, weight.plain, shape, weight.levels) is not None
         wanted = by_torch(monkeypatch, lambda x=x: weight.product(x))
-        torch.testing.assert_close(weight.product(x), wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(weight.product(x), wanted, rtol=1e-5, atol=3e-5)  # sums of up to 160 products
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (300, 217), (40, 640)], ids=str)
@@ -84,7 +94,8 @@ def test_the_search_for_codes_finds_the_same(bits: int, state_bits: int, num_ste
 
 
 def test_the_search_is_by_a_loop_once_that_pays(monkeypatch) -> None:
-    levels, values = torch.randn(64), torch.randn(8, 40)
+    draw = torch.Generator().manual_seed(5)
+    levels, values = torch.randn(64, generator=draw), torch.randn(8, 40, generator=draw)
     monkeypatch.setattr(compiled, "_searched", compiled._Searched())
     monkeypatch.setattr(compiled, "LEAST_COSTS", 2 * values.numel() * len(levels))
     searched = []
@@ -105,7 +116,8 @@ def _spied(calls: list[Any]) -> Any:
 
 
 def test_threads_change_no_code() -> None:
-    levels, values = torch.randn(64), torch.randn(200, 40)
+    draw = torch.Generator().manual_seed(6)
+    levels, values = torch.randn(64, generator=draw), torch.randn(200, 40, generator=draw)
     threads = torch.get_num_threads()
     try:
         found = []
@@ -236,7 +248,14 @@ def test_a_packed_head_is_multiplied_without_being_decoded(monkeypatch) -> None:
     torch.testing.assert_close(gradient, weight.dequantize().sum(dim=0).expand(1, 2, -1), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("error", "num_warnings"), [(ImportError("no numba"), 0), (OSError("no LLVM"), 1)])
+FAILURES = [
+    (ModuleNotFoundError("no numba", name="numba"), 0),
+    (ImportError("Numba needs NumPy 2.5 or less"), 1),
+    (OSError("no LLVM"), 1),
+]
+
+
+@pytest.mark.parametrize(("error", "num_warnings"), FAILURES, ids=["missing", "another NumPy", "no LLVM"])
 def test_without_numba_torch_does_it(error: Exception, num_warnings: int, monkeypatch) -> None:
     weight, x = quantized("lloyd3-g32-s4", (64, 96)), torch.randn(1, 96)
     wanted = weight.product(x)
@@ -257,4 +276,5 @@ def test_without_numba_torch_does_it(error: Exception, num_warnings: int, monkey
     finally:
         compiled._loops.cache_clear()
     torch.testing.assert_close(found[1], wanted, rtol=1e-5, atol=1e-5)
+    assert compiled.is_there() == (num_warnings == 0)
     assert len([each for each in seen if "numba does not work here" in str(each.message)]) == num_warnings

@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from quantizers import LayerStatistics, LowRankPlus, quantizer_from_label, weighted_error
+from quantizers.kernels.switch import KERNELS
 from quantizers.trellis import decode, encode, trellis_levels
 
 pytestmark = pytest.mark.gpu
-LABELS = ["nf4-g64-s8", "lloyd3-g32-s4", "int3-g32-s6", "kmeans3-g32-s6", "e8p2", "trellis2", "trellis3-l10"]
+LABELS = ["nf4-g64-s8", "lloyd3-g32-s4", "int3-g32-s6", "kmeans3-g32-s6", "e8p2", "trellis2", "trellis3-l12"]
+
+
+@pytest.fixture(autouse=True)
+def _by_kernels():
+    """A kernel that fails leaves the work to torch, and would go unseen."""
+    yield
+    assert KERNELS.failure is None
 
 
 def curvature(size: int, seed: int) -> torch.Tensor:
@@ -34,10 +42,8 @@ def statistics(request: pytest.FixtureRequest, weight: torch.Tensor) -> LayerSta
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
-@pytest.mark.parametrize("state_bits", [8, 10])
+@pytest.mark.parametrize("state_bits", [8, 12])
 def test_the_trellis_finds_equally_good_paths(bits: int, state_bits: int) -> None:
-    if (bits, state_bits) == (1, 10):
-        pytest.skip("no levels were trained for it")
     values = torch.randn(300, 256, generator=torch.Generator().manual_seed(bits))
     levels = trellis_levels(bits, state_bits)
     ours = decode(encode(values, levels, bits), levels, bits)
