@@ -144,7 +144,7 @@ def _closed_paths(
 
 def search_seconds(state_bits: int) -> float:
     """About how long `encode` takes for a million weights on one thread of a CPU."""
-    return (4e-4 if is_there() else 2.5e-3) * 2**state_bits
+    return (2e-4 if is_there() else 3.3e-3) * 2**state_bits
 
 
 def decode(

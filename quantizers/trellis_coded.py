@@ -42,7 +42,7 @@ class TrellisCoded(AbstractRotated):
 
     def seconds_per_million(self, has_feedback: bool) -> float:
         """See AbstractQuantizer."""
-        return search_seconds(self.state_bits) + (0.8 if has_feedback else 0.2)
+        return search_seconds(self.state_bits) + (0.4 if has_feedback else 0.15)
 
     @property
     def tile(self) -> tuple[int, int]:
