@@ -98,5 +98,5 @@ def test_a_budget_that_only_one_candidate_meets(tiny_model_dir: Path, tmp_path: 
     smallest = str(refused.value).partition("at least ")[2].partition("bpw")[0]
     done = default_run(tiny_model_dir, tmp_path, budget=f"{smallest}bpw")
     assert {matrix["label"] for matrix in json.loads((done.folder / "plan.json").read_text())["matrices"].values()} == {
-        "trellis1-l8"
+        "trellis1-l12"
     }

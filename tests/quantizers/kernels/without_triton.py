@@ -22,9 +22,9 @@ def main() -> None:
     from quantizers.kernels.switch import KERNELS
 
     assert "triton" not in sys.modules
-    KERNELS.device_types = ("cpu",)
     quantized = NormalFloat(4).quantize(torch.ones(3, 70))
     layer = QuantizedLinear.from_quantized(quantized, None)
+    KERNELS.device_types = ("cpu",)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for rows in (1, 2, 40):
