@@ -171,7 +171,7 @@ def _tiles(
 
 
 def loads_for(kind: str, num_weights: int) -> bool:
-    """Is numba loaded (for good, with tens of megabytes) when a weight gets that format, or is decoded, on a CPU?"""
+    """Is numba loaded (for good, with tens of megabytes) when a weight of that format is decoded on a CPU?"""
     return "trellis" in kind and num_weights >= LEAST_WEIGHTS and is_there()
 
 

@@ -22,7 +22,8 @@ UNROLLED = 16  # states that lead to an overlap, in one part; a loop around more
 
 def _is_fused() -> bool:
     """Does torch round once in addcmul, as its kernels for most processors do?"""
-    a, b, c = torch.rand(3, 1000, generator=torch.Generator().manual_seed(0))
+    draw = torch.Generator("cpu").manual_seed(0)
+    a, b, c = torch.rand(3, 1000, generator=draw, dtype=torch.float32, device="cpu")  # whatever the defaults are
     return torch.equal(torch.addcmul(a, b, c), (a.double() + b.double() * c.double()).float())
 
 

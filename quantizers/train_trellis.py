@@ -1,6 +1,6 @@
 """Train the levels of quantizers/trellis.py for standard normal values, and write them beside it.
 
-    python -m quantizers.train_trellis            all tables, about 20 minutes on two cores
+    python -m quantizers.train_trellis            all tables; those of 12 bits take 10 minutes on two cores
     python -m quantizers.train_trellis 2.8 4.10   2 bits with a state of 8, 4 bits with a state of 10
 
 A table starts as normal quantiles; which state gets which is a rule of L integers:

@@ -142,6 +142,12 @@ def _closed_paths(
     return torch.cat([viterbi.closed_path(*(x.T.contiguous() for x in part)) for part in parts], dim=1).T
 
 
+def _kernel_paths(targets: Tensor, roots: Tensor, levels: Tensor, bits: int, join: int) -> Tensor:
+    from quantizers.kernels.viterbi import closed_paths  # it imports Triton
+
+    return closed_paths(targets, roots, levels, bits, join)
+
+
 def search_seconds(state_bits: int) -> float:
     """About how long `encode` takes for a million weights on one thread of a CPU."""
     return (2e-4 if is_there() else 3.3e-3) * 2**state_bits
@@ -173,12 +179,6 @@ def states(symbols: UInt8[Tensor, "sequence step"], bits: int, state_bits: int) 
     for age in range(1, math.ceil(state_bits / bits)):
         found |= wide.roll(age, 1) << (bits * age)
     return found & (2**state_bits - 1)
-
-
-def _kernel_paths(targets: Tensor, roots: Tensor, levels: Tensor, bits: int, join: int) -> Tensor:
-    from quantizers.kernels.viterbi import closed_paths  # it imports Triton
-
-    return closed_paths(targets, roots, levels, bits, join)
 
 
 class _Viterbi:

@@ -115,6 +115,17 @@ def _spied(calls: list[Any]) -> Any:
     return closed_path
 
 
+def test_loops_fuse_as_torch_does_whatever_the_defaults_are() -> None:
+    from quantizers import cpu_viterbi
+
+    wanted = cpu_viterbi._is_fused()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert cpu_viterbi._is_fused() == wanted == cpu_viterbi._FUSED
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_threads_change_no_code() -> None:
     draw = torch.Generator().manual_seed(6)
     levels, values = torch.randn(64, generator=draw), torch.randn(200, 40, generator=draw)
