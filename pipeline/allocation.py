@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from solvers import AllocationProblem, InfeasibleBudgetError, solve
 
 BYTE_BUDGET_ROUNDS = 8
 EMBEDDINGS_ADVICE = "--embeddings lloyd5-g64-s6"
+AS_STORED = "as stored"  # the label of embeddings that are not packed
+SPARE_SHARE = 1e-3  # of a budget in bytes that may be left over, before another plan is looked for
 SPARE_BYTES_A_MATRIX = 24  # by which the text of another plan for the same model may be longer
 
 
@@ -53,7 +55,16 @@ class PlannedMatrix(PlannedWeight):
 
 @dataclass(frozen=True)
 class PlannedEmbedding(PlannedWeight):
-    """What token embeddings or an output head, [tokens, width], are packed with where the recipe asks for it."""
+    """What token embeddings or an output head, [tokens, width], are packed with, or would be.
+
+    Attributes:
+        cost: the divergence that it was measured to cause, in nats a token; None where nothing was measured.
+    """
+
+    cost: float | None = None
+
+
+Offered = Mapping[str, tuple[PlannedEmbedding, ...]]  # module name -> what its embeddings may become
 
 
 @dataclass(frozen=True)
@@ -62,10 +73,10 @@ class Plan:
 
     Attributes:
         matrices: module name -> its part.
-        embeddings: module name -> what the recipe says; not counted in the bits below, which are of `matrices`.
+        embeddings: module name -> how they are packed; not counted in bits and costs below, which are of `matrices`.
         budget: as the user wrote it.
         predicted_cost: sum of the matrices' costs.
-        lower_bound: no plan within the budget costs less.
+        lower_bound: no plan within the budget, with these embeddings, costs less.
         gap: (predicted_cost - lower_bound) / predicted_cost.
         status, solver: how the answer was found.
     """
@@ -83,6 +94,11 @@ class Plan:
     def packed(self) -> dict[str, PlannedWeight]:
         """All that is stored packed, by module."""
         return {**self.matrices, **self.embeddings}
+
+    @property
+    def expected_cost(self) -> float:
+        """Of matrices and embeddings together."""
+        return self.predicted_cost + sum(each.cost or 0.0 for each in self.embeddings.values())
 
     @property
     def size_bits(self) -> int:
@@ -162,14 +178,14 @@ def allocate(
     budget: str,
     solver: str,
     share_groups: bool,
-    embeddings: dict[str, PlannedEmbedding] | None = None,
+    embeddings: Offered | None = None,
 ) -> Plan:
     """Solve the integer program.
 
     Args:
-        budget_bits: for all matrices of the table together.
+        budget_bits: for all matrices of the table together, and for embeddings that are free to choose.
         share_groups: matrices that read the same input get the same choice (fused kernels want that).
-        embeddings: of the plan, see Plan.
+        embeddings: what is on offer for them. Those with one choice get it, and count nowhere.
     Raises:
         BudgetError: not even the smallest choices fit.
     """
@@ -177,8 +193,10 @@ def allocate(
     for index, group in enumerate(table.groups):
         groups[group].append(index)
     shared = tuple(tuple(members) for members in groups.values()) if share_groups else ()
+    free = free_to_choose(embeddings or {})
+    cost, size_bits = _with_rows(table, free)
     try:
-        found = solve(AllocationProblem(table.cost, table.size_bits, budget_bits, shared), solver=solver)
+        found = solve(AllocationProblem(cost, size_bits, budget_bits, shared), solver=solver)
     except InfeasibleBudgetError as error:
         params = int(table.num_params.sum())
         raise BudgetError(
@@ -190,10 +208,36 @@ def allocate(
         name.removesuffix(".weight"): PlannedMatrix(
             table.choices[choice], shape, int(table.size_bits[row, choice]), float(table.cost[row, choice])
         )
-        for row, (name, shape, choice) in enumerate(zip(table.matrices, table.shapes, found.choice, strict=True))
+        for row, (name, shape, choice) in enumerate(zip(table.matrices, table.shapes, found.choice, strict=False))
     }
-    status = found.status.name.lower()
-    return Plan(planned, budget, found.cost, found.lower_bound, found.gap, status, found.solver, embeddings or {})
+    chosen = {module: choices[0] for module, choices in (embeddings or {}).items()}
+    for (module, choices), choice in zip(free.items(), found.choice[len(planned) :], strict=True):
+        chosen[module] = choices[choice]
+    spent = sum(chosen[module].cost or 0.0 for module in free)
+    predicted, least = found.cost - spent, found.lower_bound - spent
+    gap = (predicted - least) / predicted if spent and predicted > 0 else found.gap
+    packed = {module: each for module, each in chosen.items() if each.label != AS_STORED}
+    return Plan(planned, budget, predicted, least, gap, found.status.name.lower(), found.solver, packed)
+
+
+def free_to_choose(embeddings: Offered) -> Offered:
+    """Those with more than one choice."""
+    return {module: choices for module, choices in embeddings.items() if len(choices) > 1}
+
+
+def _with_rows(table: CostTable, free: Offered) -> tuple[np.ndarray, np.ndarray]:
+    """The table's cost and size_bits, and below them a row for each of `free`."""
+    if not free:
+        return table.cost, table.size_bits
+    rows = len(table.matrices) + len(free)
+    columns = max(len(table.choices), *(len(choices) for choices in free.values()))
+    cost, size_bits = np.full((rows, columns), np.inf), np.zeros((rows, columns), dtype=np.int64)
+    cost[: len(table.matrices), : len(table.choices)] = table.cost
+    size_bits[: len(table.matrices), : len(table.choices)] = table.size_bits
+    for row, choices in enumerate(free.values(), start=len(table.matrices)):
+        cost[row, : len(choices)] = [each.cost or 0.0 for each in choices]
+        size_bits[row, : len(choices)] = [each.size_bits for each in choices]
+    return cost, size_bits
 
 
 def allocate_to_budget(
@@ -204,7 +248,7 @@ def allocate_to_budget(
     *,
     solver: str,
     share_groups: bool,
-    embeddings: dict[str, PlannedEmbedding] | None = None,
+    embeddings: Offered | None = None,
     can_pack_embeddings: bool = False,
 ) -> Plan:
     """`allocate`, for a budget of any kind.
@@ -226,27 +270,46 @@ def allocate_to_budget(
     if limit is None:
         assert budget.bits_per_param is not None
         return solved(int(budget.bits_per_param * int(table.num_params.sum())))
-    smallest = solved(_smallest_bits(table, share_groups))
-    around_bytes = folder_bytes(smallest) - -(-smallest.size_bits // 8)
+    free = free_to_choose(embeddings or {})
+    smallest_bits = _smallest_bits(table, share_groups)
+    smallest_bits += sum(min(each.size_bits for each in choices) for choices in free.values())
+    smallest = solved(smallest_bits)
+    around_bytes = folder_bytes(smallest) - -(-smallest_bits // 8)
     if folder_bytes(smallest) > limit:
         is_advised = can_pack_embeddings and not embeddings
         enough = folder_bytes(smallest) + SPARE_BYTES_A_MATRIX * (len(table.matrices) + 10)
         raise BudgetError(
             f"The budget {budget.text} is {human_bytes(limit)} for the finished folder, and the smallest plan takes "
-            f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are norms, embeddings, head, "
-            f"tokenizer and configuration. Raise the budget to {math.ceil(enough / 1000) / 1000:.3f}MB, or offer "
+            f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are norms, "
+            f"{'' if free else 'embeddings, head, '}tokenizer and configuration. "
+            f"Raise the budget to {math.ceil(enough / 1000) / 1000:.3f}MB, or offer "
             f"smaller candidates{f', or pack the embeddings ({EMBEDDINGS_ADVICE})' if is_advised else ''}."
         )
-    budget_bits = 8 * (limit - around_bytes)
+    best, budget_bits, too_many_bits = smallest, 8 * (limit - around_bytes), 2**62
     for _ in range(BYTE_BUDGET_ROUNDS):
         plan = solved(budget_bits)
-        over_bytes = folder_bytes(plan) - limit
-        if over_bytes <= 0:
-            return plan
-        budget_bits = plan.size_bits - 8 * over_bytes
-        if budget_bits < smallest.size_bits:  # more surrounds this plan than the smallest, which does fit
-            budget_bits = (smallest.size_bits + plan.size_bits) // 2
-    return smallest
+        spare_bytes = limit - folder_bytes(plan)
+        plan_bits = plan.size_bits + sum(_size_bits(plan, module, choices) for module, choices in free.items())
+        next_bits = plan_bits + 8 * spare_bytes
+        if spare_bytes >= 0:
+            best = min(plan, best, key=lambda each: each.expected_cost)
+            if next_bits <= budget_bits or spare_bytes <= SPARE_SHARE * limit:
+                break
+        else:
+            too_many_bits = budget_bits
+        if next_bits < smallest_bits:  # more surrounds this plan than the smallest, which does fit
+            next_bits = (smallest_bits + plan_bits) // 2
+        if next_bits >= too_many_bits:  # as much surrounds another plan
+            next_bits = (budget_bits + too_many_bits) // 2
+        budget_bits = next_bits
+    return best
+
+
+def _size_bits(plan: Plan, module: str, choices: tuple[PlannedEmbedding, ...]) -> int:
+    """Of embeddings that were free to choose."""
+    if module in plan.embeddings:
+        return plan.embeddings[module].size_bits
+    return next(each.size_bits for each in choices if each.label == AS_STORED)
 
 
 def _smallest_bits(table: CostTable, share_groups: bool) -> int:

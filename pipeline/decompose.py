@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pipeline.allocation import Plan
+from pipeline.allocation import Plan, PlannedWeight
 from pipeline.atomic import replace_file
 from pipeline.errors import NonFiniteError
 from pipeline.model import Matrix, Model
@@ -110,7 +110,11 @@ def matrix_file(module: str) -> str:
 
 def read_matrix(path: Path, plan: Plan, module: str) -> QuantizedTensor:
     """What `decompose` wrote for `module`."""
-    planned = plan.packed[module]
+    return read_quantized(path, plan.packed[module])
+
+
+def read_quantized(path: Path, planned: PlannedWeight) -> QuantizedTensor:
+    """The same, of what is known to be planned."""
     with safe_open(path, framework="pt") as stored:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     return QuantizedTensor.from_tensors(planned.format, planned.shape, planned.format.levels, tensors)

@@ -24,10 +24,10 @@ def disk_bytes(run: "Run") -> int:
 def checkpoint_disk_bytes(run: "Run") -> int:
     """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
     model = run.model
-    compressed = run.smallest_plan().size_bits // 8
-    around = (
-        model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices) - run.saved_bytes
-    )
+    plan = run.smallest_plan()
+    compressed = plan.size_bits // 8
+    around = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    around -= run.saved_bytes(plan.embeddings)
     total = 3 * (compressed + around)
     if run.texts.recovery is not None:
         total += 2 * compressed + _training_bytes(run)
@@ -36,6 +36,7 @@ def checkpoint_disk_bytes(run: "Run") -> int:
 
 def shared_disk_bytes(run: "Run") -> int:
     """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
+    from pipeline.allocation import free_to_choose
     from pipeline.base_logits import LIMIT_BYTES
     from pipeline.curvature_sums import sums_of
     from pipeline.summed_parts import PART_WINDOWS, layers_of, sum_bytes
@@ -46,6 +47,8 @@ def shared_disk_bytes(run: "Run") -> int:
             total += 3 * sum_bytes(run.model.matrices, sums_of(run.recipe.sensitivity))
         num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
         total += 4 * (num_layers + 3) * width * PART_WINDOWS * run.texts.calibration.tokens.shape[1]  # layered_pass.py
+    for choices in free_to_choose(run.embeddings).values():  # all of them packed, and the largest copied
+        total += (sum(each.size_bits for each in choices[1:]) + choices[1].size_bits) // 8
     if run.texts.recovery is not None:
         settings, width = run.recovery_settings, run.model.config.get_text_config().hidden_size
         bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py

@@ -167,7 +167,7 @@ def human_seconds(seconds: float) -> str:
 
 def add_run_rows(table: Table, run: "Run") -> None:
     """What is the same at every budget: the model, the choices, the texts, and what was measured before."""
-    from pipeline.allocation import EMBEDDINGS_ADVICE
+    from pipeline.allocation import AS_STORED, EMBEDDINGS_ADVICE, free_to_choose
 
     recipe, model = run.recipe, run.model
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
@@ -176,8 +176,11 @@ def add_run_rows(table: Table, run: "Run") -> None:
     if model.embeddings and not run.embeddings:
         size_bytes = sum(model.tensors[each.name].size_bytes for each in model.embeddings)
         table.add_row("embeddings", f"{human_bytes(size_bytes)}, as they are; {EMBEDDINGS_ADVICE} packs them")
-    for module, each in run.embeddings.items():
-        table.add_row("packed too", f"{module} as {each.label}, {human_bytes(each.size_bits / 8)}")
+    free = free_to_choose(run.embeddings)
+    for module, choices in run.embeddings.items():
+        sizes = " to ".join(human_bytes(each.size_bits / 8) for each in dict.fromkeys((choices[0], choices[-1])))
+        how = f"{AS_STORED} to {choices[-1].label}" if module in free else f"as {choices[0].label}"
+        table.add_row("packed if it pays" if module in free else "packed too", f"{module} {how}, {sizes}")
     if calibration := run.texts.calibration:
         table.add_row("calibration", _windows(calibration))
         table.add_row("statistics", _reused(run.resume and run.has_statistics()))
@@ -258,7 +261,8 @@ def show_plan(made: "Planned") -> None:
     for name, embedding in plan.embeddings.items():
         shape, bits = f"{embedding.shape[0]}x{embedding.shape[1]}", f"{embedding.bits_per_param:.3f}"
         size_bytes = embedding.size_bits / 8
-        table.add_row(name.removeprefix(prefix), shape, embedding.label, bits, human_bytes(size_bytes), "")
+        cost = "" if embedding.cost is None else f"{embedding.cost:.4g}"
+        table.add_row(name.removeprefix(prefix), shape, embedding.label, bits, human_bytes(size_bytes), cost)
     RESULTS.print(table)
     files = new_table("file", "bytes", title="Forecast")
     for name, size in made.files_bytes.items():

@@ -1,20 +1,31 @@
-"""The two steps of a run that packed embeddings add: what the head reads, and the packed tables.
+"""The steps of a run that packed embeddings add: what the head reads, the packed tables, and what they cost.
 
-Both are the same at every budget, and found again by all of them. Neither is a stage of its own: the first belongs to
-the statistics, the second to the decomposition.
+All are the same at every budget, and found again by all of them. None is a stage of its own: the first belongs to the
+statistics, the last to the cost table, and the tables to whichever wants them first.
 """
 
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from pipeline.allocation import Offered, PlannedEmbedding, free_to_choose
+from pipeline.atomic import write_json
+from pipeline.decompose import matrix_file, read_quantized
 from pipeline.disk_space import disk_may_fill
-from pipeline.embeddings import gives_logits, pack_embeddings
+from pipeline.embedding_costs import MOST_WINDOWS, divergence_of_tables
+from pipeline.embeddings import gives_logits, pack_embedding, packable
 from pipeline.head_curvature import CURVATURE_FILE, collect_head_curvature, read_curvature
 
 if TYPE_CHECKING:
     from pipeline.calibration import TokenWindows
     from pipeline.run import Run
     from registry import Artifact
+
+COSTS_FILE = "costs.json"
 
 
 def weighs_head(run: "Run") -> bool:
@@ -44,21 +55,72 @@ def has_head_curvature(run: "Run") -> bool:
     return run.registry.has_step("head_curvature", (), _settings(run, windows)) is not None
 
 
-def _settings(run: "Run", windows: "TokenWindows") -> dict[str, Any]:
-    return run.keyed({"model": run.model.digest, "tokens": windows.sha256, "device": run.device})
-
-
-def packed_embeddings(run: "Run") -> "Artifact | None":
-    """Embeddings and head as the recipe packs them; None where it does not."""
-    if not run.embeddings:
-        return None
-    found = head_curvature(run)
+def packed_embedding(run: "Run", module: str, planned: PlannedEmbedding) -> "Artifact":
+    """Embeddings or a head, packed."""
+    found = head_curvature(run) if gives_logits(run.model, module) else None
 
     def build(work: Path) -> None:
         curvature = read_curvature(run.registry.path(found, CURVATURE_FILE)) if found else None
         with disk_may_fill(run, work):
-            pack_embeddings(run.model, run.embeddings, curvature, work, progress=run.progress)
+            pack_embedding(run.model, module, planned, curvature, work, progress=run.progress)
 
-    settings = {"model": run.model.digest, "labels": {name: each.label for name, each in run.embeddings.items()}}
+    settings = {"model": run.model.digest, "module": module, "label": planned.label}
     parents = (found.digest,) if found else ()
-    return run.registry.step("embeddings", parents, run.keyed(settings), build, progress=run.progress)
+    return run.registry.step("embedding", parents, run.keyed(settings), build, progress=run.progress)
+
+
+def embedding_costs(run: "Run") -> "Artifact | None":
+    """What each choice costs, where there is a choice."""
+    windows, settings = run.texts.calibration, _costs_settings(run)
+    if windows is None or settings is None:
+        return None
+
+    def build(work: Path) -> None:
+        tables = {
+            (module, each.label): partial(_dense, run, module, each)
+            for module, choices in free_to_choose(run.embeddings).items()
+            for each in packable(choices)
+        }
+        with disk_may_fill(run, work):
+            costs = divergence_of_tables(
+                run.model, tables, windows.tokens, work, device=run.device, progress=run.progress
+            )
+            (work / "out").mkdir(exist_ok=True)
+            write_json(work / "out" / COSTS_FILE, costs)
+
+    # the tables are no parents: those that are not chosen may be collected as garbage
+    return run.registry.step("embedding_costs", (), settings, build, progress=run.progress)
+
+
+def has_embedding_costs(run: "Run") -> bool:
+    """Are they in the registry, or not wanted?"""
+    settings = _costs_settings(run)
+    return settings is None or run.registry.has_step("embedding_costs", (), settings) is not None
+
+
+def with_costs(run: "Run", costs: "Artifact | None") -> Offered:
+    """What is on offer for the embeddings, with what was measured."""
+    if costs is None:
+        return run.embeddings
+    found = json.loads(run.registry.path(costs, COSTS_FILE).read_text())
+    return {
+        module: tuple(replace(each, cost=found.get(module, {}).get(each.label, each.cost)) for each in choices)
+        for module, choices in run.embeddings.items()
+    }
+
+
+def _dense(run: "Run", module: str, planned: PlannedEmbedding) -> Tensor:
+    path = run.registry.path(packed_embedding(run, module, planned), matrix_file(module))
+    return read_quantized(path, planned).dequantize()
+
+
+def _settings(run: "Run", windows: "TokenWindows") -> dict[str, Any]:
+    return run.keyed({"model": run.model.digest, "tokens": windows.sha256, "device": run.device})
+
+
+def _costs_settings(run: "Run") -> dict[str, Any] | None:
+    windows, free = run.texts.calibration, free_to_choose(run.embeddings)
+    if windows is None or not free:
+        return None
+    offered = {module: [each.label for each in packable(choices)] for module, choices in free.items()}
+    return _settings(run, windows) | {"offered": offered, "most_windows": MOST_WINDOWS}

@@ -4,15 +4,17 @@ Memory is what is held at once, term by term. Time (stage_seconds.py) is only ab
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
+from pipeline.allocation import PlannedEmbedding, free_to_choose
 from pipeline.base_logits import SLICE_TOKENS
 from pipeline.curvature_sums import sums_of
 from pipeline.embedding_steps import weighs_head
-from pipeline.embeddings import packing_bytes
+from pipeline.embeddings import packable, packing_bytes
 from pipeline.evaluate import batch_of
 from pipeline.layered_pass import loss_bytes
 from pipeline.memory import free_bytes, give_back
@@ -34,6 +36,7 @@ PROGRAM_BYTES = 20 * 2**20  # the integer program
 REPORT_BYTES = 120 * 2**20  # matplotlib, and the pictures
 DEQUANTIZE_BYTES = 24  # for each weight of the layer under way
 SLICE_BYTES = 48  # for each probability that is scored at once, in float64
+COMPARED_ANSWERS = 5  # float32 of their size, while the divergence of one from another is taken
 LOG_PROB_BYTES = 10  # for each probability: float16, while it is written with its checksum or read and checked
 
 
@@ -102,18 +105,17 @@ class _Facts:
     def metric(self):
         return None if self.run.recipe.sensitivity == "none" else self.run.recipe.sensitivity
 
-    @property
-    def around_packed(self) -> int:
+    def around_packed(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
         """Float32 of all that is not compressed, and packed embeddings."""
-        model, packed = self.run.model, self.run.embeddings.values()
+        model, packed = self.run.model, packable(tuple(embeddings.values()))
         dense = model.num_params - model.num_matrix_params - sum(math.prod(each.shape) for each in packed)
         return FLOAT32_BYTES * dense + sum(each.size_bits // 8 for each in packed)
 
     @property
     def packed(self) -> int:
         """A packed model, and the layer that is dequantized."""
-        largest = max(matrix.num_params for matrix in self.run.model.matrices)
-        packed = self.run.compressed_bytes + self.around_packed
+        run, largest = self.run, max(matrix.num_params for matrix in self.run.model.matrices)
+        packed = max(run.compressed_bytes_beside(each) + self.around_packed(each) for each in run.embedding_sets)
         return HEAP_BYTES + self.loops + packed + DEQUANTIZE_BYTES * largest
 
     @property
@@ -163,10 +165,19 @@ class _Facts:
         ]
 
     def costs(self) -> StageForecast:
-        """A matrix a thread."""
-        each = [costs_bytes(matrix.shape, self.metric) for matrix in self.run.model.matrices]
+        """What packed embeddings cost (embedding_costs.py), where there is a choice; then a matrix a thread."""
+        run = self.run
+        each = [costs_bytes(matrix.shape, self.metric) for matrix in run.model.matrices]
         workers = num_workers(each, False, self.free)
-        return self._host("costs", self.seconds.costs(workers), self.now + workers * max(each))
+        beside, network = workers * max(each), 0
+        if free := free_to_choose(run.embeddings):
+            assert run.texts.calibration is not None
+            beside = max(beside, packing_bytes(run.model, free, is_weighted=weighs_head(run)))
+            seq_len = run.texts.calibration.tokens.shape[1]
+            tables = [2 * math.prod(choices[0].shape) for choices in free.values()]
+            network = self._original(seq_len)
+            network += FLOAT32_BYTES * (COMPARED_ANSWERS * seq_len * self.answer_width + max(tables))
+        return self._stage("costs", self.seconds.costs(workers), network, beside)
 
     def plan(self) -> StageForecast:
         """A small program; a rival of the plan is measured at times, as in evaluation (rival.py)."""

@@ -77,7 +77,10 @@ Override = Annotated[
 ]
 Embeddings = Annotated[
     str | None,
-    typer.Option(help="quantizer of token embeddings and output head, e.g. lloyd5-g64-s6; left as they are by default"),
+    typer.Option(
+        help="quantizer of token embeddings and output head, e.g. lloyd5-g64-s6, or none to leave them as they are; by "
+        "default the program chooses for a budget in bytes, and leaves them for one in bits per parameter"
+    ),
 ]
 ShareGroups = Annotated[
     bool | None, typer.Option(help="matrices that read the same input (q/k/v, gate/up) get the same choice")

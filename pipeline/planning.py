@@ -79,7 +79,7 @@ def make_plans(
         first, stages = runs[0], forecast(largest_run(runs))
         on_start(stages)
         check_memory(largest_run(runs), tuple(stage for stage in stages if stage.name in ("statistics", "costs")))
-        if dry_run and start == root and not first.has_costs():
+        if dry_run and start == root and not all(run.has_costs() for run in runs):
             first = replace(first, registry=Registry(Path(scratch)))
         costs = first.costs(first.statistics())
         plans = [replace(run, registry=first.registry).allocate(costs) for run in runs]

@@ -14,6 +14,7 @@ from pipeline.budget import Budget
 from pipeline.errors import RecipeChangedError, RecipeError
 from pipeline.recovery_settings import Kind
 
+LEFT = "none"  # in the place of a quantizer: what it would be for stays as it is
 PRESETS: dict[str, dict[str, Any]] = {
     path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
     for path in sorted((Path(__file__).parent / "presets").glob("*.toml"))
@@ -47,7 +48,8 @@ class Recipe(BaseModel):
     overrides: tuple[tuple[str, str], ...] = Field((), description="(regular expression, quantizer) pairs")
     embeddings: str | None = Field(
         None,
-        description="quantizer of token embeddings and of an untied output head; None leaves them",
+        description="quantizer of token embeddings and of an untied output head; `none` leaves them as they are; None "
+        "does so too, but of a budget in bytes lets the program choose",
     )
     share_groups: bool = Field(False, description="matrices that read the same input get the same choice")
     solver: Literal["highs", "cbc"] = Field("highs", description="of the integer program")

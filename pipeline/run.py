@@ -7,7 +7,7 @@ disk_space.py says how much a run writes.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.allocation import Plan, PlannedEmbedding, allocate_to_budget, offered_choices
+from pipeline.allocation import Offered, Plan, PlannedEmbedding, allocate_to_budget, offered_choices
 from pipeline.atomic import replace_file, write_json
 from pipeline.audit import audit, fixed_answer
 from pipeline.budget import Budget
@@ -25,8 +25,15 @@ from pipeline.checkpoint import Checkpoint
 from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import disk_may_fill
-from pipeline.embedding_steps import has_head_curvature, head_curvature, packed_embeddings
-from pipeline.embeddings import planned_embeddings
+from pipeline.embedding_steps import (
+    embedding_costs,
+    has_embedding_costs,
+    has_head_curvature,
+    head_curvature,
+    packed_embedding,
+    with_costs,
+)
+from pipeline.embeddings import offered_embeddings
 from pipeline.errors import RecipeError
 from pipeline.evaluate import evaluate
 from pipeline.model import Model, open_model
@@ -64,7 +71,6 @@ class Run:
     resume: bool
     texts: Texts
     offered: dict[str, list[str]]
-    embeddings: dict[str, PlannedEmbedding]
     log: StageLog
     progress: Progress
     spread: Spread | None = None
@@ -99,12 +105,12 @@ class Run:
                 f"{recipe.model} is an encoder, which has neither an output head nor next tokens. Leave "
                 "--recover-hidden-weight and --recover-ce-weight at 0: the divergence of its features is trained on."
             )
-        embeddings = planned_embeddings(model, recipe.embeddings)
+        offered_embeddings(model, recipe)
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
         offered = offered_choices(model.matrices, labels, overrides)
         texts = Texts.of(recipe, model, progress)
-        return Run(recipe, model, registry, device, resume, texts, offered, embeddings, log, progress)
+        return Run(recipe, model, registry, device, resume, texts, offered, log, progress)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -138,14 +144,30 @@ class Run:
         """All choices of the cost table."""
         return list(dict.fromkeys(label for offered in self.offered.values() for label in offered))
 
+    @cached_property
+    def embeddings(self) -> Offered:
+        """What is on offer for token embeddings and head; empty where they stay as they are."""
+        return offered_embeddings(self.model, self.recipe)
+
     def smallest_plan(self) -> Plan:
         """Any plan within the budget, by sizes alone; raises BudgetError if there is none."""
         sizes = cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
-        return self._allocate(sizes)
+        return self._allocate(sizes, self.embeddings)
+
+    @property
+    def embedding_sets(self) -> list[dict[str, PlannedEmbedding]]:
+        """What embeddings and head may become, all of them alike: from the largest to the smallest."""
+        return [
+            dict(zip(self.embeddings, each, strict=True)) for each in zip(*self.embeddings.values(), strict=True)
+        ] or [{}]
 
     @property
     def compressed_bytes(self) -> int:
         """What the packed matrices take at most, of what is on offer and under the budget."""
+        return max(map(self.compressed_bytes_beside, self.embedding_sets))
+
+    def compressed_bytes_beside(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
+        """The same, where these are the embeddings."""
         budget, model = Budget.parse(self.recipe.budget), self.model
         most_bits = sum(
             max(quantizer_from_label(label).size_bits(matrix.shape) for label in self.offered[matrix.name])
@@ -154,15 +176,14 @@ class Run:
         if budget.bits_per_param is not None:
             return int(min(most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
         kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-        kept -= self.saved_bytes
+        kept -= self.saved_bytes(embeddings)
         return min(most_bits // 8, max(0, (budget.limit_bytes(model.size_bytes) or 0) - kept))
 
-    @property
-    def saved_bytes(self) -> int:
-        """By which packed embeddings are smaller than the original's."""
+    def saved_bytes(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
+        """By which these are smaller than the original's."""
         return sum(
             self.model.tensors[f"{module}.weight"].size_bytes - each.size_bits // 8
-            for module, each in self.embeddings.items()
+            for module, each in embeddings.items()
         )
 
     @property
@@ -192,7 +213,8 @@ class Run:
         statistics = self._found_statistics()
         if self.texts.calibration is not None and statistics is None:
             return False
-        return self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings())) is not None
+        has_table = self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings()))
+        return has_table is not None and has_embedding_costs(self)
 
     def statistics(self) -> Artifact | None:
         """The metric of every matrix; None for an unweighted error."""
@@ -217,7 +239,8 @@ class Run:
         return self._step("statistics", (), self._statistics_settings(), build)
 
     def costs(self, statistics: Artifact | None) -> Artifact:
-        """The cost table."""
+        """The cost table, and what packed embeddings cost where the program chooses."""
+        embedding_costs(self)
 
         def build(work: Path) -> None:
             measure_costs(
@@ -261,32 +284,33 @@ class Run:
         return self.spread or partial(over_cores, log=self.log)
 
     def _plan(self, costs: Artifact, settings: dict[str, Any], make: Callable[[], Plan]) -> Artifact:
+        of_embeddings = embedding_costs(self)
+
         def build(work: Path) -> None:
             (work / "out").mkdir(exist_ok=True)
             make().write(work / "out" / "plan.json")
 
-        return self._step("plan", (costs.digest,), self.facts | settings, build)
+        return self._step("plan", _digests(costs, of_embeddings), self.facts | settings, build)
 
     def allocate(self, costs: Artifact) -> Plan:
         """The same, not recorded."""
-        return self._allocate(self.results.cost_table(costs))
+        return self._allocate(self.results.cost_table(costs), with_costs(self, embedding_costs(self)))
 
     def matrices(self, plan: Artifact, statistics: Artifact | None) -> Artifact:
         """Every matrix quantized as planned."""
         chosen = self.results.plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
         settings = {"model": self.model.digest, "labels": labels}
-        embeddings = packed_embeddings(self)
+        embeddings = [packed_embedding(self, *planned) for planned in chosen.embeddings.items()]
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
             decompose(self.model, chosen, learnt, work, spread=self._spread, progress=self.progress)
-            if embeddings is None:
-                return
-            for name in embeddings.files:
-                replace_file(work / "out" / name, partial(shutil.copyfile, self.registry.path(embeddings, name)))
+            for packed in embeddings:
+                for name in packed.files:
+                    replace_file(work / "out" / name, partial(shutil.copyfile, self.registry.path(packed, name)))
 
-        return self._step("matrices", _digests(statistics, embeddings), settings, build)
+        return self._step("matrices", _digests(statistics, *embeddings), settings, build)
 
     def teacher(self) -> Artifact:
         """The original's answers to the windows that recovery trains on: the same at every budget."""
@@ -451,7 +475,7 @@ class Run:
             "seed": recipe.seed,
         }
 
-    def _allocate(self, table: CostTable) -> Plan:
+    def _allocate(self, table: CostTable, embeddings: Offered) -> Plan:
         return allocate_to_budget(
             table,
             Budget.parse(self.recipe.budget),
@@ -459,7 +483,7 @@ class Run:
             lambda plan: Checkpoint(self.model, plan, self.facts).size_bytes,
             solver=self.recipe.solver,
             share_groups=self.recipe.share_groups,
-            embeddings=self.embeddings,
+            embeddings=embeddings,
             can_pack_embeddings=bool(self.model.embeddings),
         )
 

@@ -7,9 +7,11 @@ matrices was measured on a core of REFERENCE_FLOPS (quantizers state theirs for 
 import math
 from dataclasses import dataclass
 
+from pipeline.allocation import Offered, free_to_choose
 from pipeline.curvature_sums import sums_of
+from pipeline.embedding_costs import MOST_WINDOWS
 from pipeline.embedding_steps import weighs_head
-from pipeline.embeddings import PACK_SECONDS, gives_logits
+from pipeline.embeddings import PACK_SECONDS, gives_logits, packable
 from pipeline.evaluate import batch_of
 from pipeline.machine_speed import flops
 from pipeline.parallel import num_cores
@@ -82,7 +84,26 @@ class StageSeconds:
         choices = [label for label in self.run.labels if not quantizer_from_label(label).format.rank]
         seconds = COSTS_SECONDS[kind] * millions * len(choices) + MATRIX_SECONDS * len(self.run.model.matrices)
         seconds += COSTS_FACTOR_SECONDS * self._cubes
-        return seconds * self._slowness / workers
+        return seconds * self._slowness / workers + self._embedding_costs()
+
+    def _embedding_costs(self) -> float:
+        """Packing all that is on offer, and a few windows with each of them (embedding_costs.py)."""
+        free, windows = free_to_choose(self.run.embeddings), self.run.texts.calibration
+        if windows is None or not free:
+            return 0.0
+        num_tokens = min(MOST_WINDOWS, len(windows)) * windows.tokens.shape[1]
+        num_passes = 1 + sum(len(packable(choices)) for choices in free.values())
+        a_token = self._pass_flops / self._flops
+        a_token += SCORE_SECONDS * self.run.model.task.answer_width(self.run.model.config)
+        return num_passes * num_tokens * a_token + self._packing(free) * self._slowness
+
+    def _packing(self, offered: Offered) -> float:
+        """Each of the choices, on the core that was measured."""
+        return sum(
+            PACK_SECONDS[weighs_head(self.run) and gives_logits(self.run.model, module)] * math.prod(embedding.shape)
+            for module, choices in offered.items()
+            for embedding in packable(choices)
+        )
 
     def plan(self) -> float:
         """The integer program."""
@@ -93,11 +114,9 @@ class StageSeconds:
         millions = self.run.model.num_matrix_params / 1e6
         each = [quantizer_from_label(label).seconds_per_million(self._has_curvature) for label in self.run.labels]
         seconds = millions * sum(each) / len(each) + QUANTIZE_FACTOR_SECONDS * self._cubes
-        packed = sum(
-            PACK_SECONDS[weighs_head(self.run) and gives_logits(self.run.model, module)] * math.prod(embedding.shape)
-            for module, embedding in self.run.embeddings.items()
-        )
-        return (seconds / workers + packed) * self._slowness + START_SECONDS
+        free = free_to_choose(self.run.embeddings)
+        fixed = {module: choices for module, choices in self.run.embeddings.items() if module not in free}
+        return (seconds / workers + self._packing(fixed)) * self._slowness + START_SECONDS
 
     def recover(self) -> float:
         """The original's pass over all windows, and two passes for each of a step's."""

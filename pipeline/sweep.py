@@ -137,7 +137,7 @@ def prepare_parts(
     with log.stage("open"):
         runs = prepare_runs(recipes, registry, device=device, resume=resume, progress=progress)
         runs[0] = replace(runs[0], log=log)
-        needed_bytes = shared_disk_bytes(runs[0]) + sum(checkpoint_disk_bytes(run) for run in runs)
+        needed_bytes = max(map(shared_disk_bytes, runs)) + sum(checkpoint_disk_bytes(run) for run in runs)
         check_disk(runs[0], out, needed_bytes)
         before_claim(runs)
         check_same_recipe(out, runs[0].facts)
