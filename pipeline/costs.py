@@ -196,7 +196,8 @@ def measure_matrix(
 def _table(matrices: list[tuple[str, str, tuple[int, int]]], labels: list[str], cost: np.ndarray) -> CostTable:
     names, groups, shapes = zip(*matrices, strict=True)
     formats = [quantizer_from_label(label).format for label in labels]
-    sizes = np.array([[form.size_bits(shape) for form in formats] for shape in shapes], dtype=np.int64)
+    of_shape = {shape: [form.size_bits(shape) for form in formats] for shape in dict.fromkeys(shapes)}
+    sizes = np.array([of_shape[shape] for shape in shapes], dtype=np.int64)
     return CostTable(names, groups, shapes, tuple(labels), cost.astype(np.float64), sizes)
 
 

@@ -24,13 +24,10 @@ def disk_bytes(run: "Run") -> int:
 def checkpoint_disk_bytes(run: "Run") -> int:
     """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
     model = run.model
-    plan = run.smallest_plan()
-    compressed = plan.size_bits // 8
     around = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-    around -= run.saved_bytes(plan.embeddings)
-    total = 3 * (compressed + around)
+    total = 3 * max(run.compressed_bytes_beside(each) + around - run.saved_bytes(each) for each in run.embedding_sets)
     if run.texts.recovery is not None:
-        total += 2 * compressed + _training_bytes(run)
+        total += 2 * run.compressed_bytes + _training_bytes(run)
     return total
 
 

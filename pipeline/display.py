@@ -269,9 +269,10 @@ def show_plan(made: "Planned") -> None:
         files.add_row(name, f"{size:,}")
     files.add_row("total", f"{made.size_bytes:,}")
     RESULTS.print(files)
+    among = "no plan with these embeddings" if plan.embeddings else "no plan"
     RESULTS.print(
         f"{plan.bits_per_param:.4f} bits per parameter (budget {plan.budget}), predicted cost "
-        f"{plan.predicted_cost:.6g}, no plan costs less than {plan.lower_bound:.6g} (gap {plan.gap:.1e}, {plan.solver})"
+        f"{plan.predicted_cost:.6g}, {among} costs less than {plan.lower_bound:.6g} (gap {plan.gap:.1e}, {plan.solver})"
     )
 
 

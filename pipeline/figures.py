@@ -123,7 +123,13 @@ def sizes(facts: ReportFacts) -> dict[str, dict[str, int]]:
 def embeddings(plan: Plan) -> list[dict[str, Any]]:
     """What embeddings and head are packed with, where they are."""
     return [
-        {"module": module, "label": each.label, "meaning": meaning(each.label), "bits_per_param": each.bits_per_param}
+        {
+            "module": module,
+            "label": each.label,
+            "meaning": meaning(each.label),
+            "bits_per_param": each.bits_per_param,
+            "cost": each.cost,
+        }
         for module, each in plan.embeddings.items()
     ]
 

@@ -7,6 +7,7 @@ disk_space.py says how much a run writes.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -169,15 +170,21 @@ class Run:
     def compressed_bytes_beside(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
         """The same, where these are the embeddings."""
         budget, model = Budget.parse(self.recipe.budget), self.model
-        most_bits = sum(
-            max(quantizer_from_label(label).size_bits(matrix.shape) for label in self.offered[matrix.name])
-            for matrix in model.matrices
-        )
         if budget.bits_per_param is not None:
-            return int(min(most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
+            return int(min(self._most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
         kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
         kept -= self.saved_bytes(embeddings)
-        return min(most_bits // 8, max(0, (budget.limit_bytes(model.size_bytes) or 0) - kept))
+        return min(self._most_bits // 8, max(0, (budget.limit_bytes(model.size_bytes) or 0) - kept))
+
+    @cached_property
+    def _most_bits(self) -> int:
+        """Of all matrices, each with the largest choice on offer."""
+        formats = {label: quantizer_from_label(label).format for label in self.labels}
+        kinds = Counter((matrix.shape, tuple(self.offered[matrix.name])) for matrix in self.model.matrices)
+        return sum(
+            number * max(formats[label].size_bits(shape) for label in labels)
+            for (shape, labels), number in kinds.items()
+        )
 
     def saved_bytes(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
         """By which these are smaller than the original's."""
