@@ -118,7 +118,8 @@ def show_model(model: "Model") -> None:
         f"{model.num_params:,} parameters ({share:.1%}); {human_bytes(model.size_bytes)} of weights"
     )
     if model.embeddings:
-        RESULTS.print(f"--embeddings packs {' and '.join(each.module for each in model.embeddings)} too")
+        names = " and ".join(each.module for each in model.embeddings)
+        RESULTS.print(f"{names}: packed too where --embeddings says so, or where that pays within a budget in bytes")
 
 
 def _common_prefix(names: list[str]) -> str:
