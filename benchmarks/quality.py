@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.dither import dithered_copy
+from benchmarks.peers.float32_copy import float32_copy
 from benchmarks.peers.result import load_weights
 from benchmarks.peers.rows import ROWS
 from benchmarks.peers.run import run as run_peers
@@ -229,7 +230,8 @@ def others(bench: Bench, only: list[str]) -> None:
     tokens = folder / "tokens.safetensors"
     save_file({"tokens": bench.calibration.contiguous()}, tokens)
     rows = [row for row in ROWS if not only or {row.peer, row.label} & set(only)]
-    for outcome in run_peers(bench.model.path, tokens, folder, rows):
+    model = float32_copy(bench.model.path, folder / "float32")
+    for outcome in run_peers(model, tokens, folder, rows):
         if outcome.weights is None or outcome.facts is None:
             print(f"| {outcome.row.label} | failed: {outcome.error} | | | | | |", flush=True)
             continue

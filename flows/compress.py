@@ -63,12 +63,14 @@ def compress(
         jobs = _named(steps.prepare)(recipe, budgets, registry, out, name, device, runner, resume)
         statistics = _named(steps.collect_statistics)(jobs[0])
         costs = _named(steps.measure_costs)(jobs[0], statistics)
+        choosing = [job for job in jobs if job["embeddings_are_free"]][:1]
+        shared = [statistics, costs, *(_named(steps.measure_embeddings)(job) for job in choosing)]
         if len(jobs) == 1:
-            return [complete(jobs[0], statistics, costs, [statistics, costs])]
+            return [complete(jobs[0], statistics, costs, shared)]
         outcomes: list[Outcome] = []
         for job in jobs:
             with named_failure(job["recipe"]["budget"], len(outcomes), len(jobs)):
-                outcomes.append(complete(job, statistics, costs, [] if outcomes else [statistics, costs]))
+                outcomes.append(complete(job, statistics, costs, [] if outcomes else shared))
         _named(steps.compare_budgets)(out)
         return outcomes
 

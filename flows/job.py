@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from flows.progress import RunProgress
 from flows.runner import Runner
+from pipeline.allocation import free_to_choose
 from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.errors import RecipeChangedError
 from pipeline.home import home
@@ -44,7 +45,8 @@ class Done(TypedDict):
 class Job(TypedDict):
     """A prepared run. `facts` pins what the recipe's words stood for when it was prepared.
 
-    `forecasts` are of pipeline.forecast.StageForecast, for the stages that were to come then.
+    `forecasts` are of pipeline.forecast.StageForecast, for the stages that were to come then. `embeddings_are_free`
+    where the program chooses how they are packed.
     """
 
     recipe: dict[str, Any]
@@ -56,6 +58,7 @@ class Job(TypedDict):
     runner: str
     resume: bool
     was_finished: bool
+    embeddings_are_free: bool
     forecasts: list[dict[str, Any]]
     opened: Done
 
@@ -236,6 +239,7 @@ def _job(
         runner=runner,
         resume=run.resume,
         was_finished=was_finished,
+        embeddings_are_free=bool(free_to_choose(run.embeddings)),
         forecasts=[asdict(stage) for stage in run.log.forecasts],
         opened=opened,
     )

@@ -68,6 +68,12 @@ def measure_costs(job: Job, statistics: Done) -> Done:
 
 
 @task(**PLAIN)
+def measure_embeddings(job: Job) -> Done:
+    """What each way to pack embeddings and head costs, where the program chooses."""
+    return do(job, "embeddings", work.embeddings)
+
+
+@task(**PLAIN)
 def allocate(job: Job, costs: Done, statistics: Done) -> Done:
     """The integer program's plan."""
     return do(job, "plan", work.plan, costs, statistics)

@@ -20,6 +20,11 @@ def costs(run: "Run", job: Job, statistics: Done) -> Artifact:
     return run.costs(artifact_if_any(run, statistics))
 
 
+def embeddings(run: "Run", job: Job) -> Artifact | None:
+    """What each way to pack embeddings and head costs; None where there is no choice."""
+    return run.embedding_costs()
+
+
 def plan(run: "Run", job: Job, costs: Done, statistics: Done) -> Artifact:
     """The integer program's answer, compared with its rival where there is one."""
     return run.plan(artifact(run, costs), artifact_if_any(run, statistics))

@@ -213,9 +213,11 @@ def allocate(
     chosen = {module: choices[0] for module, choices in (embeddings or {}).items()}
     for (module, choices), choice in zip(free.items(), found.choice[len(planned) :], strict=True):
         chosen[module] = choices[choice]
-    spent = sum(chosen[module].cost or 0.0 for module in free)
-    predicted, least = found.cost - spent, found.lower_bound - spent
-    gap = (predicted - least) / predicted if spent and predicted > 0 else found.gap
+    predicted, least, gap = found.cost, found.lower_bound, found.gap
+    if free:
+        predicted = math.fsum(matrix.cost for matrix in planned.values())
+        least = min(predicted, max(0.0, least - math.fsum(chosen[module].cost or 0.0 for module in free)))
+        gap = (predicted - least) / predicted if predicted else 0.0
     packed = {module: each for module, each in chosen.items() if each.label != AS_STORED}
     return Plan(planned, budget, predicted, least, gap, found.status.name.lower(), found.solver, packed)
 
@@ -281,7 +283,7 @@ def allocate_to_budget(
         raise BudgetError(
             f"The budget {budget.text} is {human_bytes(limit)} for the finished folder, and the smallest plan takes "
             f"{human_bytes(folder_bytes(smallest))}, of which {human_bytes(around_bytes)} are norms, "
-            f"{'' if free else 'embeddings, head, '}tokenizer and configuration. "
+            f"{'what is left dense' if free else 'embeddings, head'}, tokenizer and configuration. "
             f"Raise the budget to {math.ceil(enough / 1000) / 1000:.3f}MB, or offer "
             f"smaller candidates{f', or pack the embeddings ({EMBEDDINGS_ADVICE})' if is_advised else ''}."
         )

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.allocation import Plan
+from pipeline.allocation import Plan, free_to_choose
 from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.eval_report import EvalReport
 from pipeline.memory_check import check_memory
@@ -58,7 +58,9 @@ class Compressed:
             "bits_per_param": self.plan.bits_per_param,
             "size_bytes": self.size_bytes,
             "original_bytes": self.original_bytes,
+            "embeddings": {module: each.label for module, each in self.plan.embeddings.items()},
             "predicted_cost": self.plan.predicted_cost,
+            "expected_cost": self.plan.expected_cost,
             "gap": self.plan.gap,
             "evaluation": self.evaluation.to_json() if self.evaluation else None,
             "recovery": self.recovery.to_json() if self.recovery else None,
@@ -104,12 +106,20 @@ def compress(
 
 
 def measure(run: Run) -> tuple[Artifact | None, Artifact]:
-    """Statistics and cost table: the part that does not depend on the budget."""
+    """Statistics, cost table, and what packed embeddings cost: the part that does not depend on the budget."""
     with run.log.stage("statistics"):
         statistics = run.statistics()
     with run.log.stage("costs"):
         costs = run.costs(statistics)
+    measure_embeddings(run)
     return statistics, costs
+
+
+def measure_embeddings(run: Run) -> None:
+    """The last of it, where the program chooses how they are packed."""
+    if free_to_choose(run.embeddings):
+        with run.log.stage("embeddings"):
+            run.embedding_costs()
 
 
 def complete(

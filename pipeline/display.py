@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from pipeline.allocation import Plan
     from pipeline.calibration import TokenWindows
     from pipeline.compress import Compressed
     from pipeline.eval_report import EvalReport
@@ -169,6 +170,7 @@ def human_seconds(seconds: float) -> str:
 def add_run_rows(table: Table, run: "Run") -> None:
     """What is the same at every budget: the model, the choices, the texts, and what was measured before."""
     from pipeline.allocation import AS_STORED, EMBEDDINGS_ADVICE, free_to_choose
+    from pipeline.embedding_steps import has_embedding_costs
 
     recipe, model = run.recipe, run.model
     table.add_row("model", f"{recipe.model}, {len(model.matrices)} matrices, {model.num_matrix_params:,} parameters")
@@ -176,18 +178,25 @@ def add_run_rows(table: Table, run: "Run") -> None:
     table.add_row("choices", f"{len(run.labels)} a matrix, ranks {', '.join(map(str, sorted({0, *recipe.ranks})))}")
     if model.embeddings and not run.embeddings:
         size_bytes = sum(model.tensors[each.name].size_bytes for each in model.embeddings)
-        table.add_row("embeddings", f"{human_bytes(size_bytes)}, as they are; {EMBEDDINGS_ADVICE} packs them")
+        advice = f"; {EMBEDDINGS_ADVICE} packs them" if recipe.embeddings is None else ""
+        table.add_row("embeddings", f"{human_bytes(size_bytes)}, as they are{advice}")
     free = free_to_choose(run.embeddings)
     for module, choices in run.embeddings.items():
-        sizes = " to ".join(human_bytes(each.size_bits / 8) for each in dict.fromkeys((choices[0], choices[-1])))
-        how = f"{AS_STORED} to {choices[-1].label}" if module in free else f"as {choices[0].label}"
-        table.add_row("packed if it pays" if module in free else "packed too", f"{module} {how}, {sizes}")
+        first, last = choices[0], choices[-1]
+        size = human_bytes(first.size_bits / 8)
+        if module in free:
+            said = f"{module}: {AS_STORED} ({size}) to {last.label} ({human_bytes(last.size_bits / 8)}), what pays most"
+            table.add_row("embeddings", said)
+        else:
+            table.add_row("packed too", f"{module} as {first.label}, {size}")
     if calibration := run.texts.calibration:
         table.add_row("calibration", _windows(calibration))
         table.add_row("statistics", _reused(run.resume and run.has_statistics()))
     else:
         table.add_row("statistics", "none: unweighted error")
     table.add_row("cost table", _reused(run.resume and run.has_costs()))
+    if free:
+        table.add_row("embedding costs", _reused(run.resume and has_embedding_costs(run)))
     if evaluation := run.texts.evaluation:
         table.add_row("evaluation", _windows(evaluation))
     if recovery := run.texts.recovery:
@@ -233,6 +242,8 @@ def show_result(done: "Compressed") -> None:
     table = new_table(title="Result")
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
     table.add_row("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}")
+    if done.plan.embeddings:
+        table.add_row("embeddings", embeddings_of(done.plan))
     table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
     if done.recovery is not None:
         table.add_row("recovery", done.recovery.meaning)
@@ -240,6 +251,11 @@ def show_result(done: "Compressed") -> None:
     table.add_row("report", str(done.folder / "report" / "index.html"))
     table.add_row("registry", f"{done.version} ({done.version.digest[:12]})")
     RESULTS.print(table)
+
+
+def embeddings_of(plan: "Plan") -> str:
+    """How they are packed, in a word or two."""
+    return ", ".join(dict.fromkeys(each.label for each in plan.embeddings.values())) or "as stored"
 
 
 def show_plan(made: "Planned") -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.budget import human_bytes
 from pipeline.disk_space import checkpoint_disk_bytes, shared_disk_bytes
-from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, show_forecast, smallest_plan
+from pipeline.display import ERRORS, RESULTS, add_run_rows, embeddings_of, new_table, show_forecast, smallest_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     """What a run is about to do for every budget together, and for each."""
-    run = parts[0].run
+    from pipeline.sweep import largest_run
+
+    run = largest_run([part.run for part in parts])
     table = new_table(title=f"Plan of the run, {len(parts)} budgets")
     table.add_row("smallest plan", smallest_plan(run))
     add_run_rows(table, run)
@@ -28,7 +30,7 @@ def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     for part in parts:
         each.add_row(part.run.recipe.budget, human_bytes(part.run.compressed_bytes), part.name, _to_do(part))
     ERRORS.print(each)
-    show_forecast(run.log.forecasts)
+    show_forecast(parts[0].run.log.forecasts)
     ERRORS.print(
         "Statistics, cost table and the original's predictions serve all budgets. Each budget has its own plan, "
         "decomposition, recovery where it is asked for, checkpoint, evaluation and report.",
@@ -49,7 +51,7 @@ def show_sweep(sweep: "Sweep") -> None:
     first = sweep.results[0]
     measures = first.evaluation.measures() if first.evaluation else []
     quality = new_table("budget", "bits", "size", *(measure.title for measure in measures), title="Quality")
-    work = new_table("budget", "predicted cost", "gap", "seconds", "version", title="Result")
+    work = new_table("budget", "embeddings", "predicted cost", "gap", "seconds", "version", title="Result")
     for done in sweep.results:
         plan, measured = done.plan, done.evaluation
         quality.add_row(
@@ -59,7 +61,8 @@ def show_sweep(sweep: "Sweep") -> None:
             *(measure.text() for measure in (measured.measures() if measured else [])),
         )
         seconds = sum(stage.seconds for stage in done.stages)
-        work.add_row(plan.budget, f"{plan.predicted_cost:.5g}", f"{plan.gap:.1e}", f"{seconds:.1f}", str(done.version))
+        cost, gap = f"{plan.expected_cost:.5g}", f"{plan.gap:.1e}"
+        work.add_row(plan.budget, embeddings_of(plan), cost, gap, f"{seconds:.1f}", str(done.version))
     quality.add_row("original", "", human_bytes(first.original_bytes), *(measure.original for measure in measures))
     RESULTS.print(quality)
     RESULTS.print(work)
@@ -71,7 +74,7 @@ def show_plans(planned: "Sequence[Planned]") -> None:
     """The answer of `plan` for several budgets."""
     original_bytes = planned[0].model.folder_bytes
     table = new_table(
-        *("budget", "bits", "folder (bytes)", "of original", "cost", "gap"),
+        *("budget", "bits", "folder (bytes)", "of original", "embeddings", "cost", "gap"),
         title=f"Plans for {planned[0].model.spec}",
     )
     for made in planned:
@@ -81,7 +84,8 @@ def show_plans(planned: "Sequence[Planned]") -> None:
             f"{plan.bits_per_param:.4f}",
             f"{made.size_bytes:,}",
             f"{made.size_bytes / original_bytes:.1%}",
-            f"{plan.predicted_cost:.6g}",
+            embeddings_of(plan),
+            f"{plan.expected_cost:.6g}",
             f"{plan.gap:.1e}",
         )
     RESULTS.print(table)

@@ -4,7 +4,7 @@ The cost table has no row for them: the curvature of a head would have a row for
 so the original answers some windows with each table in the place of its own, and the mean divergence of the answers, in
 nats a token, stands beside the matrices' expected ones in the integer program (allocation.py).
 
-    work/window-00000.json    the divergence of each table in a window that is done; a kill costs a window
+    work/windows-00000.json    the divergences of each table, summed over a batch that is done; a kill costs a batch
 """
 
 import json
@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline.atomic import write_json
+from pipeline.evaluate import batch_of
 from pipeline.memory import give_back
 from pipeline.model import Model
 from pipeline.progress import SILENT, Progress
@@ -24,39 +26,34 @@ from pipeline.unloaded import original_network
 MOST_WINDOWS = 4
 SIGNIFICANT_DIGITS = 3  # windows differ by more, and later ones vary with the number of threads
 
+Tables = Mapping[tuple[str, str], Callable[[], Tensor]]  # (module, label) -> reads a weight [tokens, width]
+
 
 def divergence_of_tables(
-    model: Model,
-    tables: Mapping[tuple[str, str], Callable[[], Tensor]],
-    tokens: Tensor,
-    work: Path,
-    *,
-    device: str,
-    progress: Progress = SILENT,
+    model: Model, tables: Tables, tokens: Tensor, work: Path, *, device: str, progress: Progress = SILENT
 ) -> dict[str, dict[str, float]]:
-    """Module -> label -> mean divergence from the original in nats a token, over the last `MOST_WINDOWS` windows.
+    """Module -> label -> mean divergence from the original in nats a token.
 
     Args:
-        tables: (module, label) -> reads the weight [tokens, width] to be put in the place of the module's own.
+        tables: what is to be put in the place of a module's own weight, one at a time.
         tokens: int64 [windows, seq_len].
     Raises:
         NonFiniteError: an answer is not finite.
     """
-    windows = tokens[-MOST_WINDOWS:]
-    files = [work / f"window-{index:05d}.json" for index in range(len(windows))]
-    missing = [index for index, file in enumerate(files) if not file.exists()]
+    batch_size = batch_of(tokens.shape[1], model.task.answer_width(model.config))
+    files = {start: work / f"windows-{start:05d}.json" for start in range(0, len(tokens), batch_size)}
+    missing = [start for start, file in files.items() if not file.exists()]
     network = original_network(model, device) if missing else None
-    for index in progress.track(missing, "Packed embeddings", len(windows), len(windows) - len(missing)):
+    for start in progress.track(missing, "Packed embeddings", len(files), len(files) - len(missing)):
         assert network is not None
-        with inference_only(network):
-            write_json(files[index], _divergences(model, network, tables, windows[index], index))
+        write_json(files[start], _divergences(model, network, tables, tokens[start : start + batch_size], start))
     del network
     give_back()
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    for file in files:
+    for file in files.values():
         for module, found in json.loads(file.read_text()).items():
             for label, divergence in found.items():
-                totals[module][label] += divergence / len(windows)
+                totals[module][label] += divergence / len(tokens)
     return {
         module: {label: float(f"{total:.{SIGNIFICANT_DIGITS}g}") for label, total in found.items()}
         for module, found in totals.items()
@@ -64,16 +61,19 @@ def divergence_of_tables(
 
 
 def _divergences(
-    model: Model, network, tables: Mapping[tuple[str, str], Callable[[], Tensor]], window: Tensor, index: int
+    model: Model, network: PreTrainedModel, tables: Tables, windows: Tensor, first: int
 ) -> dict[str, dict[str, float]]:
-    """Of one window."""
-    before = answers_to(network, window[None], "the original", first_window=index)[0].float()
+    """Of each table, the sum of the windows' means."""
+    with inference_only(network):
+        before = answers_to(network, windows, "the original", first_window=first).float()
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for (module, label), read in tables.items():
-        parameter = network.get_parameter(f"{module}.weight")
-        parameter.copy_(read())
-        name = f"the original with {module} as {label}"
-        after = answers_to(network, window[None], name, first_window=index)[0].float()
-        parameter.copy_(model.tensor(f"{module}.weight"))
-        found[module][label] = float(model.task.divergences(before, after).mean().clamp_min(0.0))
+        table, parameter = read(), network.get_parameter(f"{module}.weight")
+        with inference_only(network):
+            parameter.copy_(table)
+            named = f"the original with {module} as {label}"
+            after = answers_to(network, windows, named, first_window=first).float()
+            parameter.copy_(model.tensor(f"{module}.weight"))
+            means = [model.task.divergences(*pair).mean() for pair in zip(before, after, strict=True)]
+        found[module][label] = sum(max(0.0, float(mean)) for mean in means)
     return found

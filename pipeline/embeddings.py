@@ -47,7 +47,11 @@ def offered_embeddings(model: Model, recipe: Recipe) -> Offered:
     if not is_free or recipe.sensitivity not in IN_NATS or not model.embeddings:
         return {}
     packed = [planned_embeddings(model, label) for label in CANDIDATES]
-    dense = {each.module: (each.shape, 8 * model.tensors[each.name].size_bytes) for each in model.embeddings}
+    dense = {
+        each.module: (each.shape, 8 * model.tensors[each.name].size_bytes)
+        for each in model.embeddings
+        if model.task.generates or not each.is_head  # which an encoder's features, that costs are measured by, know not
+    }
     return {
         module: (PlannedEmbedding(AS_STORED, *facts, cost=0.0), *(each[module] for each in packed))
         for module, facts in dense.items()

@@ -86,6 +86,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
             "curve": budget_curve(facts.table, plan, recipe),
             "certificate": {
                 "predicted_cost": plan.predicted_cost,
+                "embeddings_cost": plan.expected_cost - plan.predicted_cost,
                 "achieved_cost": math.fsum(facts.errors.values()),
                 "lower_bound": plan.lower_bound,
                 "gap": plan.gap,

@@ -13,7 +13,8 @@ import torch
 from pipeline.allocation import PlannedEmbedding, free_to_choose
 from pipeline.base_logits import SLICE_TOKENS
 from pipeline.curvature_sums import sums_of
-from pipeline.embedding_steps import weighs_head
+from pipeline.embedding_costs import MOST_WINDOWS
+from pipeline.embedding_steps import has_embedding_costs, weighs_head
 from pipeline.embeddings import packable, packing_bytes
 from pipeline.evaluate import batch_of
 from pipeline.layered_pass import loss_bytes
@@ -36,7 +37,7 @@ PROGRAM_BYTES = 20 * 2**20  # the integer program
 REPORT_BYTES = 120 * 2**20  # matplotlib, and the pictures
 DEQUANTIZE_BYTES = 24  # for each weight of the layer under way
 SLICE_BYTES = 48  # for each probability that is scored at once, in float64
-COMPARED_ANSWERS = 5  # float32 of their size, while the divergence of one from another is taken
+COMPARED_ANSWERS = 4  # of a window's size in float32, while the divergence of one from another is taken
 LOG_PROB_BYTES = 10  # for each probability: float16, while it is written with its checksum or read and checked
 
 
@@ -67,6 +68,8 @@ def forecast(run: Run) -> tuple[StageForecast, ...]:
         stages.append(facts.statistics())
     if not (run.resume and run.has_costs()):
         stages.append(facts.costs())
+    if free_to_choose(run.embeddings) and not (run.resume and has_embedding_costs(run)):
+        stages.append(facts.embeddings())
     facts = replace(facts, now=facts.now + LATER_BYTES)
     stages += [facts.plan(), facts.decompose()]
     if run.texts.recovery is not None:
@@ -145,7 +148,7 @@ class _Facts:
             tail = tail_within(tail_room(max(0, free_bytes(self.device) - around)), held)
             at_once = sum(held[tail.start : tail.stop])
             loss = loss_bytes(seq_len, self.answer_width, is_drawn=kind.labels_are_drawn)
-        if weighs_head(run):
+        if weighs_head(run) and not free_to_choose(run.embeddings):
             loss = max(loss, FLOAT32_BYTES * seq_len * self.answer_width)  # head_curvature.py; all else takes less
         windows = 3 * part  # read, passed, and stacked to be written
         network = HEAP_BYTES + memory.around_bytes + at_once + windows + loss
@@ -165,19 +168,25 @@ class _Facts:
         ]
 
     def costs(self) -> StageForecast:
-        """What packed embeddings cost (embedding_costs.py), where there is a choice; then a matrix a thread."""
-        run = self.run
-        each = [costs_bytes(matrix.shape, self.metric) for matrix in run.model.matrices]
+        """A matrix a thread."""
+        each = [costs_bytes(matrix.shape, self.metric) for matrix in self.run.model.matrices]
         workers = num_workers(each, False, self.free)
-        beside, network = workers * max(each), 0
-        if free := free_to_choose(run.embeddings):
-            assert run.texts.calibration is not None
-            beside = max(beside, packing_bytes(run.model, free, is_weighted=weighs_head(run)))
-            seq_len = run.texts.calibration.tokens.shape[1]
-            tables = [2 * math.prod(choices[0].shape) for choices in free.values()]
-            network = self._original(seq_len)
-            network += FLOAT32_BYTES * (COMPARED_ANSWERS * seq_len * self.answer_width + max(tables))
-        return self._stage("costs", self.seconds.costs(workers), network, beside)
+        return self._host("costs", self.seconds.costs(workers), self.now + workers * max(each))
+
+    def embeddings(self) -> StageForecast:
+        """What the head reads (head_curvature.py), packing (embeddings.py), answers (embedding_costs.py)."""
+        run, memory, free = self.run, self.memory, free_to_choose(self.run.embeddings)
+        assert run.texts.calibration is not None
+        num_windows, seq_len = run.texts.calibration.tokens.shape
+        width, num_logits = run.model.config.get_text_config().hidden_size, seq_len * self.answer_width
+        part = FLOAT32_BYTES * min(PART_WINDOWS, num_windows) * seq_len * width
+        head = HEAP_BYTES + memory.around_bytes + memory.largest_block_bytes + 3 * part + FLOAT32_BYTES * num_logits
+        batch = min(MOST_WINDOWS, num_windows, batch_of(seq_len, self.answer_width))
+        answers = FLOAT32_BYTES * (2 * batch + COMPARED_ANSWERS) * num_logits
+        table = 2 * FLOAT32_BYTES * max(math.prod(choices[0].shape) for choices in free.values())
+        network = max(head, self._original(batch * seq_len) + answers + table)
+        packing = packing_bytes(run.model, free, is_weighted=weighs_head(run))
+        return self._stage("embeddings", self.seconds.embeddings(), network, max(packing, self._moved))
 
     def plan(self) -> StageForecast:
         """A small program; a rival of the plan is measured at times, as in evaluation (rival.py)."""

@@ -94,7 +94,7 @@ class Model:
         tensors: parameter name -> where and how it is stored. Tensors that become no parameter unchanged
             (experts that are merged on loading, left-over buffers) stand under their stored name.
         matrices: by layer, then in module order.
-        embeddings: of the input and of the output, where they can be packed on request; they stand in `skipped` too.
+        embeddings: of the input and of the output, where they can be packed; they stand in `skipped` too.
         skipped: everything that is no matrix.
         ties: parameter name -> the parameter whose tensor it shares.
         num_positions: the longest text that it can read, in tokens; None where positions are computed.

@@ -114,12 +114,14 @@ def _point(folder: str, report: dict[str, Any]) -> dict[str, Any]:
     evaluation = report["evaluation"]["report"] if report["evaluation"] else {}
     measures = ["perplexity", "kl_divergence", "kl_p99", "top1_agreement"]
     measures += ["cosine_similarity"] * ("cosine_similarity" in evaluation)
+    certificate = report["certificate"]
+    beside = certificate.get("embeddings_cost", 0.0)  # which the matrices of a smaller folder may have been given
     return {
         "budget": report["budget"],
         "folder": folder,
         "bits_per_param": report["bits_per_param"],
         "size_bytes": report["sizes"]["folder"]["compressed"],
-        "predicted_cost": report["certificate"]["predicted_cost"],
-        "lower_bound": report["certificate"]["lower_bound"],
+        "predicted_cost": certificate["predicted_cost"] + beside,
+        "lower_bound": certificate["lower_bound"] + beside,
         "checkpoint_digest": report["checkpoint_digest"],
     } | {measure: evaluation.get(measure) for measure in measures}

@@ -78,11 +78,13 @@ def make_plans(
         runs = prepare_runs(recipes, registry, device=device, resume=True, progress=progress)
         first, stages = runs[0], forecast(largest_run(runs))
         on_start(stages)
-        check_memory(largest_run(runs), tuple(stage for stage in stages if stage.name in ("statistics", "costs")))
-        if dry_run and start == root and not all(run.has_costs() for run in runs):
-            first = replace(first, registry=Registry(Path(scratch)))
+        measuring = tuple(stage for stage in stages if stage.name in ("statistics", "costs", "embeddings"))
+        check_memory(largest_run(runs), measuring)
+        elsewhere = Registry(Path(scratch)) if dry_run and start == root else None
+        if elsewhere and not first.has_costs():
+            first = replace(first, registry=elsewhere)
         costs = first.costs(first.statistics())
-        plans = [replace(run, registry=first.registry).allocate(costs) for run in runs]
+        plans = [replace(run, registry=first.registry).allocate(costs, elsewhere) for run in runs]
     return [
         Planned(run.model, plan, Checkpoint(run.model, plan, run.facts).sizes_bytes, stages)
         for run, plan in zip(runs, plans, strict=True)

@@ -9,7 +9,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.allocation import Offered, Plan, PlannedEmbedding, allocate_to_budget, offered_choices
+from pipeline.allocation import (
+    Offered,
+    Plan,
+    PlannedEmbedding,
+    allocate_to_budget,
+    free_to_choose,
+    offered_choices,
+)
 from pipeline.atomic import replace_file, write_json
 from pipeline.audit import audit, fixed_answer
 from pipeline.budget import Budget
@@ -157,10 +164,11 @@ class Run:
 
     @property
     def embedding_sets(self) -> list[dict[str, PlannedEmbedding]]:
-        """What embeddings and head may become, all of them alike: from the largest to the smallest."""
-        return [
-            dict(zip(self.embeddings, each, strict=True)) for each in zip(*self.embeddings.values(), strict=True)
-        ] or [{}]
+        """What embeddings and head may become, all of them alike, and leave room for: the largest first."""
+        alike = zip(*self.embeddings.values(), strict=True)
+        sets = [dict(zip(self.embeddings, each, strict=True)) for each in alike] or [{}]
+        limit = Budget.parse(self.recipe.budget).limit_bytes(self.model.size_bytes)
+        return [each for each in sets if limit is None or self._kept_bytes(each) <= limit] or sets[-1:]
 
     @property
     def compressed_bytes(self) -> int:
@@ -172,9 +180,13 @@ class Run:
         budget, model = Budget.parse(self.recipe.budget), self.model
         if budget.bits_per_param is not None:
             return int(min(self._most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
-        kept = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-        kept -= self.saved_bytes(embeddings)
-        return min(self._most_bits // 8, max(0, (budget.limit_bytes(model.size_bytes) or 0) - kept))
+        limit = budget.limit_bytes(model.size_bytes) or 0
+        return min(self._most_bits // 8, max(0, limit - self._kept_bytes(embeddings)))
+
+    def _kept_bytes(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
+        """Of the folder without the matrices, about."""
+        matrices = sum(self.model.tensors[matrix.name].size_bytes for matrix in self.model.matrices)
+        return self.model.folder_bytes - matrices - self.saved_bytes(embeddings)
 
     @cached_property
     def _most_bits(self) -> int:
@@ -213,22 +225,23 @@ class Run:
         """Are the statistics in the registry, and what packing needs? True where the recipe wants none."""
         if self.texts.calibration is None:
             return True
-        return self._found_statistics() is not None and has_head_curvature(self)
+        has_curvature = bool(free_to_choose(self.embeddings)) or has_head_curvature(self)
+        return self._found_statistics() is not None and has_curvature
 
     def has_costs(self) -> bool:
         """Are statistics and cost table in the registry?"""
         statistics = self._found_statistics()
         if self.texts.calibration is not None and statistics is None:
             return False
-        has_table = self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings()))
-        return has_table is not None and has_embedding_costs(self)
+        return self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings())) is not None
 
     def statistics(self) -> Artifact | None:
         """The metric of every matrix; None for an unweighted error."""
         windows, metric, seed = self.texts.calibration, self.recipe.sensitivity, self.recipe.seed
         if windows is None or metric == "none":
             return None
-        head_curvature(self)
+        if not free_to_choose(self.embeddings):
+            head_curvature(self)
 
         def build(work: Path) -> dict[str, Any]:
             collect_statistics(
@@ -246,8 +259,7 @@ class Run:
         return self._step("statistics", (), self._statistics_settings(), build)
 
     def costs(self, statistics: Artifact | None) -> Artifact:
-        """The cost table, and what packed embeddings cost where the program chooses."""
-        embedding_costs(self)
+        """The cost table."""
 
         def build(work: Path) -> None:
             measure_costs(
@@ -263,11 +275,17 @@ class Run:
 
         return self._step("costs", _digests(statistics), self._costs_settings(), build)
 
+    def embedding_costs(self) -> Artifact | None:
+        """What each way to pack embeddings and head costs; None where there is no choice."""
+        if self.resume and has_embedding_costs(self):
+            self.log.reused()
+        return embedding_costs(self, anew=not self.resume)
+
     def plan(self, costs: Artifact, statistics: Artifact | None) -> Artifact:
         """The integer program's answer, or its uniform rival where that was measured to be better (rival.py)."""
         first = self._plan(costs, {}, lambda: self.allocate(costs))
         rival = rival_of(self.results.plan(first), self.results.cost_table(costs))
-        if rival is None or self.texts.evaluation is None:
+        if rival is None or self.texts.evaluation is None or not self._fits(rival):
             return first
         second = self._plan(costs, {"uniform": rival.status}, lambda: rival)
         quantized = [self.matrices(plan, statistics) for plan in (first, second)]
@@ -286,6 +304,11 @@ class Run:
         measured = json.loads(self.registry.path(compared, "comparison.json").read_text())
         return second if measured["rival_kl"] < measured["plan_kl"] else first
 
+    def _fits(self, plan: Plan) -> bool:
+        """A plan of no more bits may have a larger folder: more tensors, longer labels."""
+        limit = Budget.parse(self.recipe.budget).limit_bytes(self.model.size_bytes)
+        return limit is None or Checkpoint(self.model, plan, self.facts).size_bytes <= limit
+
     @property
     def _spread(self) -> Spread:
         return self.spread or partial(over_cores, log=self.log)
@@ -299,9 +322,14 @@ class Run:
 
         return self._step("plan", _digests(costs, of_embeddings), self.facts | settings, build)
 
-    def allocate(self, costs: Artifact) -> Plan:
-        """The same, not recorded."""
-        return self._allocate(self.results.cost_table(costs), with_costs(self, embedding_costs(self)))
+    def allocate(self, costs: Artifact, elsewhere: Registry | None = None) -> Plan:
+        """The same, not recorded.
+
+        Args:
+            elsewhere: where what embeddings cost is measured if it is not in the registry.
+        """
+        where = replace(self, registry=elsewhere) if elsewhere and not has_embedding_costs(self) else self
+        return self._allocate(self.results.cost_table(costs), with_costs(where, embedding_costs(where)))
 
     def matrices(self, plan: Artifact, statistics: Artifact | None) -> Artifact:
         """Every matrix quantized as planned."""

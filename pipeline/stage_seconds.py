@@ -68,7 +68,7 @@ class StageSeconds:
             sums = 2.0 * sum(rows * columns for rows, columns in sizes)
         else:
             sums = 3.0 * run.model.num_matrix_params
-        passes = (1 if kind.of_input_alone else 2.5) + weighs_head(run)
+        passes = (1 if kind.of_input_alone else 2.5) + (weighs_head(run) and not free_to_choose(run.embeddings))
         seconds = num_tokens * (passes * self._pass_flops + sums) / self._flops
         if kind.scaled_by_divergence:  # a pass from there to the end for every matrix, of two windows
             seconds += len(matrices) * run.texts.calibration.tokens.shape[1] * self._pass_flops / self._flops
@@ -84,18 +84,18 @@ class StageSeconds:
         choices = [label for label in self.run.labels if not quantizer_from_label(label).format.rank]
         seconds = COSTS_SECONDS[kind] * millions * len(choices) + MATRIX_SECONDS * len(self.run.model.matrices)
         seconds += COSTS_FACTOR_SECONDS * self._cubes
-        return seconds * self._slowness / workers + self._embedding_costs()
+        return seconds * self._slowness / workers
 
-    def _embedding_costs(self) -> float:
-        """Packing all that is on offer, and a few windows with each of them (embedding_costs.py)."""
+    def embeddings(self) -> float:
+        """A pass for what the head reads, packing all that is on offer, and a few windows with each of them."""
         free, windows = free_to_choose(self.run.embeddings), self.run.texts.calibration
-        if windows is None or not free:
-            return 0.0
+        assert windows is not None
         num_tokens = min(MOST_WINDOWS, len(windows)) * windows.tokens.shape[1]
         num_passes = 1 + sum(len(packable(choices)) for choices in free.values())
         a_token = self._pass_flops / self._flops
         a_token += SCORE_SECONDS * self.run.model.task.answer_width(self.run.model.config)
-        return num_passes * num_tokens * a_token + self._packing(free) * self._slowness
+        head = weighs_head(self.run) * windows.tokens.numel() * self._pass_flops / self._flops
+        return head + num_passes * num_tokens * a_token + self._packing(free) * self._slowness
 
     def _packing(self, offered: Offered) -> float:
         """Each of the choices, on the core that was measured."""

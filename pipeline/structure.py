@@ -49,7 +49,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token embeddings, or an output head of its own (output embeddings): packed on request.
+    """Token embeddings, or an output head of its own (output embeddings): may be packed.
 
     Attributes:
         shape: [tokens, width].

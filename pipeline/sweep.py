@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.allocation import free_to_choose
 from pipeline.budget import Budget
-from pipeline.compress import Compressed, complete, measure
+from pipeline.compress import Compressed, complete, measure, measure_embeddings
 from pipeline.disk_space import check_disk, checkpoint_disk_bytes, disk_may_fill, shared_disk_bytes
 from pipeline.errors import BudgetError, RecipeError
 from pipeline.memory_check import check_memory
@@ -99,6 +100,8 @@ def compress_budgets(
     were_finished = [part.is_finished for part in parts]
     on_start(parts)
     statistics, costs = measure(parts[0].run)
+    if (run := largest_run([part.run for part in parts])).embeddings != parts[0].run.embeddings:
+        measure_embeddings(run)
     results: list[Compressed] = []
     for part, was_finished in zip(parts, were_finished, strict=True):
         progress.say(f"Budget {part.run.recipe.budget}, {len(results) + 1} of {len(parts)}")
@@ -170,8 +173,8 @@ def prepare_runs(
 
 
 def largest_run(runs: Sequence[Run]) -> Run:
-    """Of runs that differ in the budget, the one that takes most memory."""
-    return max(runs, key=lambda run: run.compressed_bytes)
+    """Of runs that differ in the budget, the one that does and takes most: what embeddings cost is measured, or not."""
+    return max(runs, key=lambda run: (bool(free_to_choose(run.embeddings)), run.compressed_bytes))
 
 
 def _check_budgets(runs: list[Run]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 from pipeline.allocation import AS_STORED, PlannedEmbedding, allocate, allocate_to_budget
 from pipeline.budget import Budget
@@ -106,7 +107,8 @@ def test_the_folder_keeps_within_its_bytes(limit: int) -> None:
 
     def folder_bytes(plan) -> int:
         stored = sum(plan.embeddings[name].size_bits if name in plan.embeddings else 16 * 3200 for name in offered)
-        return -(-(plan.size_bits + stored) // 8) + 100 + 3 * len(str(plan.to_json())) % 17
+        texts = sum(len(each.label) for each in plan.packed.values())
+        return -(-(plan.size_bits + stored) // 8) + 100 + 7 * (texts % 17) + 40 * len(plan.embeddings)
 
     budget = Budget.parse(f"{limit}B")
     settings = {"solver": "highs", "share_groups": False, "embeddings": offered}
@@ -148,12 +150,13 @@ def test_they_are_the_divergence_that_a_table_causes_alone(is_whole: bool, tmp_p
     found = divergence_of_tables(model, read, tokens, tmp_path, device="cpu")
     network = model.load()
     for (module, label), table in tables.items():
-        expected = plain_divergence(network, table, f"{module}.weight", tokens[-4:])
+        expected = plain_divergence(network, table, f"{module}.weight", tokens)
         assert found[module][label] == pytest.approx(expected, rel=6e-3)
     assert found["lm_head"]["a"] < found["lm_head"]["b"]
 
 
-def test_windows_that_are_done_are_not_measured_again(tmp_path: Path) -> None:
+def test_windows_that_are_done_are_not_measured_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pipeline.embedding_costs.batch_of", lambda seq_len, width: 1)
     model = open_model(str(saved("qwen2", tmp_path)))
     tokens, reads = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0)), []
 
@@ -167,7 +170,7 @@ def test_windows_that_are_done_are_not_measured_again(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         divergence_of_tables(model, tables, tokens, tmp_path, device="cpu")
     found = divergence_of_tables(model, tables, tokens, tmp_path, device="cpu")
-    assert len(reads) == 4
+    assert len(reads) == 4  # one window, one that was cut short, and the two that were missing
     other = tmp_path / "other"
     other.mkdir()
     assert divergence_of_tables(model, tables, tokens, other, device="cpu") == found
@@ -227,6 +230,7 @@ def test_a_budget_with_room_leaves_them_as_they_are(tmp_path: Path) -> None:
 )
 def test_where_they_are_left_nothing_is_on_offer(settings: dict[str, object], tmp_path: Path) -> None:
     run = opened(recipe_of(saved("qwen2", tmp_path), **settings), tmp_path)
+    assert not any(each.name == "embeddings" for each in forecast(run))
     assert run.embeddings == {}
     assert embedding_costs(run) is None
     assert shared_disk_bytes(run) == shared_disk_bytes(replace(run, recipe=recipe_of(Path(run.recipe.model))))
@@ -253,44 +257,106 @@ def test_the_checkpoint_has_them_packed_and_is_the_same_again(tmp_path: Path) ->
     assert again.was_finished
 
 
-def test_budgets_of_both_kinds_share_one_measurement(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("resume", [True, False])
+def test_budgets_of_both_kinds_share_one_measurement(resume: bool, tmp_path: Path, monkeypatch) -> None:
     model = saved("qwen2", tmp_path)
     small = smallest_bytes(recipe_of(model), tmp_path)
     recipes = [recipe_of(model, budget=each) for each in ("4.2bpw", f"{small + 4000}B", f"{small + 9000}B")]
-    measured = []
+    measured: list[int] = []
 
     def counted(*arguments, **settings):
         measured.append(1)
         return divergence_of_tables(*arguments, **settings)
 
     monkeypatch.setattr("pipeline.embedding_steps.divergence_of_tables", counted)
-    sweep = compress_budgets(recipes, Registry(tmp_path / "other"), tmp_path / "out")
+    sweep = compress_budgets(recipes, Registry(tmp_path / "registry"), tmp_path / "out", resume=resume)
     assert [bool(done.plan.embeddings) for done in sweep.results] == [False, True, True]
     assert len(measured) == 1
+    points = json.loads((tmp_path / "out" / "pareto.json").read_text())["points"]
+    for point, done in zip(sorted(points, key=lambda each: each["budget"]), sorted_by_budget(sweep), strict=True):
+        assert point["predicted_cost"] == pytest.approx(done.plan.expected_cost)
+    if resume:
+        compress_budgets(recipes, Registry(tmp_path / "registry"), tmp_path / "again", resume=True)
+        assert len(measured) == 1
 
 
-def test_a_dry_run_leaves_nothing(tmp_path: Path) -> None:
+def sorted_by_budget(sweep) -> list[Compressed]:
+    return sorted(sweep.results, key=lambda done: done.plan.budget)
+
+
+def files_of(root: Path) -> list[Path]:
+    return [path for path in sorted(root.rglob("*")) if path.suffix != ".lock"]
+
+
+def test_a_dry_run_leaves_nothing_and_measures_only_what_is_missing(tmp_path: Path, monkeypatch) -> None:
     model = saved("qwen2", tmp_path)
-    recipe = recipe_of(model)
-    root = tmp_path / "registry"
+    recipe, root = recipe_of(model), tmp_path / "registry"
     made = make_plan(recipe, root)  # statistics and costs are there, what embeddings cost is not
-    before = sorted(root.rglob("*"))
+    before = files_of(root)
     recipes = [recipe, recipe.model_copy(update={"budget": f"{made.size_bytes - 20_000}B"})]
+
+    def never(*arguments, **settings):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("pipeline.run.collect_statistics", never)
+    monkeypatch.setattr("pipeline.run.measure_costs", never)
     plans = make_plans(recipes, root, dry_run=True)
     assert plans[1].plan.embeddings
-    assert [path for path in sorted(root.rglob("*")) if path.suffix != ".lock"] == [
-        path for path in before if path.suffix != ".lock"
-    ]
+    assert "embeddings" in {stage.name for stage in plans[1].stages}
+    assert files_of(root) == before
+
+
+def test_a_dry_run_after_the_tables_are_gone_leaves_nothing(tmp_path: Path) -> None:
+    model = saved("qwen2", tmp_path)
+    recipe, root = recipe_of(model, budget="10MB"), tmp_path / "registry"
+    compress(recipe, Registry(root), tmp_path / "out")  # as they are stored, so that nothing refers to the tables
+    Registry(root).collect_garbage(grace_seconds=0)
+    before = files_of(root)
+    assert make_plans([recipe.model_copy(update={"budget": "9MB"})], root, dry_run=True)[0].plan.embeddings == {}
+    assert files_of(root) == before
+
+
+def test_a_head_that_features_do_not_know_of_is_left(tmp_path: Path) -> None:
+    config = build_causal("bert").config
+    config.tie_word_embeddings = False
+    model = save_model(BertForMaskedLM(config).eval(), tmp_path / "model", dtype=torch.float32)
+    run = opened(recipe_of(model, budget="60kB"), tmp_path)
+    assert set(run.embeddings) == {"bert.embeddings.word_embeddings"}
+    named = opened(recipe_of(model, budget="60kB", embeddings=CANDIDATES[0]), tmp_path)
+    assert "cls.predictions.decoder" in named.embeddings
+
+
+def test_starting_over_measures_again(tmp_path: Path, monkeypatch) -> None:
+    model = saved("qwen2", tmp_path)
+    recipe = recipe_of(model, budget=f"{smallest_bytes(recipe_of(model), tmp_path) + 6000}B")
+    first = opened(recipe, tmp_path)
+    assert embedding_costs(first) is not None
+    calls: list[int] = []
+
+    def counted(*arguments, **settings):
+        calls.append(1)
+        return divergence_of_tables(*arguments, **settings)
+
+    monkeypatch.setattr("pipeline.embedding_steps.divergence_of_tables", counted)
+    for resume, expected in ((True, 0), (False, 1)):
+        run = replace(first, resume=resume, log=StageLog())
+        with run.log.stage("embeddings"):
+            run.embedding_costs()
+        assert len(calls) == expected
+        assert run.log.stages[0].reused is resume
 
 
 def test_forecast_disk_and_start_know_of_them(tmp_path: Path) -> None:
     model = saved("qwen2", tmp_path)
     left, free = (opened(recipe_of(model, budget="60kB", embeddings=label), tmp_path) for label in ("none", None))
-    seconds = [next(each for each in forecast(run) if each.name == "costs").seconds for run in (left, free)]
-    assert seconds[1] > seconds[0]
+    expected = {each.name: each for each in forecast(free)}
+    assert expected.keys() - {each.name for each in forecast(left)} == {"embeddings"}
+    assert expected["embeddings"].seconds > 0
+    assert expected["embeddings"].memory_bytes > 0
     sizes = [each.size_bits // 8 for each in free.embeddings["model.embed_tokens"][1:]]
     assert shared_disk_bytes(free) - shared_disk_bytes(left) == pytest.approx(sum(sizes) + sizes[0], abs=8)
     table = new_table(title="")
     add_run_rows(table, free)
     said = dict(zip(*(column.cells for column in table.columns), strict=True))
-    assert said["packed if it pays"].startswith("model.embed_tokens as stored to lloyd2-g32-s6, 49.15 kB to ")
+    assert said["embeddings"].startswith("model.embed_tokens: as stored (49.15 kB) to lloyd2-g32-s6 (")
+    assert said["embedding costs"].startswith("to be measured")
