@@ -82,6 +82,8 @@ def embedding_costs(run: "Run", *, anew: bool = False) -> "Artifact | None":
     windows, settings = run.texts.calibration, _costs_settings(run)
     if windows is None or settings is None:
         return None
+    if not anew and (found := run.registry.has_step("embedding_costs", (), settings)):  # also in one that is only read
+        return found
 
     def build(work: Path) -> None:
         head_curvature(run, anew=anew)

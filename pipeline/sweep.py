@@ -100,8 +100,8 @@ def compress_budgets(
     were_finished = [part.is_finished for part in parts]
     on_start(parts)
     statistics, costs = measure(parts[0].run)
-    if (run := largest_run([part.run for part in parts])).embeddings != parts[0].run.embeddings:
-        measure_embeddings(run)
+    if not free_to_choose(parts[0].run.embeddings):  # but those of another kind of budget may be
+        measure_embeddings(replace(largest_run([part.run for part in parts]), log=parts[0].run.log))
     results: list[Compressed] = []
     for part, was_finished in zip(parts, were_finished, strict=True):
         progress.say(f"Budget {part.run.recipe.budget}, {len(results) + 1} of {len(parts)}")

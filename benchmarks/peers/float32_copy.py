@@ -1,7 +1,7 @@
 """A copy of a model in float32, for CPUs that have to emulate bfloat16.
 
-Peers compute in the dtype that they find. Without AVX512-BF16 or AMX a product takes six times as long in bfloat16 as in
-float32 (2026-11-30, two AVX2 cores), and GPTQ half an hour where it takes minutes.
+Peers compute in the dtype that they find. Without AVX512-BF16 or AMX a product in bfloat16 takes six times as long as
+one in float32 (two AVX2 cores), and GPTQ half an hour where it takes minutes.
 """
 
 import json

@@ -27,7 +27,9 @@ def quantize(request: Request) -> Quantized:
     examples = [{"input_ids": ids[None], "attention_mask": torch.ones_like(ids[None])} for ids in windows]
     settings = ("sym", "desc_act", "act_group_aware", "damp_percent", "mse")
     answer = Quantized({name: getattr(config, name) for name in settings})
-    model = GPTQModel.load(str(request.model), config)
+    # its own choice on a CPU is bfloat16, also where that is emulated (float32_copy.py)
+    dtype = "auto" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    model = GPTQModel.load(str(request.model), config, dtype=dtype)
     model.quantize(examples, batch_size=1, backend=BACKEND.TORCH)
     model.save(str(CHECKPOINT))
     answer.store_checkpoint(CHECKPOINT, leave_out="g_idx")

@@ -12,19 +12,24 @@ pytestmark = pytest.mark.usefixtures("quick")
 def test_flow_and_function_make_the_same_folders(server: None, recipe: dict[str, Any], tmp_path: Path) -> None:
     from flows.compress import compress
     from flows.job import read_outcome
+    from pipeline.planning import make_plan
     from pipeline.recipe import Recipe
     from pipeline.sweep import compress_budgets
     from registry import Registry
 
-    budgets = ["3bpw", "4.5bpw"]
+    whole = make_plan(Recipe.of(**recipe), tmp_path / "other").size_bytes
+    in_bytes = f"{whole - 12_000}B"  # so that the embeddings are packed, as the program chooses
+    budgets = ["3bpw", in_bytes]
     recipes = [recipe | {"budget": budget} for budget in budgets]
     out, registry = tmp_path / "Tiny", tmp_path / "registry"
     outcomes = compress(recipe, str(out), budgets, registry=str(registry))
     assert json.loads(json.dumps(outcomes)) == outcomes
     by_flow = [read_outcome(outcome) for outcome in outcomes]
-    assert [str(done.version) for done in by_flow] == ["Tiny-3bpw:1", "Tiny-4.5bpw:1"]
+    assert [str(done.version) for done in by_flow] == ["Tiny-3bpw:1", f"Tiny-{in_bytes}:1"]
     assert "costs" in [stage.name for stage in by_flow[0].stages]
-    assert "costs" not in [stage.name for stage in by_flow[1].stages]
+    assert "embeddings" in [stage.name for stage in by_flow[0].stages]
+    assert not {"costs", "embeddings"} & {stage.name for stage in by_flow[1].stages}
+    assert [bool(done.plan.embeddings) for done in by_flow] == [False, True]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert out / "pareto.json" in before
     again = compress_budgets([Recipe.of(**settings) for settings in recipes], Registry(registry), out)

@@ -66,8 +66,8 @@ def test_a_folder_and_a_version_a_budget(finished) -> None:
 def test_statistics_and_cost_table_are_made_once(finished) -> None:
     _, done = finished
     names = [[stage.name for stage in made.stages] for made in done.results]
-    assert names[0][:3] == ["open", "statistics", "costs"]
-    assert all(rest == names[0][3:] for rest in names[1:])
+    assert names[0][:4] == ["open", "statistics", "costs", "embeddings"]
+    assert all(rest == names[0][4:] for rest in names[1:])
     assert not done.was_finished
 
 
@@ -87,7 +87,7 @@ def test_the_figures_are_those_of_the_results(finished) -> None:
         (point,) = (point for point in points if point["budget"] == made.plan.budget)
         assert point["bits_per_param"] == pytest.approx(made.plan.bits_per_param)
         assert point["size_bytes"] == made.size_bytes
-        assert point["predicted_cost"] == pytest.approx(made.plan.predicted_cost)
+        assert point["predicted_cost"] == pytest.approx(made.plan.expected_cost)
         assert point["perplexity"]["mean"] == pytest.approx(made.evaluation.perplexity.mean)
         assert point["kl_divergence"]["standard_error"] == pytest.approx(made.evaluation.kl_divergence.standard_error)
         assert point["top1_agreement"]["mean"] == pytest.approx(made.evaluation.top1_agreement.mean)
