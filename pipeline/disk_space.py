@@ -25,9 +25,12 @@ def checkpoint_disk_bytes(run: "Run") -> int:
     """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
     model = run.model
     around = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-    total = 3 * max(run.compressed_bytes_beside(each) + around - run.saved_bytes(each) for each in run.embedding_sets)
+    sizes = run.sizes
+    total = 3 * max(
+        sizes.compressed_bytes_beside(each) + around - sizes.saved_bytes(each) for each in sizes.embedding_sets
+    )
     if run.texts.recovery is not None:
-        total += 2 * run.compressed_bytes + _training_bytes(run)
+        total += 2 * sizes.compressed_bytes + _training_bytes(run)
     return total
 
 

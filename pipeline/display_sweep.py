@@ -28,7 +28,7 @@ def show_sweep_start(parts: "Sequence[Part]", out: "Path") -> None:
     ERRORS.print(table)
     each = new_table("budget", "matrices, at most", "version", "to do", title="Each budget")
     for part in parts:
-        each.add_row(part.run.recipe.budget, human_bytes(part.run.compressed_bytes), part.name, _to_do(part))
+        each.add_row(part.run.recipe.budget, human_bytes(part.run.sizes.compressed_bytes), part.name, _to_do(part))
     ERRORS.print(each)
     show_forecast(parts[0].run.log.forecasts)
     ERRORS.print(

@@ -117,8 +117,8 @@ class _Facts:
     @property
     def packed(self) -> int:
         """A packed model, and the layer that is dequantized."""
-        run, largest = self.run, max(matrix.num_params for matrix in self.run.model.matrices)
-        packed = max(run.compressed_bytes_beside(each) + self.around_packed(each) for each in run.embedding_sets)
+        sizes, largest = self.run.sizes, max(matrix.num_params for matrix in self.run.model.matrices)
+        packed = max(sizes.compressed_bytes_beside(each) + self.around_packed(each) for each in sizes.embedding_sets)
         return HEAP_BYTES + self.loops + packed + DEQUANTIZE_BYTES * largest
 
     @property

@@ -7,8 +7,7 @@ disk_space.py says how much a run writes.
 
 import json
 import shutil
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import PreTrainedModel
 from pipeline.allocation import (
     Offered,
     Plan,
-    PlannedEmbedding,
     allocate_to_budget,
     free_to_choose,
     offered_choices,
@@ -48,6 +46,7 @@ from pipeline.model import Model, open_model
 from pipeline.origin import without_local_folders
 from pipeline.output import OutputFolder
 from pipeline.packed import packed_model
+from pipeline.packed_sizes import PackedSizes
 from pipeline.progress import Progress
 from pipeline.quality import measured, original_logits
 from pipeline.recipe import Recipe, check_trainable
@@ -64,7 +63,6 @@ from pipeline.texts import Texts
 from pipeline.training import compute_of
 from pipeline.unloaded import original_network
 from pipeline.version import TOOLS, VERSION
-from quantizers import quantizer_from_label
 from registry import Artifact, Registry
 
 
@@ -162,48 +160,10 @@ class Run:
         sizes = cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
         return self._allocate(sizes, self.embeddings)
 
-    @property
-    def embedding_sets(self) -> list[dict[str, PlannedEmbedding]]:
-        """What embeddings and head may become, all of them alike, and leave room for: the largest first."""
-        alike = zip(*self.embeddings.values(), strict=True)
-        sets = [dict(zip(self.embeddings, each, strict=True)) for each in alike] or [{}]
-        limit = Budget.parse(self.recipe.budget).limit_bytes(self.model.size_bytes)
-        return [each for each in sets if limit is None or self._kept_bytes(each) <= limit] or sets[-1:]
-
-    @property
-    def compressed_bytes(self) -> int:
-        """What the packed matrices take at most, of what is on offer and under the budget."""
-        return max(map(self.compressed_bytes_beside, self.embedding_sets))
-
-    def compressed_bytes_beside(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
-        """The same, where these are the embeddings."""
-        budget, model = Budget.parse(self.recipe.budget), self.model
-        if budget.bits_per_param is not None:
-            return int(min(self._most_bits, budget.bits_per_param * model.num_matrix_params) / 8)
-        limit = budget.limit_bytes(model.size_bytes) or 0
-        return min(self._most_bits // 8, max(0, limit - self._kept_bytes(embeddings)))
-
-    def _kept_bytes(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
-        """Of the folder without the matrices, about."""
-        matrices = sum(self.model.tensors[matrix.name].size_bytes for matrix in self.model.matrices)
-        return self.model.folder_bytes - matrices - self.saved_bytes(embeddings)
-
     @cached_property
-    def _most_bits(self) -> int:
-        """Of all matrices, each with the largest choice on offer."""
-        formats = {label: quantizer_from_label(label).format for label in self.labels}
-        kinds = Counter((matrix.shape, tuple(self.offered[matrix.name])) for matrix in self.model.matrices)
-        return sum(
-            number * max(formats[label].size_bits(shape) for label in labels)
-            for (shape, labels), number in kinds.items()
-        )
-
-    def saved_bytes(self, embeddings: Mapping[str, PlannedEmbedding]) -> int:
-        """By which these are smaller than the original's."""
-        return sum(
-            self.model.tensors[f"{module}.weight"].size_bytes - each.size_bits // 8
-            for module, each in embeddings.items()
-        )
+    def sizes(self) -> PackedSizes:
+        """What the result takes at most."""
+        return PackedSizes(self.model, Budget.parse(self.recipe.budget), self.offered, self.embeddings)
 
     @property
     def recovery_settings(self) -> RecoverySettings:

@@ -174,7 +174,7 @@ def prepare_runs(
 
 def largest_run(runs: Sequence[Run]) -> Run:
     """Of runs that differ in the budget, the one that does and takes most: what embeddings cost is measured, or not."""
-    return max(runs, key=lambda run: (bool(free_to_choose(run.embeddings)), run.compressed_bytes))
+    return max(runs, key=lambda run: (bool(free_to_choose(run.embeddings)), run.sizes.compressed_bytes))
 
 
 def _check_budgets(runs: list[Run]) -> None:

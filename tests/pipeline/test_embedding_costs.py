@@ -219,6 +219,25 @@ def offered_with_costs(run: Run) -> dict[str, tuple[PlannedEmbedding, ...]]:
     return dict(with_costs(run, embedding_costs(run)))
 
 
+@pytest.mark.parametrize("model_type", ["t5", "bart", "gemma3", "gpt2", "phi", "mixtral"])
+def test_every_kind_of_model_has_costs(model_type: str, tmp_path: Path) -> None:
+    run = opened(recipe_of(saved(model_type, tmp_path), budget="70%"), tmp_path)
+    assert run.embeddings
+    for choices in offered_with_costs(run).values():
+        costs = [each.cost for each in choices]
+        assert costs[0] == 0.0
+        assert 0 < costs[1] < costs[-1]
+
+
+def test_a_rival_whose_folder_is_too_large_is_none(tmp_path: Path) -> None:
+    recipe = recipe_of(saved("qwen2", tmp_path), embeddings="none")
+    size = make_plan(recipe.model_copy(update={"budget": "3bpw"}), tmp_path / "registry").size_bytes
+    run = opened(recipe.model_copy(update={"budget": f"{size}B"}), tmp_path)
+    plan = run.allocate(run.costs(run.statistics()))
+    assert run._fits(plan)
+    assert not run._fits(replace(plan, status="uniform " + "x" * 10_000))  # which plan.json has
+
+
 def test_a_budget_with_room_leaves_them_as_they_are(tmp_path: Path) -> None:
     recipe = recipe_of(saved("qwen2", tmp_path), budget="10MB")
     assert make_plan(recipe, tmp_path / "registry").plan.embeddings == {}
