@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from flows.progress import RunProgress
 from flows.runner import Runner
-from pipeline.allocation import free_to_choose
 from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.errors import RecipeChangedError
 from pipeline.home import home
@@ -229,6 +228,8 @@ def read_outcome(outcome: Outcome) -> "Compressed":
 def _job(
     run: "Run", output: OutputFolder, registry: str, name: str, runner: str, was_finished: bool, opened: Done
 ) -> Job:
+    from pipeline.allocation import free_to_choose
+
     return Job(
         recipe=run.recipe.to_json(),
         facts=run.facts,

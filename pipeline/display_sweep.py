@@ -74,7 +74,7 @@ def show_plans(planned: "Sequence[Planned]") -> None:
     """The answer of `plan` for several budgets."""
     original_bytes = planned[0].model.folder_bytes
     table = new_table(
-        *("budget", "bits", "folder (bytes)", "of original", "embeddings", "cost", "gap"),
+        *("budget", "bits", "bytes", "share", "embeddings", "cost", "gap"),
         title=f"Plans for {planned[0].model.spec}",
     )
     for made in planned:
@@ -89,4 +89,7 @@ def show_plans(planned: "Sequence[Planned]") -> None:
             f"{plan.gap:.1e}",
         )
     RESULTS.print(table)
-    RESULTS.print("With one budget, `bitsmith plan` lists what every matrix gets.")
+    RESULTS.print(
+        "Bytes are of the whole folder, the share is of the original's. With one budget, `bitsmith plan` lists what "
+        "every matrix gets."
+    )

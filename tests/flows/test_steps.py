@@ -15,6 +15,7 @@ STEPS = (
         "prepare",
         "collect_statistics",
         "measure_costs",
+        "measure_embeddings",
         "allocate",
         "decompose",
         "recover",
@@ -44,6 +45,7 @@ def test_each_step_can_run_in_a_process_of_its_own(server: str, recipe: dict[str
     statistics = steps.collect_statistics.fn(_another_process(job))
     assert statistics["digest"] is None
     costs = steps.measure_costs.fn(*_another_process([job, statistics]))
+    assert steps.measure_embeddings.fn(_another_process(job))["digest"] is None
     plan = steps.allocate.fn(*_another_process([job, costs, statistics]))
     quantized = steps.decompose.fn(*_another_process([job, plan, statistics]))
     matrices = steps.recover.fn(*_another_process([job, plan, quantized, statistics]))
