@@ -36,7 +36,7 @@ def checkpoint_disk_bytes(run: "Run") -> int:
 
 def shared_disk_bytes(run: "Run") -> int:
     """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
-    from pipeline.allocation import free_to_choose
+    from pipeline.allocation import AS_STORED, free_to_choose
     from pipeline.base_logits import LIMIT_BYTES
     from pipeline.curvature_sums import sums_of
     from pipeline.summed_parts import PART_WINDOWS, layers_of, sum_bytes
@@ -48,7 +48,8 @@ def shared_disk_bytes(run: "Run") -> int:
         num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
         total += 4 * (num_layers + 3) * width * PART_WINDOWS * run.texts.calibration.tokens.shape[1]  # layered_pass.py
     for choices in free_to_choose(run.embeddings).values():  # all of them packed, and the largest copied
-        total += (sum(each.size_bits for each in choices[1:]) + choices[1].size_bits) // 8
+        packed_bits = [each.size_bits for each in choices if each.label != AS_STORED]
+        total += (sum(packed_bits) + max(packed_bits)) // 8
     if run.texts.recovery is not None:
         settings, width = run.recovery_settings, run.model.config.get_text_config().hidden_size
         bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py

@@ -111,7 +111,7 @@ class Run:
                 f"{recipe.model} is an encoder, which has neither an output head nor next tokens. Leave "
                 "--recover-hidden-weight and --recover-ce-weight at 0: the divergence of its features is trained on."
             )
-        offered_embeddings(model, recipe)
+        offered_embeddings(model, recipe)  # refuses what cannot be packed
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
         offered = offered_choices(model.matrices, labels, overrides)

@@ -12,10 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 
+def is_bfloat16_emulated() -> bool:
+    """Has this CPU no products in bfloat16?"""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def float32_copy(model: Path, folder: Path) -> Path:
     """`model` where its dtype is fast here, else its copy in `folder`, which is written unless it is there."""
     config = json.loads((model / "config.json").read_text())
-    if config.get("dtype") != "bfloat16" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if config.get("dtype") != "bfloat16" or not is_bfloat16_emulated():
         return model
     if (folder / "config.json").exists():
         return folder

@@ -15,6 +15,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
+from benchmarks.peers.float32_copy import is_bfloat16_emulated
 from benchmarks.peers.job import Quantized, Request, main, projections
 
 CHECKPOINT = Path("checkpoint")
@@ -28,7 +29,7 @@ def quantize(request: Request) -> Quantized:
     settings = ("sym", "desc_act", "act_group_aware", "damp_percent", "mse")
     answer = Quantized({name: getattr(config, name) for name in settings})
     # its own choice on a CPU is bfloat16, also where that is emulated (float32_copy.py)
-    dtype = "auto" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    dtype = torch.float32 if is_bfloat16_emulated() else "auto"
     model = GPTQModel.load(str(request.model), config, dtype=dtype)
     model.quantize(examples, batch_size=1, backend=BACKEND.TORCH)
     model.save(str(CHECKPOINT))
