@@ -12,7 +12,6 @@ is set against what the factors expect of the same probes, tr(H_O E H_I E^T). Th
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -52,7 +51,7 @@ def measure_scales(
         statistics_of: Kronecker factors, in nats a token.
         tokens: [windows, seq_len], which the factors were not made from.
         first: number of the first of them.
-        folder: made, for what passes between blocks and what is known of them, and removed at the end.
+        folder: made, for what passes between blocks and what is known of them; goes on from what is there.
         seed: of the labels and the probes.
         progress: is also told of matrices whose curvature cannot be factorized as it is.
     """
@@ -98,7 +97,6 @@ def measure_scales(
     found: dict[str, float] = {}
     for path in sorted(folder.glob("scales-*.json")):
         found |= json.loads(path.read_text())
-    shutil.rmtree(folder)
     return {name: min(max(scale, LEAST), MOST) for name, scale in with_others_scales(found).items()}
 
 

@@ -11,7 +11,6 @@ one block in memory.
 """
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -49,7 +48,7 @@ def measure_divergences(
         statistics_of: the mean over tokens of x x^T.
         tokens: [windows, seq_len], of which MOST_WINDOWS are read.
         first: number of the first of them.
-        folder: made, for what passes between blocks and what is known of them, and removed at the end.
+        folder: made, for what passes between blocks and what is known of them; goes on from what is there.
         seed: of the errors.
     Raises:
         NonFiniteError: a block gives a NaN or an infinity.
@@ -86,7 +85,6 @@ def measure_divergences(
 
     with torch.no_grad():
         found = dict(progress.track(measured(), "Divergence by matrix", total=len(model.matrices)))
-    shutil.rmtree(folder)
     return with_others_scales(found)
 
 

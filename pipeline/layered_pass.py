@@ -85,17 +85,17 @@ def there_and_back(
     def back_from_loss(number: int, output: Tensor) -> None:
         _loss(network, tokens[number], output, first + number, label_seed).backward()
 
-    if any(folder.glob("gradient-*.safetensors")):
-        yield from repeat(None, (tail.start + 2 * len(tail)) * len(tokens))
+    written = [_block_of(path) for path in folder.glob("gradient-*.safetensors")]
+    if written:  # by a call whose tail may have been another, as memory was
+        reached = min(written)
+        yield from repeat(None, (2 * tail.stop - reached) * len(tokens))
     else:
-        yield from forward(network, tokens, folder, first=first, stop=tail.start)
+        reached = tail.start
+        yield from forward(network, tokens, folder, first=first, stop=reached)
         for _ in _back_through(tail, network, tokens, folder, at_blocks, back_from_loss):
             yield from repeat(None, 2 * len(tail))
-    for index in reversed(range(tail.start)):
+    for index in reversed(range(reached)):
         above = folder / gradient_file(index + 1)
-        if (folder / gradient_file(index)).exists() or not above.exists():
-            yield from repeat(None, len(tokens))
-            continue
         behind = read_windows(above, network)
 
         def back_from_gradient(number: int, output: Tensor, behind: list[Tensor] = behind) -> None:
@@ -146,6 +146,10 @@ def hidden_file(index: int) -> str:
 def gradient_file(index: int) -> str:
     """Name of the file with the gradients with respect to what block `index` reads."""
     return f"gradient-{index:03d}.safetensors"
+
+
+def _block_of(gradient: Path) -> int:
+    return int(gradient.stem.removeprefix("gradient-"))
 
 
 def _loss(network: Network, window: Tensor, hidden: Tensor, index: int, label_seed: int | None) -> Tensor:

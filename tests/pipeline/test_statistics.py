@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Iterator
 from dataclasses import astuple
 from pathlib import Path
@@ -302,3 +303,50 @@ def test_a_non_finite_activation_names_the_layer(tiny_model_dir: Path, tmp_path:
     monkeypatch.setattr(Model, "tensor", damaged)
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\b.*window 0"):
         collect(open_model(str(tiny_model_dir)), tmp_path)
+
+
+@pytest.mark.parametrize("stop_at", [5, 7, 8, 11, 12, 14])
+def test_more_room_after_an_interruption_changes_no_byte(tmp_path: Path, monkeypatch, stop_at: int) -> None:
+    """With a block at a time, stopped on the way there or back, for the sums or their scale; then with all at once."""
+    model = open_model(str(save_model(build_llama(num_layers=4), tmp_path / "model")))
+    whole = collect(model, tmp_path / "whole", "kronecker")
+    real, entered = LayeredNetwork.block, []
+
+    def stop_once(self: LayeredNetwork, index: int) -> Any:
+        entered.append(index)
+        if len(entered) == stop_at:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    work = tmp_path / "cut"
+    with monkeypatch.context() as tight:
+        tight.setattr(tail, "MOST_BYTES", 0)
+        tight.setattr(LayeredNetwork, "block", stop_once)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, work, "kronecker")
+    resumed = collect(model, work, "kronecker")
+    assert resumed.scales == whole.scales
+    for matrix in model.matrices:
+        assert torch.equal(resumed.of(matrix).input_curvature, whole.of(matrix).input_curvature)
+
+
+@pytest.mark.parametrize("metric", ["kronecker", "kl"])
+def test_a_kill_while_scratch_files_are_removed_loses_no_scale(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch, metric: Metric
+) -> None:
+    model, real = open_model(str(tiny_model_dir)), shutil.rmtree
+    whole = collect(model, tmp_path / "whole", metric)
+
+    def cut_short(folder: Path, **options: Any) -> None:
+        if folder.name != "scale":
+            return real(folder, **options)
+        for path in folder.glob("scales-*"):
+            path.unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed:
+        killed.setattr(shutil, "rmtree", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            collect(model, tmp_path / "cut", metric)
+    assert collect(model, tmp_path / "cut", metric).scales == whole.scales
+    assert not (tmp_path / "cut" / "scale").exists()
