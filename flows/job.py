@@ -99,8 +99,8 @@ def prepare_job(
             progress=RunProgress(),
         )
         output = OutputFolder(Path(out).expanduser(), run.facts)
-        check_disk(run, output.path)
         if not output.is_finished():
+            check_disk([run], output.path)
             log.forecasts = checked_forecast(run, where)
         with disk_may_fill(run, output.path.parent):
             output.claim(resume=resume)

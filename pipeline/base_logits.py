@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pipeline.atomic import replace_file
 from pipeline.calibration import tokens_sha256
@@ -34,7 +34,7 @@ from pipeline.scoring import answers_to, inference_only, require_windows
 from pipeline.task import Predictions, task_of
 
 SLICE_TOKENS = 64  # positions in float64 at a time: 25 MB for 49,152 vocabulary entries
-LIMIT_BYTES = 2 * 2**30
+LIMIT_BYTES = 8 * 2**30  # 24 windows of 512 tokens take 6.4 GB with a vocabulary of 262,144 tokens
 DIGEST_BYTES = 32
 ABANDONED_SECONDS = 3600.0
 
@@ -158,6 +158,12 @@ def cache_key(model_digest: str, tokens: Tensor, dtype: torch.dtype) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def cache_bytes(config: PretrainedConfig, tokens: Tensor) -> int:
+    """What the answers to `tokens` [windows, seq_len] take on disk; above LIMIT_BYTES none is kept there."""
+    num_windows, seq_len = tokens.shape
+    return num_windows * (seq_len - 1) * task_of(config).answer_bytes(config)
+
+
 def summarize(tokens: Tensor, logits: Tensor, targets: Tensor) -> BaseWindow:
     """Round one window's logits [scored, vocab] for the cache; `targets` [scored] are the tokens that came.
 
@@ -202,13 +208,11 @@ def write_window(path: Path, window: BaseWindow | BaseFeatures) -> None:
 
 def _fill(base: BaseLogits, missing: list[int], cache_dir: Path, limit_bytes: int, progress: Progress) -> None:
     """Compute and keep the windows `missing`, unless all windows together are too large to keep."""
-    config = base.model().config
-    answer_bytes = task_of(config).answer_bytes(config)
     num_windows, seq_len = base.tokens.shape
-    window_bytes = (seq_len - 1) * answer_bytes
+    all_bytes = cache_bytes(base.model().config, base.tokens)
     room = {
-        "the cache's limit of": (num_windows * window_bytes, limit_bytes),
-        "the free disk space of": (len(missing) * window_bytes, _free_bytes(cache_dir)),
+        "the cache's limit of": (all_bytes, limit_bytes),
+        "the free disk space of": (len(missing) * all_bytes // num_windows, _free_bytes(cache_dir)),
     }
     for name, (needed_bytes, available_bytes) in room.items():
         if needed_bytes > available_bytes:
@@ -219,7 +223,7 @@ def _fill(base: BaseLogits, missing: list[int], cache_dir: Path, limit_bytes: in
             )
             return
     base.path(0).parent.mkdir(parents=True, exist_ok=True)
-    _make_room(cache_dir, keep=base.path(0).parent, limit_bytes=limit_bytes - num_windows * window_bytes)
+    _make_room(cache_dir, keep=base.path(0).parent, limit_bytes=limit_bytes - all_bytes)
     for index in progress.track(missing, "the original's predictions", num_windows, num_windows - len(missing)):
         write_window(base.path(index), base.compute(index))
     base.release()

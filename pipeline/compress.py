@@ -94,8 +94,8 @@ def compress(
     with log.stage("open"):
         run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)
         output = OutputFolder(out, run.facts)
-        check_disk(run, out)
         if not output.is_finished():
+            check_disk([run], out)
             log.forecasts = check_memory(run)
         with disk_may_fill(run, out.parent):
             output.claim(resume=resume)

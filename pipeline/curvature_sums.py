@@ -41,6 +41,7 @@ class Sums(ABC):
     labels_are_drawn: ClassVar[bool] = False
     of_input_alone: ClassVar[bool] = False
     scaled_by_divergence: ClassVar[bool] = False
+    forms_gradients: ClassVar[bool] = False  # G [out, in], while a window is added
 
     @abstractmethod
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
@@ -59,6 +60,7 @@ class FisherSums(Sums):
     """See the module."""
 
     title = "Fisher information"
+    forms_gradients = True
 
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """See Sums."""
@@ -78,6 +80,7 @@ class FactoredSums(Sums):
     """See the module. Of a matrix, as many numbers as it has rows and columns: gigabytes less for a large model."""
 
     title = "Fisher information of rows and columns"
+    forms_gradients = True
 
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """See Sums."""
@@ -151,6 +154,7 @@ class SequenceSums(KroneckerSums):
     """See the module."""
 
     title = "Curvature of the loss, by windows"
+    forms_gradients = True
 
     def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
         """See Sums."""

@@ -2,8 +2,9 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,8 @@ def checkpoint_disk_bytes(run: "Run") -> int:
     total = 3 * max(
         sizes.compressed_bytes_beside(each) + around - sizes.saved_bytes(each) for each in sizes.embedding_sets
     )
+    if run.texts.evaluation is not None:
+        total += sizes.compressed_bytes  # of a rival (rival.py)
     if run.texts.recovery is not None:
         total += 2 * sizes.compressed_bytes + _training_bytes(run)
     return total
@@ -37,16 +40,9 @@ def checkpoint_disk_bytes(run: "Run") -> int:
 def shared_disk_bytes(run: "Run") -> int:
     """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
     from pipeline.allocation import AS_STORED, free_to_choose
-    from pipeline.base_logits import LIMIT_BYTES
-    from pipeline.curvature_sums import sums_of
-    from pipeline.summed_parts import PART_WINDOWS, layers_of, sum_bytes
+    from pipeline.base_logits import LIMIT_BYTES, cache_bytes
 
-    total = 0
-    if run.texts.calibration is not None:
-        if run.recipe.sensitivity != "none":  # of a part, of all parts so far, and while it is put into the registry
-            total += 3 * sum_bytes(run.model.matrices, sums_of(run.recipe.sensitivity))
-        num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
-        total += 4 * (num_layers + 3) * width * PART_WINDOWS * run.texts.calibration.tokens.shape[1]  # layered_pass.py
+    total = statistics_disk_bytes(run)
     for choices in free_to_choose(run.embeddings).values():  # all of them packed, and the largest copied
         packed_bits = [each.size_bits for each in choices if each.label != AS_STORED]
         total += (sum(packed_bits) + max(packed_bits)) // 8
@@ -57,25 +53,64 @@ def shared_disk_bytes(run: "Run") -> int:
             bytes_a_token = run.model.task.answer_bytes(run.model.config)
         total += bytes_a_token * run.texts.recovery.tokens.numel()
     if run.texts.evaluation is not None:
-        answer_bytes = run.model.task.answer_bytes(run.model.config)
-        total += min(LIMIT_BYTES, answer_bytes * run.texts.evaluation.tokens.numel())
+        total += min(LIMIT_BYTES, cache_bytes(run.model.config, run.texts.evaluation.tokens))
     return total
 
 
-def check_disk(run: "Run", out: Path, needed_bytes: int | None = None) -> None:
-    """Raise DiskSpaceError if the registry's disk or the output's cannot hold what will be written.
+def statistics_disk_bytes(run: "Run") -> int:
+    """The part of that for statistics, and for what passes between blocks while they are collected."""
+    from pipeline.curvature_sums import sums_of
+    from pipeline.statistics import most_windows_at_once
+    from pipeline.summed_parts import PART_WINDOWS, layers_of, sum_bytes
+
+    if run.texts.calibration is None:
+        return 0
+    num_windows, seq_len = run.texts.calibration.tokens.shape
+    at_once, total = min(PART_WINDOWS, num_windows), 0
+    if run.recipe.sensitivity != "none":  # of a part, of all parts so far, and while it is put into the registry
+        sums = sums_of(run.recipe.sensitivity)
+        at_once, total = most_windows_at_once(sums, num_windows), 3 * sum_bytes(run.model.matrices, sums)
+    num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
+    return total + 4 * (num_layers + 3) * width * at_once * seq_len  # layered_pass.py
+
+
+def check_disk(runs: Sequence["Run"], out: Path) -> None:
+    """Raise DiskSpaceError if the registry's disk or the output's cannot hold what is yet to be written.
 
     Args:
-        needed_bytes: where more is written than by this run alone (`disk_bytes`).
+        runs: that are not finished, and differ in the budget alone. Statistics are shared; where an earlier run has
+            left some of them, that much less is needed.
     """
-    needed = disk_bytes(run) if needed_bytes is None else needed_bytes
-    for place in (run.registry.root, _existing(out)):
+    if not runs:
+        return
+    needed = max(map(shared_disk_bytes, runs)) + sum(map(checkpoint_disk_bytes, runs)) - _statistics_kept(runs[0])
+    for place in (runs[0].registry.root, _existing(out)):
         free = shutil.disk_usage(place).free
         if free < needed:
             raise DiskSpaceError(
                 f"The run writes up to {human_bytes(needed)}, and the disk of {place} has {human_bytes(free)} "
-                "free. Free some space, point BITSMITH_HOME at a larger disk, or write to one with -o."
+                f"free. {_less(runs[0], needed)}Free some space, point BITSMITH_HOME at a larger disk, or write to one "
+                "with -o."
             )
+
+
+def _statistics_kept(run: "Run") -> int:
+    if not run.resume:
+        return 0
+    whole = statistics_disk_bytes(run)
+    return whole if run.has_statistics() else min(whole, run.statistics_work_bytes())
+
+
+def _less(run: "Run", needed: int) -> str:
+    """Advice, where the statistics take most of it and others would not."""
+    small = replace(run, recipe=run.recipe.model_copy(update={"sensitivity": "factored"}))
+    now, then = statistics_disk_bytes(run), statistics_disk_bytes(small)
+    if _statistics_kept(run) or now < needed / 2 or then > now / 2:
+        return ""
+    return (
+        f"{human_bytes(now)} of it are statistics, of which `--sensitivity factored` would write {human_bytes(then)}, "
+        "for a somewhat worse checkpoint. "
+    )
 
 
 @contextmanager

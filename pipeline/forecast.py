@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from pipeline.allocation import PlannedEmbedding, free_to_choose
-from pipeline.base_logits import SLICE_TOKENS
+from pipeline.base_logits import LIMIT_BYTES, SLICE_TOKENS, cache_bytes
 from pipeline.curvature_sums import sums_of
 from pipeline.embedding_costs import MOST_WINDOWS
 from pipeline.embedding_steps import has_embedding_costs, weighs_head
@@ -23,6 +23,7 @@ from pipeline.model_memory import FLOAT32_BYTES, ModelMemory, model_memory
 from pipeline.run import Run
 from pipeline.spread import is_in_processes, num_workers
 from pipeline.stage_seconds import StageSeconds
+from pipeline.statistics import most_windows_at_once
 from pipeline.summed_parts import PART_WINDOWS, sum_bytes
 from pipeline.tail import tail_room, tail_within
 from pipeline.training import FREE_SHARE, KEPT_A_FEATURE
@@ -135,10 +136,12 @@ class _Facts:
         num_windows, seq_len = run.texts.calibration.tokens.shape
         kind = sums_of(run.recipe.sensitivity)  # type: ignore[arg-type]
         width = run.model.config.get_text_config().hidden_size
-        part = FLOAT32_BYTES * min(PART_WINDOWS, num_windows) * seq_len * width
+        part = FLOAT32_BYTES * most_windows_at_once(kind, num_windows) * seq_len * width
         layers = self._layers(kind)
         kept = round(memory.kept_bytes_a_token * seq_len)
         weights = memory.block_bytes or (0,)
+        if kind.forms_gradients:
+            kept += FLOAT32_BYTES * max(matrix.num_params for matrix in run.model.matrices)
         held = [nbytes + sums + kept for nbytes, sums in zip(weights, layers, strict=True)]
         if kind.of_input_alone:
             at_once = max(held)
@@ -230,7 +233,10 @@ class _Facts:
         return StageForecast("checkpoint", self.seconds.checkpoint(), mine, self.now + self.packed + PROCESS_BYTES)
 
     def evaluate(self) -> StageForecast:
-        """The original's answers (base_logits.py), then the packed model's (evaluate.py), then a sample of both."""
+        """The original's answers (base_logits.py), then the packed model's (evaluate.py), then a sample of both.
+
+        Answers that are too many to be kept are given anew, by the original beside the packed model.
+        """
         run = self.run
         assert run.texts.evaluation is not None
         seq_len = run.texts.evaluation.tokens.shape[1]
@@ -240,7 +246,12 @@ class _Facts:
         scored = self.packed + batch * (FLOAT32_BYTES * num_logits + kept) + LOG_PROB_BYTES * num_logits
         scored += SLICE_BYTES * SLICE_TOKENS * self.answer_width
         samples = self._loaded + HEAP_BYTES if self._is_whole else 0
-        return self._stage("evaluate", self.seconds.evaluate(), max(original, scored, samples), self._moved)
+        answers = (
+            original + scored
+            if cache_bytes(run.model.config, run.texts.evaluation.tokens) > LIMIT_BYTES
+            else max(original, scored)
+        )
+        return self._stage("evaluate", self.seconds.evaluate(), max(answers, samples), self._moved)
 
     def report(self) -> StageForecast:
         """Pictures."""

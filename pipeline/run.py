@@ -188,6 +188,10 @@ class Run:
         has_curvature = bool(free_to_choose(self.embeddings)) or has_head_curvature(self)
         return self._found_statistics() is not None and has_curvature
 
+    def statistics_work_bytes(self) -> int:
+        """What is on the disk of statistics that somebody is collecting, or was killed over."""
+        return self.registry.step_work_bytes("statistics", (), self.keyed(self._statistics_settings()))
+
     def has_costs(self) -> bool:
         """Are statistics and cost table in the registry?"""
         statistics = self._found_statistics()

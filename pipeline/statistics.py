@@ -28,7 +28,7 @@ from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
 from pipeline.part_sums import collect_part, num_steps
 from pipeline.progress import SILENT, Progress
-from pipeline.summed_parts import SummedParts, layer_file, layers_of, owner_of, parts_of
+from pipeline.summed_parts import PART_WINDOWS, SummedParts, layer_file, layers_of, owner_of, parts_of
 from quantizers import LayerStatistics
 
 CHECKED_SHARE = 1 / 8  # of the windows, the last ones, only check the scale of what the others say
@@ -85,10 +85,7 @@ def collect_statistics(
         NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and window.
     """
     sums = sums_of(metric)
-    is_scaled = sums.labels_are_drawn or sums.scaled_by_divergence
-    num_checked = max(1, round(CHECKED_SHARE * len(windows.tokens))) if is_scaled else 0
-    if num_checked == len(windows.tokens):
-        num_checked = 0  # a single window
+    num_checked = _num_checked(sums, len(windows.tokens))
     used, checked = windows.tokens.split([len(windows.tokens) - num_checked, num_checked])
     total = SummedParts(work / "out", layers_of(model))
     network = None
@@ -123,6 +120,17 @@ def collect_statistics(
     shutil.rmtree(work / "scale", ignore_errors=True)  # last: half of what is in it would pass for all of it
     facts["scales"] = json.loads(measured.read_text())
     write_json(work / "out" / "statistics.json", facts)
+
+
+def most_windows_at_once(sums: Sums, num_windows: int) -> int:
+    """That pass through the blocks together: a part, or those that check the scale."""
+    return max(min(PART_WINDOWS, num_windows), _num_checked(sums, num_windows) if sums.labels_are_drawn else 0)
+
+
+def _num_checked(sums: Sums, num_windows: int) -> int:
+    if num_windows == 1 or not (sums.labels_are_drawn or sums.scaled_by_divergence):
+        return 0
+    return max(1, round(CHECKED_SHARE * num_windows))
 
 
 def _collect_here(

@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.allocation import free_to_choose
 from pipeline.budget import Budget
 from pipeline.compress import Compressed, complete, measure, measure_embeddings
-from pipeline.disk_space import check_disk, checkpoint_disk_bytes, disk_may_fill, shared_disk_bytes
+from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.errors import BudgetError, RecipeError
 from pipeline.memory_check import check_memory
 from pipeline.named_failure import named_failure
@@ -140,11 +140,10 @@ def prepare_parts(
     with log.stage("open"):
         runs = prepare_runs(recipes, registry, device=device, resume=resume, progress=progress)
         runs[0] = replace(runs[0], log=log)
-        needed_bytes = max(map(shared_disk_bytes, runs)) + sum(checkpoint_disk_bytes(run) for run in runs)
-        check_disk(runs[0], out, needed_bytes)
+        outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
+        check_disk([run for run, output in zip(runs, outputs, strict=True) if not output.is_finished()], out)
         before_claim(runs)
         check_same_recipe(out, runs[0].facts)
-        outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
         for output in outputs:
             output.check_claim(resume=resume)
         with disk_may_fill(runs[0], out):

@@ -367,3 +367,7 @@ class Registry:
     def has_step(self, kind: str, parents: Iterable[str], settings: "Settings") -> Artifact | None:
         """The result of that step, if it is here whole; see `step`."""
         return self._steps.find(kind, parents, settings)
+
+    def step_work_bytes(self, kind: str, parents: Iterable[str], settings: "Settings") -> int:
+        """What the work folder of that step holds: 0 unless somebody is at it, or was killed there."""
+        return self._steps.work_bytes(kind, parents, settings)

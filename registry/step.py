@@ -75,6 +75,11 @@ class Steps:
         """See `Registry.has_step`."""
         return self._finished(step_key(kind, tuple(parents), settings))
 
+    def work_bytes(self, kind: str, parents: Iterable[str], settings: Settings) -> int:
+        """See `Registry.step_work_bytes`."""
+        files = (self.folder / step_key(kind, tuple(parents), settings)).rglob("*")
+        return sum(path.stat().st_size for path in files if path.is_file())
+
     def _taken(self, key: str) -> Artifact | None:
         """The recorded result, noted as used."""
         with self.index.database.keeping():

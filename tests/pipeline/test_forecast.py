@@ -8,7 +8,8 @@ import torch
 
 from pipeline import forecast as forecasting
 from pipeline import memory_check, working_memory
-from pipeline.curvature_sums import Metric
+from pipeline.base_logits import cache_bytes
+from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import MemoryShortError
 from pipeline.evaluate import MOST_LOGITS_BYTES, batch_of
 from pipeline.forecast import StageForecast, forecast
@@ -173,3 +174,26 @@ def test_the_settings_that_fit_are_named(
     seq_len = int(str(refused.value).split("--seq-len ")[1].split()[0])
     assert 128 <= seq_len < 1024
     check_memory(opened(tiny_model_dir, registry, **settings | {"seq_len": seq_len, "eval_seq_len": seq_len}))
+
+
+def test_answers_that_are_not_kept_want_the_original_beside_the_packed_model(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tiny_model_dir, Registry(tmp_path))
+    assert run.texts.evaluation is not None
+    kept = by_name(forecast(run))["evaluate"].memory_bytes
+    monkeypatch.setattr(forecasting, "LIMIT_BYTES", cache_bytes(run.model.config, run.texts.evaluation.tokens) - 1)
+    live = by_name(forecast(run))["evaluate"].memory_bytes
+    assert live > kept + model_memory(run.model).weight_bytes
+
+
+@pytest.mark.parametrize("metric", ["fisher", "factored", "sequence"])
+def test_the_gradient_of_a_weight_is_counted(
+    metric: Metric, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(tiny_model_dir, Registry(tmp_path), sensitivity=metric)
+    monkeypatch.setattr(forecasting, "tail_room", lambda free: 0)
+    facts = forecasting._Facts(run, model_memory(run.model), 0)
+    with_it = facts.statistics().memory_bytes
+    monkeypatch.setattr(type(sums_of(metric)), "forms_gradients", False)
+    assert with_it - facts.statistics().memory_bytes == 4 * max(matrix.num_params for matrix in run.model.matrices)

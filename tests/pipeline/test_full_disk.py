@@ -25,7 +25,7 @@ MOST_BYTES = 1_000_000  # about what the run takes
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """On which a run begins whatever its free space, as if others filled it meanwhile."""
-    monkeypatch.setattr(compression, "check_disk", lambda run, out: None)
+    monkeypatch.setattr(compression, "check_disk", lambda runs, out: None)
     try:
         with small_disk(DISK_BYTES) as folder:
             monkeypatch.setenv("BITSMITH_HOME", str(folder / "home"))
