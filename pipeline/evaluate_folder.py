@@ -1,16 +1,16 @@
 """Evaluate a compressed folder beside its original, outside any run."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipeline.calibration import check_fits, token_windows
+from pipeline.errors import CheckpointError
 from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate
 from pipeline.model import open_model
-from pipeline.output import check_compressed
+from pipeline.output import check_compressed, read_recipe
 from pipeline.packed import load_with_adapter
 from pipeline.progress import SILENT, Progress
 from pipeline.quality import original_logits
@@ -42,7 +42,7 @@ def evaluate_folder(
     """
     network = load_with_adapter(folder, adapter, device, trust_remote_code=trust_remote_code)
     original = open_model(base, revision=base_revision, trust_remote_code=trust_remote_code, progress=progress)
-    made_from = json.loads((folder / "recipe.json").read_text()).get("model_sha256")
+    made_from = read_recipe(folder).get("model_sha256")
     if made_from != original.digest:
         progress.say(f"Note: {folder} was made from another model than {base} (its files differ).")
     tokenizer = original.tokenizer()
@@ -83,6 +83,14 @@ def checkpoint_folder(registry: Registry, what: str) -> Iterator[Path]:
 
 
 def base_of(folder: Path) -> tuple[str, str | None]:
-    """The model that a checkpoint was made from, and its commit on the Hub."""
-    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    """The model that a checkpoint was made from, and its commit on the Hub.
+
+    Raises:
+        CheckpointError: recipe.json does not say so.
+    """
+    recipe = read_recipe(folder)
+    if "model" not in recipe:
+        raise CheckpointError(
+            f"{folder / 'recipe.json'} names no model, so the original of this checkpoint is unknown."
+        )
     return str(recipe["model"]), recipe.get("model_commit")

@@ -27,6 +27,7 @@ from pipeline.model_config import read_config
 from pipeline.own_code import TRUST_ADVICE, code_files, forget_code, names_code, refuse_code_elsewhere
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
+from pipeline.safetensors_file import DTYPES
 from pipeline.shards import TensorInfo, read_folder
 from pipeline.sources import EXTRA_FILES, find_source
 from pipeline.stored_names import StoredNames, match_names
@@ -294,6 +295,7 @@ def open_model(
             f"{spec} ({type(skeleton).__name__}) has no compressible matrix: no linear layer inside repeated "
             "blocks that is stored as one 2-D tensor. Choose a transformer that reads text."
         )
+    _check_dtypes(tensors)
     return Model(
         spec=spec,
         path=source.path,
@@ -316,6 +318,16 @@ def _tensors(
     in_pieces = {piece.info.name for tensor in experts.values() for piece in tensor.pieces}
     plain = {names.parameters.get(info.name, info.name): info for info in stored if info.name not in in_pieces}
     return plain | experts
+
+
+def _check_dtypes(tensors: dict[str, TensorInfo]) -> None:
+    """Raise ModelError if a tensor cannot be copied into a checkpoint."""
+    for info in tensors.values():
+        if info.dtype not in DTYPES:
+            raise ModelError(
+                f"{info.name} in {info.file} is stored as {info.dtype}, and only {', '.join(DTYPES)} can be copied "
+                "into a checkpoint. Convert it, or open a version of the model without it."
+            )
 
 
 def _is_float(info: TensorInfo | None) -> bool:

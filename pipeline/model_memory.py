@@ -60,7 +60,11 @@ def model_memory(model: Model) -> ModelMemory:
     if not names:
         return ModelMemory(sum(sizes.values()), (), _kept_by_layers(model))
     around = sum(sizes.values()) - sum(within(block_names(skeleton)))
-    return ModelMemory(around, tuple(within(names)), _kept_bytes_a_token(skeleton, names))
+    try:
+        kept = _kept_bytes_a_token(skeleton, names)
+    except Exception:  # a pass without values: some models look at values, and their own code may raise anything
+        kept = _kept_by_layers(model)
+    return ModelMemory(around, tuple(within(names)), kept)
 
 
 def _kept_bytes_a_token(skeleton: PreTrainedModel, names: list[str]) -> float:
@@ -83,7 +87,7 @@ def _kept_bytes_a_token(skeleton: PreTrainedModel, names: list[str]) -> float:
         inside.clear()
 
     def begin(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-        return output.requires_grad_(True)
+        return output.requires_grad_(True).clone()  # no leaf: some models go on in place
 
     skeleton.get_input_embeddings().register_forward_hook(begin)
     for name in names:

@@ -52,7 +52,7 @@ class OutputFolder:
                 "Run the command with the earlier settings to go on, choose another output folder with -o, or start "
                 "this one over with --no-resume."
             )
-            refuse_changes(json.loads(note.read_text()), self.recipe, f"The unfinished run in {self.partial}", advice)
+            refuse_changes(read_recipe(self.partial), self.recipe, f"The unfinished run in {self.partial}", advice)
         elif resume and self.partial.exists() and any(self.partial.iterdir()):
             raise OutputExistsError(
                 f"{self.partial} is in the way: unfinished work goes there, and it holds something else. Move it, or "
@@ -106,14 +106,32 @@ class OutputFolder:
 
     def _check_finished(self, resume: bool) -> None:
         check_free(self.path)
-        note = self.path / "recipe.json"
         advice = "Choose another output folder with -o; this one is finished and stays as it is."
-        refuse_changes(json.loads(note.read_text()), self.recipe, f"The finished checkpoint in {self.path}", advice)
+        refuse_changes(read_recipe(self.path), self.recipe, f"The finished checkpoint in {self.path}", advice)
         if not resume:
             raise OutputExistsError(
                 f"{self.path} holds the finished checkpoint of this recipe, and --no-resume would make it again. "
                 "Delete it first, or choose another folder with -o."
             )
+
+
+def read_recipe(folder: Path) -> dict[str, Any]:
+    """What decided the checkpoint in `folder`, or the unfinished run.
+
+    Raises:
+        CheckpointError: recipe.json is missing, cut off or something else.
+    """
+    note = folder / "recipe.json"
+    try:
+        recipe = json.loads(note.read_text(encoding="utf-8"))
+        if not isinstance(recipe, dict):
+            raise ValueError(f"it holds a {type(recipe).__name__}")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{note} cannot be read ({error}); it says what {folder} was made from. Move the folder away and make it "
+            "again, or pull it from where it was pushed."
+        ) from error
+    return recipe
 
 
 def check_free(path: Path) -> None:

@@ -82,7 +82,14 @@ def read_folder(folder: Path) -> tuple[TensorInfo, ...]:
             f"are missing: {_some(missing)}. Download the model again; files that are already there are kept."
         )
     tensors = [info for file in sorted(set(weight_map.values())) for info in read_header(folder / file)]
-    stored = {info.name: info.file for info in tensors}
+    stored: dict[str, str] = {}
+    for info in tensors:
+        if info.name in stored:
+            raise ModelError(
+                f"{info.name} stands in two shards, {stored[info.name]} and {info.file}, and nobody can tell which is "
+                "meant. The folder mixes files of different downloads: download the model again into an empty one."
+            )
+        stored[info.name] = info.file
     misplaced = sorted(name for name, file in weight_map.items() if stored.get(name) != file)
     if misplaced:
         raise ModelError(

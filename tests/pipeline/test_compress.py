@@ -11,12 +11,15 @@ import torch
 from pipeline.compress import Compressed, compress
 from pipeline.errors import (
     BudgetError,
+    CheckpointError,
     DiskSpaceError,
     NonFiniteError,
     OutputExistsError,
     RecipeChangedError,
     RecipeError,
 )
+from pipeline.evaluate_folder import base_of
+from pipeline.output import OutputFolder
 from pipeline.recipe import Recipe
 from registry import Registry
 from tests.models import build_llama, save_model
@@ -186,6 +189,21 @@ def test_a_file_in_the_way_is_called_a_file(tiny_model_dir: Path, tmp_path: Path
     (tmp_path / "out").touch()
     with pytest.raises(OutputExistsError, match="is a file"):
         run(tiny_model_dir, tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", '{"model', "[]"])
+def test_a_damaged_recipe_is_one_paragraph(content: str, copy: Path, tiny_model_dir: Path) -> None:
+    (copy / "out" / "recipe.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"recipe\.json cannot be read"):
+        run(tiny_model_dir, copy)
+    with pytest.raises(CheckpointError, match=r"recipe\.json cannot be read"):
+        base_of(copy / "out")
+    (copy / "new.partial").mkdir()
+    (copy / "new.partial" / "recipe.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"recipe\.json cannot be read"):
+        OutputFolder(copy / "new", {}).claim(resume=True)
+    OutputFolder(copy / "new", {}).claim(resume=False)
+    assert json.loads((copy / "new.partial" / "recipe.json").read_text()) == {}
 
 
 def test_a_truncated_checkpoint_does_not_load(copy: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from pipeline import forecast as forecasting
 from pipeline import memory_check, working_memory
+from pipeline import model_memory as memory_of_model
 from pipeline.base_logits import cache_bytes
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import MemoryShortError
@@ -76,6 +77,38 @@ def test_what_autograd_keeps_is_foreseen(model_type: str, tmp_path: Path, tiny_t
     window = torch.arange(64)[None]
     kept = _kept_bytes(LayeredNetwork(model, "cpu"), 1, window)
     assert 0.6 * kept <= 64 * model_memory(model).kept_bytes_a_token <= 1.6 * kept
+
+
+@pytest.mark.parametrize("fault", ["in place", "no pass", "no embeddings"])
+def test_a_network_that_cannot_be_passed_without_values_is_still_forecast(
+    fault: str, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some are written: CTRL multiplies its embeddings in place, and a model's own code may do anything."""
+    model = open_model(str(tiny_model_dir))
+    usual, real = model_memory(model), memory_of_model._kept_bytes_a_token
+
+    def with_fault(skeleton, names) -> float:
+        forward = skeleton.model.forward
+
+        def in_place(input_ids=None, **options):
+            embeds = skeleton.get_input_embeddings()(input_ids)
+            embeds *= 2
+            return forward(**options | {"inputs_embeds": embeds})
+
+        def refuse(*args, **options):
+            raise NotImplementedError
+
+        if fault == "in place":
+            skeleton.model.forward = in_place
+        else:
+            setattr(skeleton, "get_input_embeddings" if fault == "no embeddings" else "forward", refuse)
+        return real(skeleton, names)
+
+    monkeypatch.setattr(memory_of_model, "_kept_bytes_a_token", with_fault)
+    found = model_memory(model)
+    assert found.block_bytes == usual.block_bytes
+    assert (found.kept_bytes_a_token == pytest.approx(usual.kept_bytes_a_token, rel=0.05)) == (fault == "in place")
+    assert found.kept_bytes_a_token > 0
 
 
 def test_all_stages_to_come_are_named(tiny_model_dir: Path, tmp_path: Path) -> None:

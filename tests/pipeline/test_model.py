@@ -371,6 +371,38 @@ def test_index_that_disagrees_with_its_shards(tmp_path: Path, tiny_tokenizer: An
     assert "outside its folder" in message_of(folder)
 
 
+@pytest.mark.parametrize("named", [0, -1])
+def test_a_tensor_in_two_shards_is_refused(named: int, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = save_model(build_llama(), tmp_path / "model", tokenizer=tiny_tokenizer, max_shard_size="60KB")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    both = files[0], files[-1]
+    name = next(name for name, file in index["weight_map"].items() if file == both[0])
+    tensors = load_file(folder / both[1]) | {name: load_file(folder / both[0])[name]}
+    save_file(tensors, folder / both[1], metadata={"format": "pt"})
+    index["weight_map"][name] = both[named]
+    path.write_text(json.dumps(index))
+    assert f"{name} stands in two shards, {both[0]} and {both[1]}" in message_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "expected"),
+    [
+        ("model.freqs_cis", torch.complex64, "C64, and only F64"),
+        ("model.layers.0.mlp.up_proj.weight", torch.float8_e4m3fn, "look quantized already"),
+    ],
+)
+def test_a_dtype_that_cannot_be_copied_is_refused(name: str, dtype: torch.dtype, expected: str, copied: Path) -> None:
+    def convert(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = tensors.get(name, torch.zeros(4)).to(dtype)
+
+    edit_weights(copied, convert)
+    message = message_of(copied)
+    assert name in message
+    assert expected in message
+
+
 def test_pickle_is_refused_unread(copied: Path) -> None:
     (copied / "model.safetensors").unlink()
     (copied / "pytorch_model.bin").write_bytes(b"never opened")

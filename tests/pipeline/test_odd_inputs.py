@@ -84,6 +84,17 @@ def test_inputs_that_are_always_zero_are_told_of(
     assert told == [*idle, f"{attention}.o_proj.weight"]
 
 
+@pytest.mark.parametrize("metric", ["fisher", "factored"])
+def test_matrices_without_a_gradient_are_told_of(metric: Metric, tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = changed(tiny_model_dir, tmp_path / "m", torch.zeros_like, "model.layers.0.self_attn.v_proj.weight")
+    model, notes = open_model(str(folder)), Notes()
+    windows = token_windows(SMALL["dataset"], model.tokenizer(), num_windows=2, seq_len=32, seed=0)
+    (tmp_path / "work").mkdir()
+    collect_statistics(model, windows, metric, tmp_path / "work", seed=0, device="cpu", progress=notes)
+    told = [note.partition(": ")[0] for note in notes.said if "no gradient reaches it" in note]
+    assert told == [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in ("q", "k", "o")]
+
+
 def test_a_text_of_one_repeated_token(tiny_model_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a " * 4000)
