@@ -126,8 +126,9 @@ class Plan:
 
     @staticmethod
     def read(path: Path) -> "Plan":
-        """Undo `write`."""
+        """Undo `write`; a checkpoint's plan.json says of other weights, too, why they are skipped."""
         stored = json.loads(path.read_text())
+        stored.pop("skipped", None)
         stored["matrices"] = {
             name: PlannedMatrix(**{**entry, "shape": tuple(entry["shape"])})
             for name, entry in stored["matrices"].items()

@@ -3,7 +3,7 @@
     config.json                       the original's, with `quantization_config` (docs/checkpoint-format.md)
     model.safetensors                 or model-0000i-of-0000N.safetensors with model.safetensors.index.json
     tokenizer files, chat template, generation_config.json, licence   as in the original
-    plan.json                         what every matrix got, and how good that provably is
+    plan.json                         what every matrix got, how good that provably is, and why the others got nothing
     recipe.json                       everything that decided the result
 
 Planning and writing share one description, so the forecast is exact and not an estimate.
@@ -64,7 +64,7 @@ class Checkpoint:
             {module: (matrix.format, matrix.shape) for module, matrix in self.plan.packed.items()},
             [each.module for each in self.model.embeddings if each.is_head and each.module in self.plan.embeddings],
         )
-        texts = {"config.json": config, "plan.json": self.plan.to_json(), "recipe.json": self.recipe}
+        texts = {"config.json": config, "plan.json": self._plan(), "recipe.json": self.recipe}
         texts |= dict(self._rewritten())
         if len(self.shards) > 1:
             weight_map = {spec.name: name for name, file in self.shards.items() for spec in file.tensors}
@@ -132,6 +132,13 @@ class Checkpoint:
         if not self.model.trust_remote_code:
             content.pop("auto_map", None)  # it was not used, and names files that are not copied
         return referring_to(self._code_repo, content)
+
+    def _plan(self) -> dict[str, Any]:
+        """The plan, and why each of the other weights stays as it is."""
+        packed = {f"{module}.weight" for module in self.plan.packed}
+        return self.plan.to_json() | {
+            "skipped": {each.name: each.reason for each in self.model.skipped if each.name not in packed}
+        }
 
     def _read(self, name: str) -> dict[str, Any]:
         content: dict[str, Any] = json.loads((self.model.path / name).read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """Every architecture of the table in docs/architectures.md: compressed, audited, reloaded, as planned."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ def test_every_matrix_is_compressed_and_comes_back(model_type: str, tmp_path: Pa
     model, network = open_model(recipe.model), load_packed(done.folder)
     packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
     assert set(packed) == set(done.plan.matrices) == {matrix.module for matrix in model.matrices}
+    skipped = json.loads((done.folder / "plan.json").read_text())["skipped"]
+    assert skipped == {each.name: each.reason for each in model.skipped}
+    assert all(skipped.values())
+    assert set(model.tensors) == {matrix.name for matrix in model.matrices} | set(skipped) & set(model.tensors)
     for matrix in model.matrices:
         expected = quantizer_from_label("lloyd4-g32-s6").quantize(model.weight(matrix)).dequantize()
         assert torch.equal(packed[matrix.module].weight, expected), matrix.name
