@@ -108,13 +108,15 @@ def _opened(
             "bits_per_param"
         ]
     load: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_pretrained
+    dtype = torch.float32 if device == "cpu" else "auto"  # as load_packed takes it
     if row.startswith("NF4"):
         from transformers import BitsAndBytesConfig
 
         nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-        network, bits = load(model.path, quantization_config=nf4, dtype=torch.float32), 4.127
+        network, bits = load(model.path, quantization_config=nf4, dtype=dtype), 4.127
     else:
-        network, bits = load(model.path, dtype=torch.float32).to(device), 32.0
+        network = load(model.path, dtype=dtype).to(device)
+        bits = 8.0 * network.dtype.itemsize
     network.requires_grad_(False)
     torch.manual_seed(settings.seed)
     names = [matrix.module for matrix in model.matrices]

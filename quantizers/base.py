@@ -30,7 +30,8 @@ class AbstractQuantizer(ABC):
 
         Args:
             weight: finite, any float dtype.
-            statistics: the error is weighted with its Fisher diagonal; unweighted if None.
+            statistics: the error is weighted with its Fisher diagonal, or with its curvature, column by column with
+                feedback; unweighted if None.
         Raises:
             ValueError: `weight` has a NaN or an infinity.
         """

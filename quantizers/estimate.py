@@ -167,13 +167,13 @@ def sample_rows(
     """
     total = len(expected)
     if num_rows >= total:
-        return torch.arange(total), torch.ones(total, dtype=torch.float64)
+        return torch.arange(total, device=expected.device), torch.ones(total).to(expected.device, torch.float64)
     share = expected.double() / expected.double().sum().clamp_min(1e-300)
     share = 0.9 * share + 0.1 / total
     share = share / share.sum()
     generator = torch.Generator().manual_seed(seed)
     start = torch.rand(1, generator=generator, dtype=torch.float64)
-    points = (torch.arange(num_rows, dtype=torch.float64) + start) / num_rows
+    points = ((torch.arange(num_rows, dtype=torch.float64) + start) / num_rows).to(expected.device)
     drawn = torch.searchsorted(share.cumsum(0), points).clamp_max(total - 1)
     rows, counts = drawn.unique(return_counts=True)
     return rows, counts / (num_rows * share[rows])

@@ -3,7 +3,7 @@
     <module>.weight_packed    int32 [words]    `bits` bytes for 8 weights, row by row
     <module>.weight_scale     float32 [1]      what the points are multiplied by
 
-    Q = R_out^T (scale * (first + step * second)) R_in,   R as in rotated_format.py
+    Q = R_out (scale * (first + step * second)) R_in^T,   R as in rotated_format.py
 
 The first point (bytes 0 and 1) is lattice.py's. The second is there for 3 bits (byte 2: a fine point) and for 4
 (bytes 2 and 3: again lattice.py's), with the steps below: residual vector quantization, as in QuIP#

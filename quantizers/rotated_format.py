@@ -1,4 +1,4 @@
-"""What formats of a rotated weight have in common: W = R_out^T W' R_in, R the rotations of hadamard.py.
+"""What formats of a rotated weight have in common: W = R_out W' R_in^T, R the rotations of hadamard.py.
 
 Both rotations follow from `seed` (out) and `seed + 1` (in). Rotated weights look normal and alike everywhere, so one
 scale a matrix is enough, and a curvature can be rotated with them.
@@ -73,11 +73,11 @@ class AbstractRotatedFormat(StorageFormat):
         return x @ self.decode_rotated(stored, shape, levels).to(x.dtype).T
 
     def rotate(self, weight: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
-        """R_out W R_in^T."""
+        """R_out^T W R_in"""
         return rotate(rotate(weight, self.seed + 1), self.seed, dim=0)
 
     def unrotate(self, rotated: Float32[Tensor, "out in"]) -> Float32[Tensor, "out in"]:
-        """R_out^T W' R_in"""
+        """R_out W' R_in^T"""
         return unrotate(unrotate(rotated, self.seed + 1), self.seed, dim=0)
 
     @staticmethod

@@ -3,7 +3,7 @@
     <module>.weight_packed    int32 [words]    symbols of `bits` bits, tile by tile (row of tiles by row of tiles)
     <module>.weight_scale     float32 [1]      what the levels are multiplied by
 
-    Q = R_out^T (scale * levels[states]) R_in,   R as in rotated_format.py
+    Q = R_out (scale * levels[states]) R_in^T,   R as in rotated_format.py
 
 Where a side is no multiple of 16, the last tiles are padded, and the padding is stored.
 """

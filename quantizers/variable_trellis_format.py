@@ -7,7 +7,7 @@
     <module>.weight_column_rates  uint8 [columns]
     <module>.weight_num_ahead     int32 [1]
 
-    Q = R_out^T (scale * levels[states]) R_in,   R as in rotated_format.py
+    Q = R_out (scale * levels[states]) R_in^T,   R as in rotated_format.py
 
 The tiles' bits add up to the whole part of `bits` times the number of tiles. Where a side is no multiple of 16, the
 last tiles are padded, and the padding is stored. The levels of all widths stand one after the other, 1 bit first.

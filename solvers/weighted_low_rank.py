@@ -71,6 +71,8 @@ def weighted_low_rank(
         ValueError: an argument is not as described, or `rank` is below 1 or above min(out, in).
     """
     _check(residual, weights, rank, method, init, max_iterations)
+    unit = float(weights.max())
+    weights = weights / unit  # so that no square is lost, whatever the unit
     scaling = Scaling.of(weights)
     problem = scaling.problem(residual, weights)
     start = scaling.enter(init or whitened_svd(residual, scaling.rows, scaling.columns, rank))
@@ -85,7 +87,9 @@ def weighted_low_rank(
         converged = idle == PATIENCE or best.loss <= negligible
         if converged:
             break
-    return WeightedFit(scaling.leave(best.factors).balanced(), tuple(scaling.unit * loss for loss in losses), converged)
+    return WeightedFit(
+        scaling.leave(best.factors).balanced(), tuple(unit * scaling.unit * loss for loss in losses), converged
+    )
 
 
 def _check(

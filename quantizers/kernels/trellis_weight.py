@@ -59,7 +59,7 @@ class TrellisWeight(AbstractKernelWeight):
         return self.form.unrotate(self.rotated(torch.float32)).to(dtype)
 
     def rotated(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """W' = R_out W R_in^T, see rotated_format.py."""
+        """W' = R_out^T W R_in, see rotated_format.py."""
         from quantizers.kernels.trellis import dequantize_trellis
 
         return dequantize_trellis(self, dtype)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantizers import LayerStatistics, LowRankPlus, quantizer_from_label, weighted_error
+from quantizers import ErrorEstimator, LayerStatistics, LowRankPlus, quantizer_from_label, weighted_error
 from quantizers.kernels.switch import KERNELS
 from quantizers.trellis import decode, encode, trellis_levels
 
@@ -65,3 +65,16 @@ def test_a_quantizer_does_as_well_as_on_the_cpu(
     expected = weighted_error(weight - ours.dequantize(), statistics)
     found = weighted_error(weight - theirs.dequantize().cpu(), statistics)
     assert found == pytest.approx(expected, rel=0.05)  # one code that rounds the other way changes all that follow
+
+
+@pytest.mark.parametrize("num_rows", [16, 1000])
+@pytest.mark.parametrize("label", LABELS)
+def test_an_estimate_is_that_of_the_cpu(
+    label: str, num_rows: int, weight: torch.Tensor, statistics: LayerStatistics | None
+) -> None:
+    found = [
+        ErrorEstimator(each, None if statistics is None else statistics.to(str(each.device)), num_rows=num_rows, seed=0)
+        for each in (weight, weight.cuda())
+    ]
+    here, there = (each.error(quantizer_from_label(label)) for each in found)
+    assert there == pytest.approx(here, rel=1e-2)

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from scipy.linalg import hadamard as walsh_hadamard
 from torch import Tensor
 
+from quantizers import quantizer_from_label
 from quantizers.hadamard import rotate, signs, unrotate
+from quantizers.rotated_format import AbstractRotatedFormat
 
 DIMENSIONS = [1, 2, 3, 7, 64, 192, 576, 1536, 97, 128, 8192]
 # The first outputs of the published reference implementation (splitmix64.c, Vigna 2015) for the seed 1234567.
@@ -69,6 +71,17 @@ def test_the_rotation_is_signs_then_hadamard_kron_hartley(order: int, odd: int) 
     product = np.kron(walsh_hadamard(order), np.cos(angle) + np.sin(angle)) / np.sqrt(n)
     expected = np.diag(reference_signs(n, 11)) @ product
     np.testing.assert_allclose(matrix(n, 11).numpy(), expected, atol=1e-13)
+
+
+@pytest.mark.parametrize("label", ["trellis2", "e8p2", "vtrellis2.5"])
+def test_a_weight_is_turned_back_as_the_format_says(label: str) -> None:
+    """docs/checkpoint-format.md: W = R_out W' R_in^T, with `seed` and `seed` + 1."""
+    form = quantizer_from_label(label).format
+    assert isinstance(form, AbstractRotatedFormat)
+    stored = torch.randn(12, 20, generator=torch.Generator().manual_seed(0))
+    out, into = matrix(12, form.seed).float(), matrix(20, form.seed + 1).float()
+    torch.testing.assert_close(form.unrotate(stored), out @ stored @ into.T)
+    torch.testing.assert_close(form.rotate(form.unrotate(stored)), stored)
 
 
 def test_known_values() -> None:

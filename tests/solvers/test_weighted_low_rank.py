@@ -205,3 +205,14 @@ def test_bad_input_is_refused() -> None:
         weighted_low_rank(residual, weights, 2, init=zeros(residual.shape, 3))
     with pytest.raises(ValueError, match="max_iterations is 0"):
         weighted_low_rank(residual, weights, 2, max_iterations=0)
+
+
+@pytest.mark.parametrize("method", ["als", "nesterov", "anderson"])
+def test_the_unit_of_the_weights_changes_nothing(method: str) -> None:
+    """Squares of what is as small as a Fisher diagonal may be are below what float32 holds."""
+    residual, weights = problem()
+    usual = weighted_low_rank(1e-3 * residual, weights, 4, method=method)
+    tiny = weighted_low_rank(1e-3 * residual, weights * 2.0**-60, 4, method=method)
+    assert len(tiny.losses) == len(usual.losses) > 2
+    torch.testing.assert_close(tiny.factors.out @ tiny.factors.into, usual.factors.out @ usual.factors.into)
+    assert tiny.losses[-1] == pytest.approx(2.0**-60 * usual.losses[-1])
