@@ -19,7 +19,6 @@ from pipeline.display import Bars
 from pipeline.layered import open_network
 from pipeline.model import Model, open_model
 from pipeline.part_sums import collect_part
-from pipeline.summed_parts import layer_file
 from pipeline.task import drawn_labels
 
 METRICS: tuple[Metric, ...] = ("fisher", "kronecker", "sequence")
@@ -82,20 +81,18 @@ def _by_autograd(model: Model, tokens: Tensor, metric: Metric) -> dict[str, Tens
 
 def _errors(model: Model, tokens: Tensor, metric: Metric, expected: dict[str, Tensor]) -> dict[str, float]:
     """By matrix."""
-    from safetensors.torch import load_file
-
     kind, network = sums_of(metric), open_network(model, "cpu", print)
     errors: dict[str, float] = {}
+    found: dict[int, dict[str, torch.Tensor]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        steps = collect_part(network, model, tokens, 0, kind, Path(folder), seed=SEED)
+        steps = collect_part(network, model, tokens, 0, kind, Path(folder), found.__setitem__, seed=SEED)
         for _ in Bars().track(steps, metric, total=2 * network.num_blocks * len(tokens)):
             pass
-        for matrix in model.matrices:
-            found = load_file(Path(folder) / layer_file(matrix.layer))
-            for name in kind.shapes(matrix.shape):
-                wanted = expected[f"{matrix.name}.{name}"]
-                error = float((found[f"{matrix.name}.{name}"] - wanted).norm() / wanted.norm().clamp_min(1e-300))
-                errors[matrix.module] = max(errors.get(matrix.module, 0.0), error)
+    for matrix in model.matrices:
+        for name in kind.shapes(matrix.shape):
+            key = f"{matrix.name}.{name}"
+            error = (found[matrix.layer][key] - expected[key]).norm() / expected[key].norm().clamp_min(1e-300)
+            errors[matrix.module] = max(errors.get(matrix.module, 0.0), float(error))
     return errors
 
 

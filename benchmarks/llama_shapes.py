@@ -5,6 +5,7 @@ that are several times larger.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.safetensors_file import SafetensorsFile, TensorSpec
 from pipeline.sources import EXTRA_FILES
 
 STD = 0.02
@@ -44,11 +46,12 @@ SHAPES = {
 }
 
 
-def write_llama(folder: Path, shape: Shape, tokenizer_of: Path, *, seed: int = 0) -> Path:
+def write_llama(folder: Path, shape: Shape, tokenizer_of: Path, *, seed: int = 0, headers_only: bool = False) -> Path:
     """A folder as transformers writes it; the memory of one layer is enough.
 
     Args:
         tokenizer_of: a model's folder, whose tokenizer and vocabulary it gets.
+        headers_only: with holes in the place of weights, which take no disk; for what reads none, as a forecast.
     """
     folder.mkdir(parents=True)
     for pattern in EXTRA_FILES:
@@ -68,47 +71,49 @@ def write_llama(folder: Path, shape: Shape, tokenizer_of: Path, *, seed: int = 0
         "dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    generator = torch.Generator().manual_seed(seed)
-    shards = list(_shards(shape, vocab_size, generator, folder))
-    index = {name: file for file, names in shards for name in names}
+    generator, index = torch.Generator().manual_seed(seed), {}
+    for number, shapes in enumerate(_shards(shape, vocab_size)):
+        file = f"model-{number + 1:05d}-of-{shape.num_layers + 1:05d}.safetensors"
+        if headers_only:
+            layout = SafetensorsFile.of(TensorSpec(name, torch.bfloat16, size) for name, size in shapes.items())
+            (folder / file).write_bytes(layout.header)
+            os.truncate(folder / file, layout.size_bytes)
+        else:
+            tensors = {name: _weight(name, size, generator) for name, size in shapes.items()}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        index |= dict.fromkeys(shapes, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2))
     return folder
 
 
-def _shards(shape: Shape, vocab_size: int, generator: torch.Generator, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Write them; their files and the names in each."""
-
-    def write(number: int, tensors: dict[str, Tensor]) -> tuple[str, list[str]]:
-        file = f"model-{number + 1:05d}-of-{shape.num_layers + 1:05d}.safetensors"
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        return file, list(tensors)
-
+def _shards(shape: Shape, vocab_size: int) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Name and shape of each tensor: a layer a shard, and one for what is around them."""
     width, inner = shape.width, shape.inner
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}"
-        shapes = {f"self_attn.{kind}_proj": (width, width) for kind in "qkvo"}
+        shapes: dict[str, tuple[int, ...]] = {f"self_attn.{kind}_proj": (width, width) for kind in "qkvo"}
         shapes |= {"mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width), "mlp.down_proj": (width, inner)}
-        tensors = {f"{prefix}.{name}.weight": _matrix(size, generator) for name, size in shapes.items()}
-        norms = {f"{prefix}.{name}_layernorm.weight": _ones(width) for name in ("input", "post_attention")}
-        yield write(layer, tensors | norms)
-    yield write(
-        shape.num_layers,
-        {
-            "model.embed_tokens.weight": (STD * torch.randn(vocab_size, width, generator=generator)).bfloat16(),
-            "model.norm.weight": _ones(width),
-            "lm_head.weight": _matrix((vocab_size, width), generator),
-        },
-    )
+        shapes |= {f"{name}_layernorm": (width,) for name in ("input", "post_attention")}
+        yield {f"{prefix}.{name}.weight": size for name, size in shapes.items()}
+    yield {
+        "model.embed_tokens.weight": (vocab_size, width),
+        "model.norm.weight": (width,),
+        "lm_head.weight": (vocab_size, width),
+    }
 
 
-def _matrix(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if "norm" in name:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    if "embed_tokens" in name:
+        return (STD * torch.randn(shape, generator=generator)).bfloat16()
+    return _matrix(shape, generator)
+
+
+def _matrix(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     rows, columns = shape
     weight = torch.randn(shape, generator=generator).mul_(STD)
     weight *= (SPREAD * torch.randn(rows, 1, generator=generator)).exp_()
     scales = (SPREAD * torch.randn(columns, generator=generator)).exp_()
     scales[torch.randperm(columns, generator=generator)[: round(OUTLIERS * columns)]] *= OUTLIER_SCALE
     return weight.mul_(scales).bfloat16()
-
-
-def _ones(width: int) -> Tensor:
-    return torch.ones(width, dtype=torch.bfloat16)

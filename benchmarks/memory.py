@@ -1,10 +1,11 @@
 """The memory that compressing takes, with made-up Llamas on a CPU: a model larger than it, and depth that costs none.
 
-    python -m benchmarks.memory [--large] [--folder DIR]
+    python -m benchmarks.memory [--large] [--forecasts] [--folder DIR]
 
 Each run is `bitsmith compress` in a control group that may take so much memory, file cache included, and no more. A
 stage's peak is that of its largest process, as the command's summary has it. 1.3 billion parameters within 3 GiB;
-with `--large` 7 billion within 6 GiB (13 GiB on disk, hours); and one width with 4, 8, 16 and 32 layers.
+with `--large` 7 billion within 6 GiB (13 GiB on disk, hours); and one width with 4, 8, 16 and 32 layers. Last, what
+a backward pass over whole models takes, beside our forecasts for them.
 """
 
 import argparse
@@ -20,13 +21,25 @@ from typing import Any
 
 from benchmarks.limited import run_limited
 from benchmarks.llama_shapes import SHAPES, Shape, write_llama
+from pipeline.disk_space import disk_bytes
+from pipeline.forecast import forecast
 from pipeline.model import open_model
+from pipeline.progress import SILENT
+from pipeline.recipe import Recipe
+from pipeline.run import Run
+from pipeline.stages import StageLog
+from registry import Registry
 
 GIB = 2**30
 CHOICES = ("lloyd2-g32-s4", "lloyd3-g32-s4", "lloyd4-g32-s6")
 GROWTH = Shape(512, 1408, 0, 8)
 DEPTHS = (4, 8, 16, 32)
 FLOAT32_BYTES = 4
+# A preset, flags as they are typed, and the recipe's fields that they stand for.
+WAYS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("default", "", {}),
+    ("fast", " `--sensitivity factored`", {"sensitivity": "factored"}),
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,7 @@ def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--large", action="store_true", help="7 billion parameters too")
+    parser.add_argument("--forecasts", action="store_true", help="nothing but the forecasts, a minute")
     parser.add_argument("--folder", type=Path, help="for models and results, removed at the end; a temporary one")
     asked = parser.parse_args()
     cases = [Case("1.3B", SHAPES["1.3B"], 3 * GIB)]
@@ -59,9 +73,12 @@ def main() -> None:
     print(f"### Models larger than the memory, {date.today()}\n")
     with tempfile.TemporaryDirectory(prefix="bitsmith-memory-", dir=asked.folder) as folder:
         vocab_size = open_model("demo").config.vocab_size
+        if asked.forecasts:
+            _print_official(Path(folder), vocab_size)
+            return
         figures = [_print_case(case, Path(folder), vocab_size) for case in cases]
         _print_growth(Path(folder), vocab_size)
-    _print_official(vocab_size)
+        _print_official(Path(folder), vocab_size)
     print("; ".join(figures))
 
 
@@ -95,12 +112,21 @@ def _print_growth(folder: Path, vocab_size: int) -> None:
     print()
 
 
-def _print_official(vocab_size: int) -> None:
-    """All weights and all gradients at once, as a backward pass over the whole model has them, without activations."""
-    print("| model | weights and gradients of all, float32, GiB | of one layer, GiB |\n| --- | --: | --: |")
+def _print_official(folder: Path, vocab_size: int) -> None:
+    """A backward pass over the whole model, without activations, beside what our forecasts say on this machine."""
+    print("| model | weights and gradients of all, float32, GiB | " + " | ".join(
+        f"`{preset}`{flags}: {what}, GiB" for preset, flags, _ in WAYS for what in ("memory", "disk")
+    ) + " |\n| --- |" + " --: |" * (1 + 2 * len(WAYS)))  # fmt: skip
     for name, shape in SHAPES.items():
-        whole, layer = shape.num_params(vocab_size), replace(shape, num_layers=1).num_params(0)
-        print(f"| {name} | {2 * FLOAT32_BYTES * whole / GIB:.0f} | {2 * FLOAT32_BYTES * layer / GIB:.1f} |")
+        model = write_llama(folder / name, shape, open_model("demo").path, headers_only=True)
+        cells = [f"{2 * FLOAT32_BYTES * shape.num_params(vocab_size) / GIB:.0f}"]
+        for preset, _, settings in WAYS:
+            recipe = Recipe.of(model=str(model), budget="3bpw", preset=preset, **settings)
+            run = Run.open(
+                recipe, Registry(folder / "registry"), device="cpu", resume=False, log=StageLog(), progress=SILENT
+            )
+            cells += [f"{max(stage.total_bytes for stage in forecast(run)) / GIB:.1f}", f"{disk_bytes(run) / GIB:.0f}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
     print()
 
 

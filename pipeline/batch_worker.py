@@ -24,7 +24,7 @@ from pipeline.layered import open_network
 from pipeline.model import Model, open_model
 from pipeline.part_sums import collect_part
 from pipeline.statistics import Statistics
-from pipeline.summed_parts import layer_file, layers_of
+from pipeline.summed_parts import layer_file, write_layer
 from pipeline.version import VERSION
 from registry.lock import flocked
 from registry.remote import RemoteBlobs
@@ -84,12 +84,16 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
     made: dict[str, Blob] = {}
     with tempfile.TemporaryDirectory(dir=_scratch(), prefix="part-") as folder:
         tokens = torch.tensor(batch["tokens"], device=batch["device"])
-        say("statistics")
-        for _ in collect_part(network, model, tokens, batch["first"], sums, Path(folder), seed=batch["seed"]):
-            pass
-        for layer in layers_of(model):
+
+        def keep(layer: int, found: dict[str, torch.Tensor]) -> None:
             path = Path(folder) / layer_file(layer)
+            write_layer(path, found, batch["first"] + len(tokens))
             made[path.name] = to_blob(store.add(path))
+            path.unlink()
+
+        say("statistics")
+        for _ in collect_part(network, model, tokens, batch["first"], sums, Path(folder), keep, seed=batch["seed"]):
+            pass
     return made
 
 

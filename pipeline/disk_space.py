@@ -67,9 +67,11 @@ def statistics_disk_bytes(run: "Run") -> int:
         return 0
     num_windows, seq_len = run.texts.calibration.tokens.shape
     at_once, total = min(PART_WINDOWS, num_windows), 0
-    if run.recipe.sensitivity != "none":  # of a part, of all parts so far, and while it is put into the registry
-        sums = sums_of(run.recipe.sensitivity)
-        at_once, total = most_windows_at_once(sums, num_windows), 3 * sum_bytes(run.model.matrices, sums)
+    if run.recipe.sensitivity != "none":  # of all layers, and of the one that is written anew
+        sums, matrices = sums_of(run.recipe.sensitivity), run.model.matrices
+        layers = [[each for each in matrices if each.layer == layer] for layer in layers_of(run.model)]
+        total = sum_bytes(matrices, sums) + max(sum_bytes(layer, sums) for layer in layers)
+        at_once = most_windows_at_once(sums, num_windows)
     num_layers, width = len(layers_of(run.model)), run.model.config.get_text_config().hidden_size
     return total + 4 * (num_layers + 3) * width * at_once * seq_len  # layered_pass.py
 

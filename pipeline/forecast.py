@@ -154,7 +154,9 @@ class _Facts:
         if weighs_head(run) and not free_to_choose(run.embeddings):
             loss = max(loss, FLOAT32_BYTES * seq_len * self.answer_width)  # head_curvature.py; all else takes less
         windows = 3 * part  # read, passed, and stacked to be written
-        network = HEAP_BYTES + memory.around_bytes + at_once + windows + loss
+        shapes = [shape for matrix in run.model.matrices for shape in kind.shapes(matrix.shape).values()]
+        before = FLOAT32_BYTES * max(map(math.prod, shapes))  # of the parts before, added a tensor at a time
+        network = HEAP_BYTES + memory.around_bytes + at_once + max(windows + loss, before)
         if kind.labels_are_drawn:
             largest = max(costs_bytes(matrix.shape, self.metric) for matrix in run.model.matrices)
             network = max(network, HEAP_BYTES + memory.around_bytes + at_once + largest)

@@ -2,8 +2,6 @@
 
 A hook on each layer's output sees the layer's input x [tokens, in] and, on the way back, the output's gradient g
 [tokens, out]. No weight takes a gradient itself.
-
-    folder/layer-003.safetensors    the sums of the matrices of block 3 (summed_parts.py)
 """
 
 import math
@@ -22,24 +20,27 @@ from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import forward, there_and_back
 from pipeline.memory import give_back, is_shortage
 from pipeline.model import Matrix, Model
-from pipeline.summed_parts import layer_file, owner_of, sum_bytes, write_layer
+from pipeline.summed_parts import owner_of, sum_bytes
 from pipeline.tail import tail_of
+
+Keep = Callable[[int, dict[str, Tensor]], None]
 
 
 def collect_part(
-    network: Network, model: Model, tokens: Tensor, first: int, kind: Sums, folder: Path, *, seed: int
+    network: Network, model: Model, tokens: Tensor, first: int, kind: Sums, folder: Path, keep: Keep, *, seed: int
 ) -> Iterator[None]:
-    """Leave the sums over `tokens` [windows, seq_len] in `folder`; goes on from what an earlier call left there.
+    """Collect the sums over `tokens` [windows, seq_len]; goes on from what an earlier call left in `folder`.
 
     Args:
         first: number of the first window.
+        keep: given the sums of each layer. After a kill those of a layer may come once more, and are the same.
         seed: of the labels, where the metric draws them.
     Yields:
         For each block and window, once or twice: `num_steps` times.
     Raises:
         NonFiniteError: an activation, a gradient or the loss is NaN or infinite; names the layer and the window.
     """
-    at_blocks = partial(_collecting, network, model, kind, folder, first, len(tokens))
+    at_blocks = partial(_collecting, network, model, kind, first, keep)
     if kind.of_input_alone:
         return forward(network, tokens, folder, at_blocks, first=first, stop=network.num_blocks)
     tail = tail_of(network, tokens, partial(_sum_bytes, network, model, kind))
@@ -77,7 +78,7 @@ def _sum_bytes(network: Network, model: Model, kind: Sums, block: int) -> int:
 
 @contextmanager
 def _collecting(
-    network: Network, model: Model, kind: Sums, folder: Path, first: int, num_windows: int, blocks: range
+    network: Network, model: Model, kind: Sums, first: int, keep: Keep, blocks: range
 ) -> Iterator[Callable[[], None]]:
     matrices = matrices_of(network, model, blocks)
     held = {
@@ -94,8 +95,7 @@ def _collecting(
         yield window_is_done
     for layer in {matrix.layer for matrix in matrices}:
         owners = {owner_of(matrix, kind) for matrix in matrices if matrix.layer == layer}
-        sums = {name: tensor.cpu() for name, tensor in held.items() if name.rpartition(".")[0] in owners}
-        write_layer(folder / layer_file(layer), sums, first + num_windows)
+        keep(layer, {name: tensor.cpu() for name, tensor in held.items() if name.rpartition(".")[0] in owners})
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.atomic import write_json
@@ -149,18 +148,13 @@ def _collect_here(
         for number, part in parts:
             folder = work / f"part-{number:05d}"
             folder.mkdir(exist_ok=True)
-            tokens = used[part.start : part.stop]
-            yield from collect_part(network, model, tokens, part.start, sums, folder, seed=seed)
-            total.add(partial(_read_layer, folder), part.stop)
+            tokens, keep = used[part.start : part.stop], partial(total.add_layer, part)
+            yield from collect_part(network, model, tokens, part.start, sums, folder, keep, seed=seed)
             shutil.rmtree(folder)
 
     num_all, num_done = (num_steps(network, sums, num_windows) for num_windows in (len(used), total.num_done))
     for _ in progress.track(passes(), sums.title, total=num_all, done=num_done):
         pass
-
-
-def _read_layer(folder: Path, layer: int) -> dict[str, Tensor]:
-    return load_file(folder / layer_file(layer))
 
 
 def _collect_elsewhere(total: SummedParts, used: Tensor, title: str, spread: SpreadParts, progress: Progress) -> None:
@@ -169,4 +163,4 @@ def _collect_elsewhere(total: SummedParts, used: Tensor, title: str, spread: Spr
     for part, sums_of_layer in zip(
         parts, progress.track(spread(used, parts), title, total=num_parts, done=num_parts - len(parts)), strict=True
     ):
-        total.add(sums_of_layer, part.stop)
+        total.add(part, sums_of_layer)

@@ -4,7 +4,8 @@ layer-NNN.safetensors    the sums of the layer's matrices over the parts so far,
                          these are
 
 Float32 sums depend on their order. Fixed parts, added in order, give the same bytes in one process and on many
-machines.
+machines. A part that is collected here is added layer by layer, as soon as each is known: so the sums of a large model,
+tens of gigabytes, are on the disk once.
 """
 
 import math
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.atomic import replace_file
@@ -40,20 +41,28 @@ class SummedParts:
         """Windows of all complete parts."""
         return min(self._num_done(layer) for layer in self.layers)
 
-    def add(self, sums_of_layer: Callable[[int], dict[str, Tensor]], num_done: int) -> None:
+    def add(self, part: range, sums_of_layer: Callable[[int], dict[str, Tensor]]) -> None:
         """Add the next part. After a kill in the middle, the same call goes on where it was.
 
         Args:
+            part: its windows.
             sums_of_layer: the part's sums of one layer.
-            num_done: windows with that part.
         """
         for layer in self.layers:
-            if self._num_done(layer) >= num_done:
-                continue
-            path, sums = self.folder / layer_file(layer), sums_of_layer(layer)
-            if path.exists():
-                sums = {name: sums[name] + before for name, before in load_file(path).items()}
-            write_layer(path, sums, num_done)
+            if self._num_done(layer) < part.stop:
+                self.add_layer(part, layer, sums_of_layer(layer))
+
+    def add_layer(self, part: range, layer: int, sums: dict[str, Tensor]) -> None:
+        """Add the next part of one layer, unless that was done before; `sums` become those with the parts before."""
+        path, num_done = self.folder / layer_file(layer), self._num_done(layer)
+        if num_done >= part.stop:
+            return
+        assert num_done == part.start, f"{path} is of {num_done} windows, and those from {part.start} are to be added"
+        if num_done:
+            with safe_open(path, framework="pt") as stored:
+                for name, tensor in sums.items():
+                    tensor.add_(stored.get_tensor(name))
+        write_layer(path, sums, part.stop)
 
     def _num_done(self, layer: int) -> int:
         path = self.folder / layer_file(layer)
