@@ -15,7 +15,7 @@ from flows.summary import artifact_key, show_beside_last
 from pipeline.budget import Budget
 from pipeline.gate import Requirement
 from pipeline.recipe import Recipe
-from registry import Registry
+from registry import Registry, Version
 
 
 class Looked(TypedDict):
@@ -25,7 +25,8 @@ class Looked(TypedDict):
         names: in the registry, one for each budget.
         out: folder for what is compressed now; another one for another base or recipe.
         is_new: there is something to compress.
-        is_settled: there is nothing to compress, and the latest versions are published and promoted.
+        is_settled: there is nothing to compress, and the latest versions are published and promoted; or they were, and
+            somebody took the alias from them.
         reason: both of it in words.
     """
 
@@ -68,7 +69,7 @@ def look(
     reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
     if not news.changes:
         reason += f"{', '.join(str(store.version(each)) for each in names)} {'was' if len(names) == 1 else 'were'} made"
-        reason += f"; {'; '.join(unsettled)}" if unsettled else ""
+        reason += "".join(f"; {each}" for each in [*unsettled, *_left_by_hand(store, names, alias)])
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
         names=names,
@@ -133,12 +134,15 @@ def push(
 
 @task(**PLAIN)
 def promote(version: str, alias: str, gates: list[str], registry: str | None) -> None:
-    """NAME@alias names the version now."""
+    """NAME@alias names the version now, unless somebody took it away from there."""
     from flows.progress import RunProgress
     from pipeline.release import promote as promote_version
 
     store = open_registry(registry)
     name = store.version(version)
+    if by_hand := _moved_by_hand(store, name, alias):
+        RunProgress().say(f"{by_hand}.")
+        return
     if store.aliases(name.name).get(alias) != name.number:
         promote_version(store, version, alias, [Requirement.parse(gate) for gate in gates])
     RunProgress().say(f"{name.name}@{alias} names version {name.number}.")
@@ -164,6 +168,23 @@ def _unsettled(store: Registry, names: list[str], repo: str | None, alias: str |
         places = [record.metadata.get("repo_id") for record in publications(store, version.digest)]
         if repo and repo not in places:
             left.append(f"{version} is not at {repo} yet")
-        if alias and store.aliases(name).get(alias) != version.number:
+        if alias and store.aliases(name).get(alias) != version.number and not _moved_by_hand(store, version, alias):
             left.append(f"{name}@{alias} does not name {version} yet")
     return left
+
+
+def _left_by_hand(store: Registry, names: list[str], alias: str | None) -> list[str]:
+    versions = [store.version(name) for name in names if alias]
+    return [said for version in versions if (said := _moved_by_hand(store, version, str(alias)))]
+
+
+def _moved_by_hand(store: Registry, version: Version, alias: str) -> str | None:
+    """Who took the alias from the version that it named; None where nobody did. Flows only move it to new versions."""
+    moves = store.alias_moves(version.name, alias)
+    if all(move.to_version != version.number for move in moves) or moves[-1].to_version == version.number:
+        return None
+    last = moves[-1]
+    now = "nothing" if last.to_version is None else f"version {last.to_version}"
+    return (
+        f"{version.name}@{alias}, which named {version}, names {now} by {last.action} of {last.moved_by}, and stays so"
+    )
