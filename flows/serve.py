@@ -19,6 +19,7 @@ from flows.deploy import check_server, runner_deployment
 from flows.errors import DeployError
 from flows.local_server import is_answering, start_server
 from flows.notify import VARIABLE
+from flows.version import SERVED
 
 HOST = "127.0.0.1"
 
@@ -37,6 +38,7 @@ def serve(deployments: Sequence[Deployment], *, port: int, limit: int) -> None:
         made = [runner_deployment(deployment) for deployment in deployments]
         for each in made:
             each.work_queue_name, each.job_variables = None, {}  # there are no workers
+            each.tags.append(SERVED)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Prefect ends runs in its own way
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         prefect.serve(*made, pause_on_shutdown=False, limit=limit)

@@ -58,7 +58,7 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
 
 
 def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
-    """A run that says it is alive once and never again; its process does nothing more, as if it were killed."""
+    """One says that it is alive once, one not even that; nothing more is done, as if their processes were killed."""
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.events import emit_event
@@ -83,27 +83,38 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
                 resource={"prefect.resource.id": f"prefect.flow-run.{each.id}", "prefect.resource.name": each.name},
                 related=tags,
             )
-        give_up_at = time.monotonic() + 90
-        while time.monotonic() < give_up_at and not webhook.received:
+        mute = client.create_flow_run(vanishing, tags=["bitsmith"])
+        client.set_flow_run_state(mute.id, Running())
+        give_up_at = time.monotonic() + 180
+        while time.monotonic() < give_up_at and len(webhook.received) < 2:
             time.sleep(0.5)
-        ended, other = client.read_flow_run(run.id), client.read_flow_run(foreign.id)
-    assert ended.state.is_crashed()
-    assert ended.state.message.startswith(MESSAGE)
-    (told,) = webhook.received
-    assert (told["flow"], told["run"], told["state"]) == ("vanishing", run.name, "Crashed")
-    assert told["message"] == ended.state.message
-    assert str(run.id) in told["url"]
+        ended, other = [client.read_flow_run(each.id) for each in (run, mute)], client.read_flow_run(foreign.id)
+    told = {message["run"]: message for message in webhook.received}
+    for each in ended:
+        assert each.state.is_crashed()
+        assert each.state.message.startswith(MESSAGE)
+        message = told[each.name]
+        assert (message["flow"], message["state"]) == ("vanishing", "Crashed")
+        assert message["message"] == each.state.message
+        assert str(each.id) in message["url"]
+    assert len(webhook.received) == 2
     assert other.state.is_running()  # one that is not ours
 
 
-def test_a_run_that_a_worker_took_and_that_did_not_begin_is_crashed(server: str) -> None:
-    """As if the worker was killed before the run's process could speak."""
+def test_a_run_that_a_worker_or_serve_took_and_that_did_not_begin_is_crashed(server: str) -> None:
+    """As if they were killed before the run's process could speak."""
+    from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.states import Pending, Running
 
     from flows.automations import MESSAGE, make_automations
     from flows.configuration import Deployment
     from flows.deploy import deploy
+    from flows.version import SERVED
+
+    @flow(name="served")
+    def in_serve() -> None:
+        pass
 
     entry = {"name": "stillborn", "entrypoint": "flows.collect_garbage.collect_garbage"}
     entry["concurrency_limit"] = {"limit": 2}
@@ -113,16 +124,22 @@ def test_a_run_that_a_worker_took_and_that_did_not_begin_is_crashed(server: str)
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name("collect-garbage/stillborn")
         taken, begun = (client.create_flow_run_from_deployment(deployment.id) for _ in range(2))
-        for state, runs in ((Pending(), (taken, begun)), (Running(), (begun,))):
+        served = client.create_flow_run(in_serve, tags=["bitsmith", SERVED])
+        by_hand = client.create_flow_run(in_serve, tags=["bitsmith"])
+        for state, runs in ((Pending(), (taken, begun, served, by_hand)), (Running(), (begun,))):
             for run in runs:
                 client.set_flow_run_state(run.id, state)
-        give_up_at = time.monotonic() + 90
-        while time.monotonic() < give_up_at and not client.read_flow_run(taken.id).state.is_final():
+        give_up_at = time.monotonic() + 180
+        while time.monotonic() < give_up_at:
+            ended = [client.read_flow_run(each.id) for each in (taken, served)]
+            if all(each.state.is_final() for each in ended):
+                break
             time.sleep(0.5)
-        ended, other = client.read_flow_run(taken.id), client.read_flow_run(begun.id)
-    assert ended.state.is_crashed()
-    assert ended.state.message.startswith(MESSAGE)
-    assert other.state.is_running()
+        others = [client.read_flow_run(each.id).state.name for each in (begun, by_hand)]
+    for each in ended:
+        assert each.state.is_crashed()
+        assert each.state.message.startswith(MESSAGE)
+    assert others == ["Running", "Pending"]
 
 
 def test_unknown_pool_is_told_with_the_known_ones(server: str) -> None:
