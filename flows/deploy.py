@@ -9,8 +9,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
 from prefect.deployments.runner import RunnerDeployment
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL
+from prefect.exceptions import ObjectNotFound
 from prefect.workers.process import ProcessWorker
 
 from flows import RUN_SETTINGS
@@ -18,6 +17,7 @@ from flows.automations import make_automations
 from flows.configuration import CPU_POOL, GPU_POOL, Deployment
 from flows.errors import DeployError
 from flows.job import registry_folder
+from flows.named_server import check_server
 from flows.notify import VARIABLE
 from flows.schedules import prefect_schedule
 from flows.version import TAG, version_tag
@@ -87,32 +87,6 @@ def runner_deployment(deployment: Deployment) -> RunnerDeployment:
     )
     made._path = None  # the package is installed where it runs; no folder of this machine is meant
     return made
-
-
-def check_server() -> str:
-    """The API's URL. Raises DeployError where no server answers there, or it does without its database."""
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise DeployError(
-            "Deployments need a Prefect server, and PREFECT_API_URL names none. Start one (`prefect server start`) and "
-            "set PREFECT_API_URL=http://HOST:4200/api; or use `python -m flows serve`, which starts its own."
-        )
-    try:
-        with get_client(sync_client=True) as client:
-            status = client._client.get("/ready", timeout=20).status_code
-    except PrefectHTTPStatusError as error:
-        status = error.response.status_code
-    except Exception as error:  # whatever a network does
-        raise DeployError(
-            f"No Prefect server answers at {url} ({type(error).__name__}). Check PREFECT_API_URL, and that `prefect "
-            "server start` runs there."
-        ) from error
-    if status != 200:
-        raise DeployError(
-            f"The Prefect server at {url} answers, but is not ready (HTTP {status}): most likely it cannot reach its "
-            "database. Check PREFECT_SERVER_DATABASE_CONNECTION_URL where it runs, and its log."
-        )
-    return str(url)
 
 
 def check_pools(client: SyncPrefectClient, deployments: "Sequence[Deployment]") -> None:

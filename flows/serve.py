@@ -15,9 +15,10 @@ from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.automations import make_automations
 from flows.configuration import Deployment
-from flows.deploy import check_server, runner_deployment
+from flows.deploy import check_registries, runner_deployment
 from flows.errors import DeployError
 from flows.local_server import is_answering, start_server
+from flows.named_server import check_server
 from flows.notify import VARIABLE
 from flows.version import SERVED
 
@@ -31,8 +32,10 @@ def serve(deployments: Sequence[Deployment], *, port: int, limit: int) -> None:
         port: of the server that is started where PREFECT_API_URL names none.
         limit: runs at a time.
     Raises:
-        DeployError: the server that PREFECT_API_URL names does not answer, or one cannot be started.
+        DeployError: the server that PREFECT_API_URL names does not answer, or one cannot be started; a registry whose
+            database does not answer.
     """
+    check_registries(deployments)
     with server_at_hand(port):
         make_automations(os.environ.get(VARIABLE))
         made = [runner_deployment(deployment) for deployment in deployments]

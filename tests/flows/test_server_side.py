@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -156,13 +156,17 @@ def test_a_registry_whose_database_does_not_answer_is_told(server: str, tmp_path
     from flows.configuration import Deployment
     from flows.deploy import deploy
     from flows.errors import DeployError
+    from flows.serve import serve
     from registry.settings import RegistrySettings
 
     RegistrySettings("postgresql://nobody@127.0.0.1:9/none", None).write(tmp_path)
     entry: dict[str, Any] = {"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage"}
     entry["parameters"] = {"registry": str(tmp_path)}
-    with pytest.raises(DeployError, match=r"Deployment gc, registry .*127\.0\.0\.1:9/none cannot be used"):
+    told = r"Deployment gc, registry .*127\.0\.0\.1:9/none cannot be used"
+    with pytest.raises(DeployError, match=told):
         deploy([Deployment.model_validate(entry)])
+    with pytest.raises(DeployError, match=told):
+        serve([Deployment.model_validate(entry)], port=9, limit=1)
 
 
 @pytest.fixture
@@ -189,8 +193,8 @@ def without_database() -> Iterator[str]:
 def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.deploy import check_server
     from flows.errors import DeployError
+    from flows.named_server import check_server
 
     cases: dict[Any, str] = {
         None: "PREFECT_API_URL names none",
@@ -201,6 +205,34 @@ def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database
         settings = {"updates": {PREFECT_API_URL: url}} if url else {"restore_defaults": [PREFECT_API_URL]}
         with temporary_settings(**settings), pytest.raises(DeployError, match=expected):
             check_server()
+
+
+@pytest.mark.parametrize("command", ["run", "compress"])
+def test_a_command_that_needs_no_server_wants_an_answer_from_one_that_is_named(command: str, tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.command import _compress_in_flow
+    from flows.configuration import Deployment
+    from flows.errors import DeployError
+    from flows.run_here import run_here
+    from registry import Registry
+
+    commands: dict[str, Callable[[], Any]] = {
+        "run": lambda: run_here(Deployment(name="tidy", entrypoint="flows.collect_garbage.collect_garbage")),
+        "compress": lambda: _compress_in_flow([], Registry(tmp_path), tmp_path, quiet=False),
+    }
+    told = r"No Prefect server answers at http://127\.0\.0\.1:9/api"
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(DeployError, match=told):
+        commands[command]()
+
+
+def test_no_server_is_looked_for_where_none_is_named() -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.named_server import check_server_if_named
+
+    with temporary_settings(restore_defaults=[PREFECT_API_URL]):
+        check_server_if_named()
 
 
 def test_a_worker_of_another_version_refuses(server: str) -> None:
