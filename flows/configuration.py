@@ -54,12 +54,19 @@ class Limit(_Strict):
     grace_period_seconds: int | None = Field(None, ge=60, le=86400)
 
 
+class JobVariables(BaseModel):
+    """What a pool's template asks for; the server checks all but the environment, where null takes a variable away."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    env: dict[str, str | None] = Field(default_factory=dict)
+
+
 class WorkPool(_Strict):
     """Where."""
 
     name: str = CPU_POOL
     work_queue_name: str | None = None
-    job_variables: dict[str, Any] = Field(default_factory=dict)
+    job_variables: JobVariables = Field(default_factory=JobVariables)
 
 
 class Deployment(_Strict):

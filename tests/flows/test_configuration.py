@@ -38,6 +38,14 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
         "one of cron, interval and rrule, and this one has cron and interval",
     ),
     "unknown key": ([_watch(scheduel={})], "deployment nightly.scheduel: Extra inputs are not permitted"),
+    "environment as a list": (
+        [_watch(work_pool={"job_variables": {"env": ["A=B"]}})],
+        r"deployment nightly\.work_pool\.job_variables\.env: Input should be a valid dictionary",
+    ),
+    "number in the environment": (
+        [_watch(work_pool={"job_variables": {"env": {"OMP_NUM_THREADS": 1}}})],
+        r"job_variables\.env\.OMP_NUM_THREADS: Input should be a valid string",
+    ),
     "no flow": ([_watch(entrypoint="flows.watch.wach")], "nightly: 'flows.watch.wach' is no flow of this package"),
     "other code": ([_watch(entrypoint="mine.py:mine")], "is no flow of this package"),
     "two of a name": ([_watch(), _watch()], "several deployments called nightly"),
@@ -143,6 +151,19 @@ def test_a_right_entry_is_taken_and_late_runs_become_one(write: Callable[[Any], 
     assert made.tags == ["mine", "bitsmith", version_tag()]
     assert (made.concurrency_limit, made.concurrency_options.collision_strategy) == (1, "CANCEL_NEW")
     assert (made.schedules[0].schedule.cron, made.schedules[0].schedule.timezone) == ("0 2 * * *", "Europe/Berlin")
+
+
+def test_job_variables_are_passed_on_with_our_settings_beside_them(write: Callable[[Any], Path]) -> None:
+    from flows import RUN_SETTINGS
+    from flows.configuration import read_configuration
+    from flows.deploy import runner_deployment
+
+    variables = {"image": "bitsmith", "env": {"BITSMITH_HOME": "/data", "DO_NOT_TRACK": None}}
+    given = _watch(name="given", work_pool={"name": "k8s", "job_variables": variables})
+    with_variables, without = read_configuration(write({"deployments": [given, _watch()]}))
+    expected = variables | {"env": RUN_SETTINGS | {"BITSMITH_HOME": "/data", "DO_NOT_TRACK": None}}
+    assert runner_deployment(with_variables).job_variables == expected
+    assert runner_deployment(without).job_variables == {"env": RUN_SETTINGS}
 
 
 def test_the_example_is_right() -> None:

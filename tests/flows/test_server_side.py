@@ -272,3 +272,21 @@ def test_deployed_again_a_deployment_has_what_the_file_says_now(server: str) -> 
     assert found.global_concurrency_limit.limit == 2
     assert found.concurrency_options.collision_strategy == "ENQUEUE"
     assert found.path is None
+
+
+def test_what_the_server_refuses_is_told_with_what_was_changed(server: str) -> None:
+    """Of a new deployment, and of one that was there."""
+    from flows.configuration import Deployment
+    from flows.deploy import deploy
+    from flows.errors import DeployError
+
+    entry = {"entrypoint": "flows.collect_garbage.collect_garbage"}
+    wrong = {"work_pool": {"job_variables": {"working_dir": 3}}}
+    first, last = (Deployment.model_validate(entry | {"name": name}) for name in ("first", "last"))
+    refused = Deployment.model_validate(entry | wrong | {"name": "refused"})
+    told = r"Deployment refused: the server refuses it \(.*3 is not.*before it: first; as they were: refused, last\.$"
+    with pytest.raises(DeployError, match=told):
+        deploy([first, refused, last])
+    deploy([Deployment.model_validate(entry | {"name": "refused"})])
+    with pytest.raises(DeployError, match=r"refuses it \(.*3 is not.*before it: none; as they were: refused\.$"):
+        deploy([refused])
