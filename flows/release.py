@@ -55,9 +55,15 @@ def look(
     repo: str | None,
     alias: str | None,
 ) -> Looked:
-    """Has the base or the recipe changed since the latest versions? No model is loaded to find out."""
+    """Has the base or the recipe changed since the latest versions? No model is loaded to find out.
+
+    Raises:
+        GateError: it has, and the evaluation of such a model does not measure what a gate asks for.
+    """
+    from flows.measured import check_measured
     from flows.progress import RunProgress
     from pipeline.news import read_news
+    from pipeline.sources import find_source
 
     for gate in gates:  # now, and not after the work
         Requirement.parse(gate)
@@ -65,6 +71,10 @@ def look(
     recipes = [Recipe.from_json(recipe | {"budget": budget}) for budget in budgets or [str(recipe.get("budget"))]]
     names = version_names(name or Path(out).name, [each.budget for each in recipes])
     news = read_news(store, recipes, names, RunProgress())
+    if news.changes and gates:  # it is fetched here, where it must be, for the work that follows
+        base = recipes[0]
+        source = find_source(base.model, base.revision, RunProgress(), trust_remote_code=base.trust_remote_code)
+        check_measured(gates, base, source.path)
     unsettled = [] if news.changes else _unsettled(store, names, repo, alias)
     reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
     if not news.changes:

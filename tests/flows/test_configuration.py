@@ -153,6 +153,53 @@ def test_a_right_entry_is_taken_and_late_runs_become_one(write: Callable[[Any], 
     assert (made.schedules[0].schedule.cron, made.schedules[0].schedule.timezone) == ("0 2 * * *", "Europe/Berlin")
 
 
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """As much of one as is read before any work."""
+    from transformers import BertConfig
+
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_gates_on_what_such_a_model_does_not_have_are_refused_where_it_is_here(
+    write: Callable[[Any], Path], encoder: Path, tiny_model_dir: Path
+) -> None:
+    """A model of the Hub is looked at by the run."""
+    from flows.configuration import read_configuration
+    from flows.errors import DeployError
+
+    decoders, features = (str(tiny_model_dir), "demo", "gone/model.gguf"), "cosine>=0.9"
+    wrong = [(model, features) for model in decoders] + [(str(encoder), "top1>=80"), (str(encoder), "perplexity<=30")]
+    right = [(model, "top1>=80") for model in decoders] + [(str(encoder), features), ("alice/base", features)]
+    for model, gate in wrong + right:
+        file = write({"deployments": [_with(recipe=RECIPE | {"model": model}, gates=["kld<=1", gate])]})
+        if (model, gate) in right:
+            read_configuration(file)
+        else:
+            with pytest.raises(DeployError, match=f"nightly: The gate {gate} asks for .*, which {model} does not have"):
+                read_configuration(file)
+
+
+def test_a_run_refuses_such_gates_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, encoder: Path, tmp_path: Path
+) -> None:
+    from flows.release import look
+    from pipeline import news, sources
+    from pipeline.errors import GateError
+
+    found = news.News(changes=("small has no version yet",), base="0" * 40, key="0" * 12)
+    monkeypatch.setattr(news, "read_news", lambda *_arguments: found)
+    monkeypatch.setattr(sources, "find_source", lambda *_arguments, **_options: sources.Source(encoder, "0" * 40))
+
+    def looked(*gates: str) -> Any:
+        return look.fn(RECIPE, None, str(tmp_path / "registry"), "out", "small", list(gates), None, None)
+
+    assert looked("cosine>=0.9", "size_bytes<=1e9")["is_new"]
+    with pytest.raises(GateError, match="top1, which alice/base does not have: it is an encoder"):
+        looked("cosine>=0.9", "top1>=80")
+
+
 def test_job_variables_are_passed_on_with_our_settings_beside_them(write: Callable[[Any], Path]) -> None:
     from flows import RUN_SETTINGS
     from flows.configuration import read_configuration
