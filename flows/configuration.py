@@ -12,7 +12,7 @@
 """
 
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,13 +33,13 @@ class _Strict(BaseModel):
 
 
 class Schedule(_Strict):
-    """When: one of cron, interval and rrule."""
+    """When: one of cron, interval and rrule; `day_or` belongs to cron, `anchor_date` to interval."""
 
     cron: str | None = None
     interval: timedelta | None = None
     rrule: str | None = None
     timezone: str | None = None
-    anchor_date: str | None = None
+    anchor_date: datetime | None = None
     active: bool = True
     parameters: dict[str, Any] = Field(default_factory=dict)
     slug: str | None = None

@@ -29,6 +29,18 @@ def _with(**parameters: Any) -> dict[str, Any]:
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no cron": ([_watch(schedule={"cron": "every night"})], r"nightly: 'every night' is no cron. Expected five fields"),
     "no interval": ([_watch(schedule={"interval": 0})], "nightly: 0.0 is no interval"),
+    "no anchor": (
+        [_watch(schedule={"interval": 3600, "anchor_date": "soon"})],
+        r"deployment nightly\.schedule\.anchor_date: Input should be a valid datetime",
+    ),
+    "anchor of a cron": (
+        [_watch(schedule={"cron": "0 2 * * *", "anchor_date": "2026-01-01"})],
+        "nightly: anchor_date belongs to a schedule with interval, and this one has cron",
+    ),
+    "days of an interval": (
+        [_watch(schedule={"interval": 3600, "day_or": False})],
+        "nightly: day_or belongs to a schedule with cron, and this one has interval",
+    ),
     "no time zone": (
         [_watch(schedule={"cron": "0 2 * * *", "timezone": "Europe/Berlim"})],
         "nightly: there is no time zone 'Europe/Berlim'",
@@ -211,6 +223,21 @@ def test_job_variables_are_passed_on_with_our_settings_beside_them(write: Callab
     expected = variables | {"env": RUN_SETTINGS | {"BITSMITH_HOME": "/data", "DO_NOT_TRACK": None}}
     assert runner_deployment(with_variables).job_variables == expected
     assert runner_deployment(without).job_variables == {"env": RUN_SETTINGS}
+
+
+@pytest.mark.parametrize("anchor", ["2026-01-01", '"2026-01-01T00:00:00Z"'], ids=["a date of YAML", "a text"])
+def test_an_interval_counts_from_its_anchor(write: Callable[[Any], Path], anchor: str) -> None:
+    from datetime import UTC, datetime
+
+    from flows.configuration import read_configuration
+    from flows.schedules import prefect_schedule
+
+    entry = _watch(schedule={"interval": 3600})
+    text = yaml.safe_dump({"deployments": [entry]}).replace(
+        "interval: 3600", f"interval: 3600\n    anchor_date: {anchor}"
+    )
+    (deployment,) = read_configuration(write(text))
+    assert prefect_schedule("nightly", deployment.all_schedules[0]).anchor_date == datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def test_the_example_is_right() -> None:
