@@ -33,6 +33,20 @@ def test_one_run_of_a_model_at_a_time(server: str) -> None:
     assert order == ["other", "first ends", "second"]
 
 
+def test_a_folder_has_one_slot_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.slots import _slug
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    names = ["base", "base/", "./base", str(tmp_path / "base"), f"{tmp_path}/base/../base/", "link"]
+    assert len({_slug(name) for name in names}) == 1
+    demo = _slug("demo")
+    (tmp_path / "demo").mkdir()
+    assert _slug("demo") == demo  # means the bundled model, whatever lies here
+    assert len({demo, _slug("base"), _slug("alice/base"), _slug("bob/base")}) == 4
+
+
 def test_the_slot_of_a_gpu_is_a_limit_of_one_that_must_exist(server: str) -> None:
     from prefect.client.orchestration import get_client
 
