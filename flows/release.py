@@ -75,7 +75,7 @@ def look(
         base = recipes[0]
         source = find_source(base.model, base.revision, RunProgress(), trust_remote_code=base.trust_remote_code)
         check_measured(gates, base, source.path)
-    unsettled = [] if news.changes else _unsettled(store, names, repo, alias)
+    unsettled = [] if news.changes else _unsettled(store, names, gates, repo, alias)
     reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
     if not news.changes:
         reason += f"{', '.join(str(store.version(each)) for each in names)} {'was' if len(names) == 1 else 'were'} made"
@@ -93,19 +93,11 @@ def look(
 @task(**PLAIN)
 def judge(names: list[str], gates: list[str], registry: str | None) -> list[Verdict]:
     """Do the latest versions meet the gates? Their figures beside those of the version before, as a table."""
-    from pipeline.errors import GateError
-    from pipeline.release import check_gates
-
     store = open_registry(registry)
-    requirements = [Requirement.parse(gate) for gate in gates]
     verdicts = []
     for name in names:
         version = str(store.version(name))
-        try:
-            check_gates(store, version, requirements)
-            verdicts.append(Verdict(version=version, refusal=None))
-        except GateError as error:
-            verdicts.append(Verdict(version=version, refusal=str(error)))
+        verdicts.append(Verdict(version=version, refusal=_refusal(store, version, gates)))
         show_beside_last(store, version)
     return verdicts
 
@@ -168,19 +160,35 @@ def open_registry(registry: str | None) -> Registry:
     return Registry(registry_folder(registry))
 
 
-def _unsettled(store: Registry, names: list[str], repo: str | None, alias: str | None) -> list[str]:
-    """What an earlier run left undone, be it that it died, that a gate refused, or that nobody had asked yet."""
+def _unsettled(store: Registry, names: list[str], gates: list[str], repo: str | None, alias: str | None) -> list[str]:
+    """What an earlier run left undone, be it that it died, that a gate refused, or that nobody had asked yet.
+
+    Where a version goes nowhere, gates are all that is asked of it, and it is judged anew.
+    """
     from registry.publication_record import publications
 
     left = []
     for name in names:
         version = store.version(name)
+        if gates and not repo and not alias and _refusal(store, str(version), gates):
+            left.append(f"{version} does not meet its gates")
         places = [record.metadata.get("repo_id") for record in publications(store, version.digest)]
         if repo and repo not in places:
             left.append(f"{version} is not at {repo} yet")
         if alias and store.aliases(name).get(alias) != version.number and not _moved_by_hand(store, version, alias):
             left.append(f"{name}@{alias} does not name {version} yet")
     return left
+
+
+def _refusal(store: Registry, version: str, gates: list[str]) -> str | None:
+    from pipeline.errors import GateError
+    from pipeline.release import check_gates
+
+    try:
+        check_gates(store, version, [Requirement.parse(gate) for gate in gates])
+    except GateError as error:
+        return str(error)
+    return None
 
 
 def _left_by_hand(store: Registry, names: list[str], alias: str | None) -> list[str]:

@@ -57,6 +57,10 @@ def test_night_after_night(server: str, base: Path, recipe: dict[str, Any], tmp_
     assert "names nothing by remove of " in night("kld<=1e9").message
     assert registry.aliases("tiny") == {}
 
+    del settings["alias"]  # gates are all that is asked of a version now
+    for gate, name in (("kld<=0", "Gated"), ("kld<=0", "Gated"), ("kld<=1e9", "Skipped")):
+        assert night(gate).name == name
+
 
 def test_a_version_that_lost_its_alias_by_hand_is_not_promoted_on_the_way_to_the_hub(tmp_path: Path) -> None:
     """A run that has something else to do, too."""
@@ -70,7 +74,8 @@ def test_a_version_that_lost_its_alias_by_hand_is_not_promoted_on_the_way_to_the
         release.promote.fn(f"tiny:{number + 1}", "production", [], str(registry.root))
     assert registry.aliases("tiny") == {"production": 2}
     registry.alias("tiny:1", "production")
-    assert release._unsettled(registry, ["tiny"], "alice/small", "production") == ["tiny:2 is not at alice/small yet"]
+    left = release._unsettled(registry, ["tiny"], [], "alice/small", "production")
+    assert left == ["tiny:2 is not at alice/small yet"]
     release.promote.fn("tiny:2", "production", [], str(registry.root))
     assert registry.aliases("tiny") == {"production": 1}
     registry.alias("tiny:2", "production")
