@@ -154,7 +154,7 @@ class Bench:
     def hand_out(self, runner: str) -> Handing:
         """Empty batches, one after the other on the runner's one worker."""
         from benchmarks.in_flow import in_flow
-        from flows.child import close_children
+        from flows.child import close_idle
         from flows.runner import Runner
         from flows.spread import make
         from pipeline.batch import batches_of
@@ -180,7 +180,7 @@ class Bench:
                     future.result()
 
         in_flow(work)
-        close_children()
+        close_idle()
         return Handing(*((times[-1] - times[0]) / (len(times) - 1) for times in (finished, submitted)))
 
     def _stage(self, stage: str, way: str, work: Path) -> Measured:
@@ -188,12 +188,13 @@ class Bench:
         from flows.runner import Runner
         from flows.spread import TaskSpread
         from pipeline.spread import over_cores
+        from pipeline.stages import StageLog
 
         work.mkdir()
         if way == CORES:
             return Measured(_times(lambda: self._do(stage, work, over_cores))[1])
         runner = Runner.parse(way)
-        spread = TaskSpread(self.run.model, self.run.registry, self.statistics, runner)
+        spread = TaskSpread(self.run.model, self.run.registry, self.statistics, runner, StageLog())
         (began, seconds), flow_run = in_flow(lambda: _times(lambda: self._do(stage, work, spread)))
         tasks = _task_runs(flow_run)
         return Measured(

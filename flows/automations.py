@@ -1,8 +1,9 @@
 """What the server does by itself for runs that cannot speak any more, since their machine or worker is gone.
 
-A run sends a heartbeat every half a minute. After 90 seconds without one it is Crashed, which frees its slots; so is
-one that a worker took 100 seconds ago and that has not begun: that worker was killed before the run's process could
-speak. The webhook, where there is one, is called: nobody else is left to call it.
+A run sends a heartbeat every half a minute. After 90 seconds without one it is Crashed, which frees its slots, be it
+that it has sent none at all since it was Running. So is one that was taken 100 seconds ago and that has not begun: the
+worker, or `serve`, was killed before the run's process could speak. The webhook, where there is one, is called: nobody
+else is left to call it.
 
 Only processes have to begin so soon. A container may wait for a node, and its own worker watches over that.
 """
@@ -19,19 +20,20 @@ from pydantic import SecretStr
 
 from flows.notify import BLOCK
 from flows.states import GATED, SKIPPED
-from flows.version import TAG
+from flows.version import SERVED, TAG
 
 ZOMBIES, SPEAKER = "bitsmith: runs without a heartbeat", "bitsmith: webhook for runs without a heartbeat"
-STILLBORN = "bitsmith: runs that did not begin"
+STILLBORN, SERVED_STILLBORN = "bitsmith: runs that did not begin", "bitsmith: served runs that did not begin"
 SILENCE, TO_BEGIN = timedelta(seconds=90), timedelta(seconds=100)
 MESSAGE = "No heartbeat"
 
 _OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+_SERVED = {"prefect.resource.id": f"prefect.tag.{SERVED}", "prefect.resource.role": "tag"}
 _IN_PROCESS = {"prefect.resource.role": "work-pool", "prefect.work-pool.type": "process"}
-_ALIVE = "prefect.flow-run.heartbeat"
+_ALIVE = {"prefect.flow-run.heartbeat", "prefect.flow-run.Running"}
 _TAKEN = {"prefect.flow-run.Pending", "prefect.flow-run.Submitting"}
 _STATES = ("Completed", "Failed", "Crashed", "Cancelling", "Cancelled", "AwaitingRetry", "Paused", "Suspended")
-_BEFORE = ("Scheduled", "Late", "AwaitingConcurrencySlot", "Running")
+_BEFORE = ("Scheduled", "Late", "AwaitingConcurrencySlot")
 _ENDS = {f"prefect.flow-run.{name}" for name in (*_STATES, SKIPPED, GATED)}
 _SAID = f"{MESSAGE} for {{}} seconds: its worker, or the machine, is gone. The next run goes on from what is finished."
 _PAYLOAD = """{"text": {{ (flow.name ~ " " ~ flow_run.name ~ ": Crashed. " ~ flow_run.state.message) | tojson }},
@@ -45,15 +47,16 @@ def make_automations(webhook: str | None, silence: timedelta = SILENCE, to_begin
     Args:
         webhook: URL, which is kept as a secret of the server; None leaves the one that it has, if any.
         silence: without heartbeats, 10 s at least.
-        to_begin: from when a worker takes a run, 10 s at least.
+        to_begin: from when a worker or `serve` takes a run, 10 s at least.
     """
-    spoken = _silent({_ALIVE}, {_ALIVE, *_ENDS}, [_OURS], silence)
-    begun = {f"prefect.flow-run.{name}" for name in _BEFORE} | {_ALIVE, *_ENDS}
-    unspoken = _silent(_TAKEN, _TAKEN | begun, [_OURS, _IN_PROCESS], to_begin)
+    spoken = _silent(_ALIVE, _ALIVE | _ENDS, [_OURS], silence)
     _keep(Automation(name=ZOMBIES, trigger=spoken, actions=[_crash(silence)]))
-    _keep(Automation(name=STILLBORN, trigger=unspoken, actions=[_crash(to_begin)]))
+    begun = {f"prefect.flow-run.{name}" for name in _BEFORE} | _ALIVE | _ENDS
+    for name, place in ((STILLBORN, _IN_PROCESS), (SERVED_STILLBORN, _SERVED)):
+        unspoken = _silent(_TAKEN, _TAKEN | begun, [_OURS, place], to_begin)
+        _keep(Automation(name=name, trigger=unspoken, actions=[_crash(to_begin)]))
     if (block := _block(webhook)) is None:
-        return [ZOMBIES, STILLBORN]
+        return [ZOMBIES, STILLBORN, SERVED_STILLBORN]
     _keep(
         Automation(
             name=SPEAKER,
@@ -67,7 +70,7 @@ def make_automations(webhook: str | None, silence: timedelta = SILENCE, to_begin
             actions=[CallWebhook(block_document_id=block, payload=_PAYLOAD)],
         )
     )
-    return [ZOMBIES, STILLBORN, SPEAKER]
+    return [ZOMBIES, STILLBORN, SERVED_STILLBORN, SPEAKER]
 
 
 def _silent(after: set[str], expect: set[str], related: list[dict[str, str]], silence: timedelta) -> EventTrigger:

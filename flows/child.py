@@ -92,9 +92,7 @@ class Child:
 @contextmanager
 def borrowed_child() -> Iterator[Child]:
     """A child that nobody else uses meanwhile: an idle one, or a new one. One that died is not given again."""
-    with _lock:
-        child = _idle.pop() if _idle else None
-    child = child or Child()
+    child = _living_idle() or Child()
     try:
         yield child
     except BaseException as error:
@@ -104,6 +102,17 @@ def borrowed_child() -> Iterator[Child]:
             child.close()
         raise
     _give_back(child)
+
+
+def _living_idle() -> Child | None:
+    """Those that were killed meanwhile are closed."""
+    with _lock:
+        while _idle:
+            child = _idle.pop()
+            if child._process.is_alive():
+                return child
+            child.close()
+    return None
 
 
 def close_idle(but: int = 0) -> None:

@@ -51,6 +51,9 @@ def main() -> None:
 def _compress_in_flow(
     recipes: Any, registry: Registry, output: Path, *, quiet: bool, **options: Any
 ) -> "Compressed | Sweep":
+    from flows.named_server import check_server_if_named
+
+    check_server_if_named()
     from flows.compress import compress
     from flows.job import read_outcome
     from pipeline.sweep import Sweep

@@ -12,7 +12,7 @@
 """
 
 from collections import Counter
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,13 +33,13 @@ class _Strict(BaseModel):
 
 
 class Schedule(_Strict):
-    """When: one of cron, interval and rrule."""
+    """When: one of cron, interval and rrule; `day_or` belongs to cron, `anchor_date` to interval."""
 
     cron: str | None = None
     interval: timedelta | None = None
     rrule: str | None = None
     timezone: str | None = None
-    anchor_date: str | None = None
+    anchor_date: datetime | None = None
     active: bool = True
     parameters: dict[str, Any] = Field(default_factory=dict)
     slug: str | None = None
@@ -54,12 +54,19 @@ class Limit(_Strict):
     grace_period_seconds: int | None = Field(None, ge=60, le=86400)
 
 
+class JobVariables(BaseModel):
+    """What a pool's template asks for; the server checks all but the environment, where null takes a variable away."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    env: dict[str, str | None] = Field(default_factory=dict)
+
+
 class WorkPool(_Strict):
     """Where."""
 
     name: str = CPU_POOL
     work_queue_name: str | None = None
-    job_variables: dict[str, Any] = Field(default_factory=dict)
+    job_variables: JobVariables = Field(default_factory=JobVariables)
 
 
 class Deployment(_Strict):

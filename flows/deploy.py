@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-from prefect.deployments.runner import RunnerDeployment
+from prefect.deployments.runner import DeploymentApplyError, RunnerDeployment
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL
 from prefect.workers.process import ProcessWorker
 
 from flows import RUN_SETTINGS
@@ -18,6 +17,7 @@ from flows.automations import make_automations
 from flows.configuration import CPU_POOL, GPU_POOL, Deployment
 from flows.errors import DeployError
 from flows.job import registry_folder
+from flows.named_server import check_server
 from flows.notify import VARIABLE
 from flows.schedules import prefect_schedule
 from flows.version import TAG, version_tag
@@ -37,11 +37,11 @@ class Deployed:
 
 
 def deploy(deployments: "Sequence[Deployment]") -> Deployed:
-    """Make the deployments, or bring them up to date; the old ones stay as they are if one cannot be made.
+    """Make the deployments, or bring them up to date; all stay as they are if one is seen to be wrong here.
 
     Raises:
         DeployError: no server, or no database behind it; a work pool that is not there; a registry on this machine
-            whose database does not answer.
+            whose database does not answer; a deployment that the server refuses, which those before it outlive.
     """
     check_server()
     check_registries(deployments)
@@ -51,8 +51,16 @@ def deploy(deployments: "Sequence[Deployment]") -> Deployed:
             make_pool(client, pool)
     automations = make_automations(os.environ.get(VARIABLE))
     made = [runner_deployment(deployment) for deployment in deployments]
-    for each, deployment in zip(made, deployments, strict=True):
-        each.apply(work_pool_name=deployment.work_pool.name)
+    for number, deployment in enumerate(deployments):
+        try:
+            made[number].apply(work_pool_name=deployment.work_pool.name)
+        except (DeploymentApplyError, PrefectHTTPStatusError) as error:
+            done, left = ([each.name for each in made[part]] for part in (slice(number), slice(number, None)))
+            raise DeployError(
+                f"Deployment {deployment.name}: the server refuses it ({_reason(error)}). Mend it in the file, and "
+                f"deploy again. Made, or brought up to date, before it: {', '.join(done) or 'none'}; as they were: "
+                f"{', '.join(left)}."
+            ) from error
     return Deployed(made, automations)
 
 
@@ -83,36 +91,10 @@ def runner_deployment(deployment: Deployment) -> RunnerDeployment:
         ),
         enforce_parameter_schema=deployment.enforce_parameter_schema,
         work_queue_name=deployment.work_pool.work_queue_name,
-        job_variables=_with_settings(deployment.work_pool.job_variables),
+        job_variables=_with_settings(deployment.work_pool.job_variables.model_dump(exclude_unset=True)),
     )
     made._path = None  # the package is installed where it runs; no folder of this machine is meant
     return made
-
-
-def check_server() -> str:
-    """The API's URL. Raises DeployError where no server answers there, or it does without its database."""
-    url = PREFECT_API_URL.value()
-    if not url:
-        raise DeployError(
-            "Deployments need a Prefect server, and PREFECT_API_URL names none. Start one (`prefect server start`) and "
-            "set PREFECT_API_URL=http://HOST:4200/api; or use `python -m flows serve`, which starts its own."
-        )
-    try:
-        with get_client(sync_client=True) as client:
-            status = client._client.get("/ready", timeout=20).status_code
-    except PrefectHTTPStatusError as error:
-        status = error.response.status_code
-    except Exception as error:  # whatever a network does
-        raise DeployError(
-            f"No Prefect server answers at {url} ({type(error).__name__}). Check PREFECT_API_URL, and that `prefect "
-            "server start` runs there."
-        ) from error
-    if status != 200:
-        raise DeployError(
-            f"The Prefect server at {url} answers, but is not ready (HTTP {status}): most likely it cannot reach its "
-            "database. Check PREFECT_SERVER_DATABASE_CONNECTION_URL where it runs, and its log."
-        )
-    return str(url)
 
 
 def check_pools(client: SyncPrefectClient, deployments: "Sequence[Deployment]") -> None:
@@ -158,4 +140,9 @@ def _set_environment(template: dict[str, Any]) -> None:
 
 def _with_settings(job_variables: dict[str, Any]) -> dict[str, Any]:
     """A run of any pool, also of one that is not ours, must send heartbeats often enough."""
-    return job_variables | {"env": RUN_SETTINGS | (job_variables.get("env") or {})}
+    return job_variables | {"env": RUN_SETTINGS | job_variables.get("env", {})}
+
+
+def _reason(error: Exception) -> str:
+    answer = error.response.json() if isinstance(error, PrefectHTTPStatusError) else {}
+    return " ".join(str(answer.get("detail") or error).split())

@@ -4,7 +4,10 @@ from pipeline.errors import PipelineError
 
 
 class DeployError(PipelineError, ValueError):
-    """A deployment cannot be made as it is written, or there is no server to make it on; nothing was changed."""
+    """A deployment cannot be made as it is written, or there is no server for it.
+
+    Nothing was changed, or the message says what was.
+    """
 
 
 class OtherVersionError(PipelineError, RuntimeError):

@@ -7,16 +7,19 @@ server which was killed finds both again.
 import os
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from flows.errors import DeployError
 
 SETTINGS = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
-START_SECONDS = 180.0
+START_SECONDS, SECONDS_BETWEEN_LOOKS = 180.0, 5.0
 
 
 def is_answering(api_url: str) -> bool:
@@ -37,17 +40,7 @@ def start_server(api_url: str, log: Path) -> subprocess.Popen[bytes]:
     Raises:
         DeployError: it ended, or did not answer in time.
     """
-    place = urlsplit(api_url)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", str(place.hostname)]
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            [*command, "--port", str(place.port)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=os.environ | SETTINGS | {"PREFECT_API_URL": api_url},
-        )
+    process = _launch(api_url, log)
     give_up_at = time.monotonic() + START_SECONDS
     while time.monotonic() < give_up_at and process.poll() is None:
         if is_answering(api_url):
@@ -58,3 +51,47 @@ def start_server(api_url: str, log: Path) -> subprocess.Popen[bytes]:
         f"The Prefect server at {api_url} did not start. {log} tells why; is the port in use by something else? "
         "Choose another one with --port."
     )
+
+
+@contextmanager
+def kept_server(api_url: str, log: Path) -> Iterator[None]:
+    """A server for as long as the context lasts; one that is gone is started again.
+
+    Raises:
+        DeployError: as of `start_server`, of the first one.
+    """
+    from prefect.logging import get_logger
+
+    process, is_over = start_server(api_url, log), threading.Event()
+
+    def keep() -> None:
+        nonlocal process
+        while not is_over.wait(SECONDS_BETWEEN_LOOKS):
+            if process.poll() is not None:
+                said = "The Prefect server at %s ended with exit code %s, and is started again. %s may tell why."
+                get_logger("flows").warning(said, api_url, process.returncode, log)
+                process = _launch(api_url, log)
+
+    keeper = threading.Thread(target=keep, name="keep-server", daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        keeper.join()
+        process.terminate()
+        process.wait(60)
+
+
+def _launch(api_url: str, log: Path) -> subprocess.Popen[bytes]:
+    place = urlsplit(api_url)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", str(place.hostname)]
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*command, "--port", str(place.port)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=os.environ | SETTINGS | {"PREFECT_API_URL": api_url},
+        )

@@ -74,6 +74,7 @@ def _check_budgets(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
 
 
 def _check_gates(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from flows.measured import check_measured_here
     from pipeline.errors import GateError
     from pipeline.gate import Requirement
     from pipeline.version_facts import SIZES
@@ -85,6 +86,8 @@ def _check_gates(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
                 f"The gate {gate} asks for {figure}, and the recipe's evaluation measures nothing: eval_windows is 0. "
                 f"Set it above 0, or ask for {' or '.join(SIZES)}."
             )
+    for recipe in {recipe.model: recipe for recipe in recipes}.values():
+        check_measured_here(parameters["gates"], recipe)
 
 
 def _check_layout(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:

@@ -15,7 +15,7 @@ from flows.summary import artifact_key, show_beside_last
 from pipeline.budget import Budget
 from pipeline.gate import Requirement
 from pipeline.recipe import Recipe
-from registry import Registry
+from registry import Registry, Version
 
 
 class Looked(TypedDict):
@@ -25,7 +25,8 @@ class Looked(TypedDict):
         names: in the registry, one for each budget.
         out: folder for what is compressed now; another one for another base or recipe.
         is_new: there is something to compress.
-        is_settled: there is nothing to compress, and the latest versions are published and promoted.
+        is_settled: there is nothing to compress, and the latest versions are published and promoted; or they were, and
+            somebody took the alias from them.
         reason: both of it in words.
     """
 
@@ -54,9 +55,15 @@ def look(
     repo: str | None,
     alias: str | None,
 ) -> Looked:
-    """Has the base or the recipe changed since the latest versions? No model is loaded to find out."""
+    """Has the base or the recipe changed since the latest versions? No model is loaded to find out.
+
+    Raises:
+        GateError: it has, and the evaluation of such a model does not measure what a gate asks for.
+    """
+    from flows.measured import check_measured
     from flows.progress import RunProgress
     from pipeline.news import read_news
+    from pipeline.sources import find_source
 
     for gate in gates:  # now, and not after the work
         Requirement.parse(gate)
@@ -64,11 +71,15 @@ def look(
     recipes = [Recipe.from_json(recipe | {"budget": budget}) for budget in budgets or [str(recipe.get("budget"))]]
     names = version_names(name or Path(out).name, [each.budget for each in recipes])
     news = read_news(store, recipes, names, RunProgress())
-    unsettled = [] if news.changes else _unsettled(store, names, repo, alias)
+    if news.changes and gates:  # it is fetched here, where it must be, for the work that follows
+        base = recipes[0]
+        source = find_source(base.model, base.revision, RunProgress(), trust_remote_code=base.trust_remote_code)
+        check_measured(gates, base, source.path)
+    unsettled = [] if news.changes else _unsettled(store, names, gates, repo, alias)
     reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
     if not news.changes:
         reason += f"{', '.join(str(store.version(each)) for each in names)} {'was' if len(names) == 1 else 'were'} made"
-        reason += f"; {'; '.join(unsettled)}" if unsettled else ""
+        reason += "".join(f"; {each}" for each in [*unsettled, *_left_by_hand(store, names, alias)])
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
         names=names,
@@ -82,19 +93,11 @@ def look(
 @task(**PLAIN)
 def judge(names: list[str], gates: list[str], registry: str | None) -> list[Verdict]:
     """Do the latest versions meet the gates? Their figures beside those of the version before, as a table."""
-    from pipeline.errors import GateError
-    from pipeline.release import check_gates
-
     store = open_registry(registry)
-    requirements = [Requirement.parse(gate) for gate in gates]
     verdicts = []
     for name in names:
         version = str(store.version(name))
-        try:
-            check_gates(store, version, requirements)
-            verdicts.append(Verdict(version=version, refusal=None))
-        except GateError as error:
-            verdicts.append(Verdict(version=version, refusal=str(error)))
+        verdicts.append(Verdict(version=version, refusal=_refusal(store, version, gates)))
         show_beside_last(store, version)
     return verdicts
 
@@ -133,12 +136,15 @@ def push(
 
 @task(**PLAIN)
 def promote(version: str, alias: str, gates: list[str], registry: str | None) -> None:
-    """NAME@alias names the version now."""
+    """NAME@alias names the version now, unless somebody took it away from there."""
     from flows.progress import RunProgress
     from pipeline.release import promote as promote_version
 
     store = open_registry(registry)
     name = store.version(version)
+    if by_hand := _moved_by_hand(store, name, alias):
+        RunProgress().say(f"{by_hand}.")
+        return
     if store.aliases(name.name).get(alias) != name.number:
         promote_version(store, version, alias, [Requirement.parse(gate) for gate in gates])
     RunProgress().say(f"{name.name}@{alias} names version {name.number}.")
@@ -154,16 +160,49 @@ def open_registry(registry: str | None) -> Registry:
     return Registry(registry_folder(registry))
 
 
-def _unsettled(store: Registry, names: list[str], repo: str | None, alias: str | None) -> list[str]:
-    """What an earlier run left undone, be it that it died, that a gate refused, or that nobody had asked yet."""
+def _unsettled(store: Registry, names: list[str], gates: list[str], repo: str | None, alias: str | None) -> list[str]:
+    """What an earlier run left undone, be it that it died, that a gate refused, or that nobody had asked yet.
+
+    Where a version goes nowhere, gates are all that is asked of it, and it is judged anew.
+    """
     from registry.publication_record import publications
 
     left = []
     for name in names:
         version = store.version(name)
+        if gates and not repo and not alias and _refusal(store, str(version), gates):
+            left.append(f"{version} does not meet its gates")
         places = [record.metadata.get("repo_id") for record in publications(store, version.digest)]
         if repo and repo not in places:
             left.append(f"{version} is not at {repo} yet")
-        if alias and store.aliases(name).get(alias) != version.number:
+        if alias and store.aliases(name).get(alias) != version.number and not _moved_by_hand(store, version, alias):
             left.append(f"{name}@{alias} does not name {version} yet")
     return left
+
+
+def _refusal(store: Registry, version: str, gates: list[str]) -> str | None:
+    from pipeline.errors import GateError
+    from pipeline.release import check_gates
+
+    try:
+        check_gates(store, version, [Requirement.parse(gate) for gate in gates])
+    except GateError as error:
+        return str(error)
+    return None
+
+
+def _left_by_hand(store: Registry, names: list[str], alias: str | None) -> list[str]:
+    versions = [store.version(name) for name in names if alias]
+    return [said for version in versions if (said := _moved_by_hand(store, version, str(alias)))]
+
+
+def _moved_by_hand(store: Registry, version: Version, alias: str) -> str | None:
+    """Who took the alias from the version that it named; None where nobody did. Flows only move it to new versions."""
+    moves = store.alias_moves(version.name, alias)
+    if all(move.to_version != version.number for move in moves) or moves[-1].to_version == version.number:
+        return None
+    last = moves[-1]
+    now = "nothing" if last.to_version is None else f"version {last.to_version}"
+    return (
+        f"{version.name}@{alias}, which named {version}, names {now} by {last.action} of {last.moved_by}, and stays so"
+    )

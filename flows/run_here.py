@@ -13,7 +13,10 @@ DONE, FAILED, GATED_CODE = 0, 1, 3
 
 
 def run_here(deployment: Deployment) -> "State[Any]":
-    """The final state."""
+    """The final state. Raises DeployError where PREFECT_API_URL names a server that does not answer."""
+    from flows.named_server import check_server_if_named
+
+    check_server_if_named()
     call: Callable[..., State[Any]] = deployment.flow()
     return call(**deployment.parameters, return_state=True)
 

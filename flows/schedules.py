@@ -8,9 +8,11 @@ from flows.errors import DeployError
 if TYPE_CHECKING:
     from flows.configuration import Schedule
 
+OWNERS = {"day_or": "cron", "anchor_date": "interval"}
+
 
 def check_schedule(deployment: str, schedule: "Schedule") -> None:
-    """Raise DeployError where it cannot be kept: no cron, no such time zone, nothing or two things said."""
+    """Raise DeployError where it cannot be kept: no cron, no such time zone, nothing, two things or another's said."""
     prefect_schedule(deployment, schedule)
 
 
@@ -30,7 +32,13 @@ def prefect_schedule(deployment: str, schedule: "Schedule") -> Any:
             "Europe/Berlin or UTC."
         )
     kind = {"cron": CronSchedule, "interval": IntervalSchedule, "rrule": RRuleSchedule}[given[0]]
-    names = {"cron": ("day_or",), "interval": ("anchor_date",), "rrule": ()}[given[0]]
+    names = [name for name, owner in OWNERS.items() if owner == given[0]]
+    for name, owner in OWNERS.items():
+        if owner != given[0] and getattr(schedule, name) is not None:
+            raise DeployError(
+                f"Deployment {deployment}: {name} belongs to a schedule with {owner}, and this one has {given[0]}. "
+                "Leave it out."
+            )
     settings = {name: getattr(schedule, name) for name in (given[0], "timezone", *names)}
     try:
         return kind(**{name: value for name, value in settings.items() if value is not None})

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
+from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -18,6 +19,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from pipeline.errors import RecipeError
+from pipeline.sources import DEMO
 
 LEASE_SECONDS = 60.0
 _ASK_GPU = "import sys, torch; print(torch.cuda.get_device_properties(sys.argv[1]).uuid)"
@@ -73,5 +75,8 @@ def _make(name: str) -> None:
 
 
 def _slug(model: str) -> str:
+    path = Path(model).expanduser()
+    if model != DEMO and path.exists():  # which has more than one name
+        model = str(path.resolve())
     word = re.sub(r"[^a-z0-9]+", "-", model.lower().rstrip("/").rpartition("/")[2]).strip("-")
     return f"{word[:40]}-{sha256(model.encode()).hexdigest()[:8]}"

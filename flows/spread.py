@@ -133,21 +133,39 @@ def _told_where_the_server_is() -> Iterator[None]:
 
 @contextmanager
 def _workers_of(runner: Runner) -> Iterator[TaskRunner]:
-    """One that is killed while they start takes the cluster along, and a new one is started; then WorkerError."""
+    """One that is killed while they start takes the cluster along, and a new one is started; then WorkerError.
+
+    Raises:
+        WorkerError: they did not start, twice; or no cluster is at the runner's address.
+    """
     with ExitStack() as stack:
         try:
-            started = stack.enter_context(runner.task_runner())
+            started = _started(runner, stack)
         except RuntimeError as error:
             if NOT_STARTED not in str(error):
                 raise
             try:
-                started = stack.enter_context(runner.task_runner())
+                started = _started(runner, stack)
             except RuntimeError as again:
                 raise WorkerError(
                     f"The {runner.kind} workers did not start, tried twice: {again} Look at the memory and the disk of "
                     "this machine, and run it again: what is finished is kept."
                 ) from again
         yield started
+
+
+def _started(runner: Runner, stack: ExitStack) -> TaskRunner:
+    try:
+        started: TaskRunner = stack.enter_context(runner.task_runner())
+        _client(started)  # Dask starts its cluster, or looks for the one there is, when first asked for this
+    except OSError as error:
+        if runner.address is None:
+            raise
+        raise WorkerError(
+            f"No {runner.kind} cluster answers at {runner.address} ({' '.join(str(error).split())}). Check that "
+            "address in the setting `runner`, and that the cluster runs, and run it again: what is finished is kept."
+        ) from error
+    return started
 
 
 def _as_they_finish(futures: list[Future], started: TaskRunner) -> Iterator[Future]:
@@ -182,8 +200,12 @@ def _in_order(futures: list[Future], started: TaskRunner) -> Iterator[Future]:
 
 def _has_workers(started: TaskRunner) -> bool:
     """Dask waits for workers for ever; the other runners have theirs, or say that they are lost."""
-    client = getattr(started, "client", None)
+    client = _client(started)
     return client is None or bool(client.scheduler_info(n_workers=-1)["workers"])
+
+
+def _client(started: TaskRunner) -> Any:
+    return getattr(started, "client", None)
 
 
 def _taken(future: Future, log: StageLog) -> dict[str, Blob]:

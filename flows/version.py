@@ -9,6 +9,7 @@ from flows.errors import OtherVersionError
 from pipeline.version import VERSION
 
 TAG = "bitsmith"  # on every run, for the automations
+SERVED = "bitsmith-served"  # on those of `serve`, which have no work pool to be told by
 PREFIX = f"{TAG}=="
 
 

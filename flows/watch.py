@@ -49,7 +49,7 @@ def watch(
         gates: such as `kld<=0.05`; a version that does not meet all is neither published nor promoted.
         repo: user/name on the Hub, if versions are to be published there.
         layout: with several budgets, `branches`: one repository with a branch for each.
-        alias: such as production, if it is to name the new versions.
+        alias: such as production, if it is to name the new versions; one that was moved by hand stays until then.
     Returns:
         The versions; or one of the states Skipped, with the reason, and Gated, with the figures.
     """

@@ -84,6 +84,18 @@ def test_a_killed_child_is_named_with_what_it_was_doing_and_another_takes_over()
     assert _call(_double, 1)[1] != pid
 
 
+def test_one_that_was_killed_between_two_calls_is_not_given() -> None:
+    from flows import child
+
+    _, pid = _call(_double, 1)
+    killed = child._idle[-1]
+    os.kill(pid, signal.SIGKILL)
+    killed._process.join(60)
+    doubled, other = _call(_double, 2)
+    assert (doubled, other != pid) == (4, True)
+    assert killed not in {*child._idle, *child._living}
+
+
 def test_what_it_logs_is_logged_here(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="some.library"):
         _call(_log, "the disk is nearly full")

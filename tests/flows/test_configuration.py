@@ -29,6 +29,18 @@ def _with(**parameters: Any) -> dict[str, Any]:
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no cron": ([_watch(schedule={"cron": "every night"})], r"nightly: 'every night' is no cron. Expected five fields"),
     "no interval": ([_watch(schedule={"interval": 0})], "nightly: 0.0 is no interval"),
+    "no anchor": (
+        [_watch(schedule={"interval": 3600, "anchor_date": "soon"})],
+        r"deployment nightly\.schedule\.anchor_date: Input should be a valid datetime",
+    ),
+    "anchor of a cron": (
+        [_watch(schedule={"cron": "0 2 * * *", "anchor_date": "2026-01-01"})],
+        "nightly: anchor_date belongs to a schedule with interval, and this one has cron",
+    ),
+    "days of an interval": (
+        [_watch(schedule={"interval": 3600, "day_or": False})],
+        "nightly: day_or belongs to a schedule with cron, and this one has interval",
+    ),
     "no time zone": (
         [_watch(schedule={"cron": "0 2 * * *", "timezone": "Europe/Berlim"})],
         "nightly: there is no time zone 'Europe/Berlim'",
@@ -38,6 +50,14 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
         "one of cron, interval and rrule, and this one has cron and interval",
     ),
     "unknown key": ([_watch(scheduel={})], "deployment nightly.scheduel: Extra inputs are not permitted"),
+    "environment as a list": (
+        [_watch(work_pool={"job_variables": {"env": ["A=B"]}})],
+        r"deployment nightly\.work_pool\.job_variables\.env: Input should be a valid dictionary",
+    ),
+    "number in the environment": (
+        [_watch(work_pool={"job_variables": {"env": {"OMP_NUM_THREADS": 1}}})],
+        r"job_variables\.env\.OMP_NUM_THREADS: Input should be a valid string",
+    ),
     "no flow": ([_watch(entrypoint="flows.watch.wach")], "nightly: 'flows.watch.wach' is no flow of this package"),
     "other code": ([_watch(entrypoint="mine.py:mine")], "is no flow of this package"),
     "two of a name": ([_watch(), _watch()], "several deployments called nightly"),
@@ -143,6 +163,81 @@ def test_a_right_entry_is_taken_and_late_runs_become_one(write: Callable[[Any], 
     assert made.tags == ["mine", "bitsmith", version_tag()]
     assert (made.concurrency_limit, made.concurrency_options.collision_strategy) == (1, "CANCEL_NEW")
     assert (made.schedules[0].schedule.cron, made.schedules[0].schedule.timezone) == ("0 2 * * *", "Europe/Berlin")
+
+
+@pytest.fixture
+def encoder(tmp_path: Path) -> Path:
+    """As much of one as is read before any work."""
+    from transformers import BertConfig
+
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+def test_gates_on_what_such_a_model_does_not_have_are_refused_where_it_is_here(
+    write: Callable[[Any], Path], encoder: Path, tiny_model_dir: Path
+) -> None:
+    """A model of the Hub is looked at by the run."""
+    from flows.configuration import read_configuration
+    from flows.errors import DeployError
+
+    decoders, features = (str(tiny_model_dir), "demo", "gone/model.gguf"), "cosine>=0.9"
+    wrong = [(model, features) for model in decoders] + [(str(encoder), "top1>=80"), (str(encoder), "perplexity<=30")]
+    right = [(model, "top1>=80") for model in decoders] + [(str(encoder), features), ("alice/base", features)]
+    for model, gate in wrong + right:
+        file = write({"deployments": [_with(recipe=RECIPE | {"model": model}, gates=["kld<=1", gate])]})
+        if (model, gate) in right:
+            read_configuration(file)
+        else:
+            with pytest.raises(DeployError, match=f"nightly: The gate {gate} asks for .*, which {model} does not have"):
+                read_configuration(file)
+
+
+def test_a_run_refuses_such_gates_before_any_work(
+    monkeypatch: pytest.MonkeyPatch, encoder: Path, tmp_path: Path
+) -> None:
+    from flows.release import look
+    from pipeline import news, sources
+    from pipeline.errors import GateError
+
+    found = news.News(changes=("small has no version yet",), base="0" * 40, key="0" * 12)
+    monkeypatch.setattr(news, "read_news", lambda *_arguments: found)
+    monkeypatch.setattr(sources, "find_source", lambda *_arguments, **_options: sources.Source(encoder, "0" * 40))
+
+    def looked(*gates: str) -> Any:
+        return look.fn(RECIPE, None, str(tmp_path / "registry"), "out", "small", list(gates), None, None)
+
+    assert looked("cosine>=0.9", "size_bytes<=1e9")["is_new"]
+    with pytest.raises(GateError, match="top1, which alice/base does not have: it is an encoder"):
+        looked("cosine>=0.9", "top1>=80")
+
+
+def test_job_variables_are_passed_on_with_our_settings_beside_them(write: Callable[[Any], Path]) -> None:
+    from flows import RUN_SETTINGS
+    from flows.configuration import read_configuration
+    from flows.deploy import runner_deployment
+
+    variables = {"image": "bitsmith", "env": {"BITSMITH_HOME": "/data", "DO_NOT_TRACK": None}}
+    given = _watch(name="given", work_pool={"name": "k8s", "job_variables": variables})
+    with_variables, without = read_configuration(write({"deployments": [given, _watch()]}))
+    expected = variables | {"env": RUN_SETTINGS | {"BITSMITH_HOME": "/data", "DO_NOT_TRACK": None}}
+    assert runner_deployment(with_variables).job_variables == expected
+    assert runner_deployment(without).job_variables == {"env": RUN_SETTINGS}
+
+
+@pytest.mark.parametrize("anchor", ["2026-01-01", '"2026-01-01T00:00:00Z"'], ids=["a date of YAML", "a text"])
+def test_an_interval_counts_from_its_anchor(write: Callable[[Any], Path], anchor: str) -> None:
+    from datetime import UTC, datetime
+
+    from flows.configuration import read_configuration
+    from flows.schedules import prefect_schedule
+
+    entry = _watch(schedule={"interval": 3600})
+    text = yaml.safe_dump({"deployments": [entry]}).replace(
+        "interval: 3600", f"interval: 3600\n    anchor_date: {anchor}"
+    )
+    (deployment,) = read_configuration(write(text))
+    assert prefect_schedule("nightly", deployment.all_schedules[0]).anchor_date == datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def test_the_example_is_right() -> None:

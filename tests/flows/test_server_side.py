@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -33,6 +33,20 @@ def test_one_run_of_a_model_at_a_time(server: str) -> None:
     assert order == ["other", "first ends", "second"]
 
 
+def test_a_folder_has_one_slot_by_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.slots import _slug
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "link").symlink_to("base")
+    names = ["base", "base/", "./base", str(tmp_path / "base"), f"{tmp_path}/base/../base/", "link"]
+    assert len({_slug(name) for name in names}) == 1
+    demo = _slug("demo")
+    (tmp_path / "demo").mkdir()
+    assert _slug("demo") == demo  # means the bundled model, whatever lies here
+    assert len({demo, _slug("base"), _slug("alice/base"), _slug("bob/base")}) == 4
+
+
 def test_the_slot_of_a_gpu_is_a_limit_of_one_that_must_exist(server: str) -> None:
     from prefect.client.orchestration import get_client
 
@@ -58,7 +72,7 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
 
 
 def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
-    """A run that says it is alive once and never again; its process does nothing more, as if it were killed."""
+    """One says that it is alive once, one not even that; nothing more is done, as if their processes were killed."""
     from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.events import emit_event
@@ -83,27 +97,38 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
                 resource={"prefect.resource.id": f"prefect.flow-run.{each.id}", "prefect.resource.name": each.name},
                 related=tags,
             )
-        give_up_at = time.monotonic() + 90
-        while time.monotonic() < give_up_at and not webhook.received:
+        mute = client.create_flow_run(vanishing, tags=["bitsmith"])
+        client.set_flow_run_state(mute.id, Running())
+        give_up_at = time.monotonic() + 180
+        while time.monotonic() < give_up_at and len(webhook.received) < 2:
             time.sleep(0.5)
-        ended, other = client.read_flow_run(run.id), client.read_flow_run(foreign.id)
-    assert ended.state.is_crashed()
-    assert ended.state.message.startswith(MESSAGE)
-    (told,) = webhook.received
-    assert (told["flow"], told["run"], told["state"]) == ("vanishing", run.name, "Crashed")
-    assert told["message"] == ended.state.message
-    assert str(run.id) in told["url"]
+        ended, other = [client.read_flow_run(each.id) for each in (run, mute)], client.read_flow_run(foreign.id)
+    told = {message["run"]: message for message in webhook.received}
+    for each in ended:
+        assert each.state.is_crashed()
+        assert each.state.message.startswith(MESSAGE)
+        message = told[each.name]
+        assert (message["flow"], message["state"]) == ("vanishing", "Crashed")
+        assert message["message"] == each.state.message
+        assert str(each.id) in message["url"]
+    assert len(webhook.received) == 2
     assert other.state.is_running()  # one that is not ours
 
 
-def test_a_run_that_a_worker_took_and_that_did_not_begin_is_crashed(server: str) -> None:
-    """As if the worker was killed before the run's process could speak."""
+def test_a_run_that_a_worker_or_serve_took_and_that_did_not_begin_is_crashed(server: str) -> None:
+    """As if they were killed before the run's process could speak."""
+    from prefect import flow
     from prefect.client.orchestration import get_client
     from prefect.states import Pending, Running
 
     from flows.automations import MESSAGE, make_automations
     from flows.configuration import Deployment
     from flows.deploy import deploy
+    from flows.version import SERVED
+
+    @flow(name="served")
+    def in_serve() -> None:
+        pass
 
     entry = {"name": "stillborn", "entrypoint": "flows.collect_garbage.collect_garbage"}
     entry["concurrency_limit"] = {"limit": 2}
@@ -113,16 +138,22 @@ def test_a_run_that_a_worker_took_and_that_did_not_begin_is_crashed(server: str)
     with get_client(sync_client=True) as client:
         deployment = client.read_deployment_by_name("collect-garbage/stillborn")
         taken, begun = (client.create_flow_run_from_deployment(deployment.id) for _ in range(2))
-        for state, runs in ((Pending(), (taken, begun)), (Running(), (begun,))):
+        served = client.create_flow_run(in_serve, tags=["bitsmith", SERVED])
+        by_hand = client.create_flow_run(in_serve, tags=["bitsmith"])
+        for state, runs in ((Pending(), (taken, begun, served, by_hand)), (Running(), (begun,))):
             for run in runs:
                 client.set_flow_run_state(run.id, state)
-        give_up_at = time.monotonic() + 90
-        while time.monotonic() < give_up_at and not client.read_flow_run(taken.id).state.is_final():
+        give_up_at = time.monotonic() + 180
+        while time.monotonic() < give_up_at:
+            ended = [client.read_flow_run(each.id) for each in (taken, served)]
+            if all(each.state.is_final() for each in ended):
+                break
             time.sleep(0.5)
-        ended, other = client.read_flow_run(taken.id), client.read_flow_run(begun.id)
-    assert ended.state.is_crashed()
-    assert ended.state.message.startswith(MESSAGE)
-    assert other.state.is_running()
+        others = [client.read_flow_run(each.id).state.name for each in (begun, by_hand)]
+    for each in ended:
+        assert each.state.is_crashed()
+        assert each.state.message.startswith(MESSAGE)
+    assert others == ["Running", "Pending"]
 
 
 def test_unknown_pool_is_told_with_the_known_ones(server: str) -> None:
@@ -139,13 +170,17 @@ def test_a_registry_whose_database_does_not_answer_is_told(server: str, tmp_path
     from flows.configuration import Deployment
     from flows.deploy import deploy
     from flows.errors import DeployError
+    from flows.serve import serve
     from registry.settings import RegistrySettings
 
     RegistrySettings("postgresql://nobody@127.0.0.1:9/none", None).write(tmp_path)
     entry: dict[str, Any] = {"name": "gc", "entrypoint": "flows.collect_garbage.collect_garbage"}
     entry["parameters"] = {"registry": str(tmp_path)}
-    with pytest.raises(DeployError, match=r"Deployment gc, registry .*127\.0\.0\.1:9/none cannot be used"):
+    told = r"Deployment gc, registry .*127\.0\.0\.1:9/none cannot be used"
+    with pytest.raises(DeployError, match=told):
         deploy([Deployment.model_validate(entry)])
+    with pytest.raises(DeployError, match=told):
+        serve([Deployment.model_validate(entry)], port=9, limit=1)
 
 
 @pytest.fixture
@@ -172,8 +207,8 @@ def without_database() -> Iterator[str]:
 def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    from flows.deploy import check_server
     from flows.errors import DeployError
+    from flows.named_server import check_server
 
     cases: dict[Any, str] = {
         None: "PREFECT_API_URL names none",
@@ -184,6 +219,34 @@ def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database
         settings = {"updates": {PREFECT_API_URL: url}} if url else {"restore_defaults": [PREFECT_API_URL]}
         with temporary_settings(**settings), pytest.raises(DeployError, match=expected):
             check_server()
+
+
+@pytest.mark.parametrize("command", ["run", "compress"])
+def test_a_command_that_needs_no_server_wants_an_answer_from_one_that_is_named(command: str, tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.command import _compress_in_flow
+    from flows.configuration import Deployment
+    from flows.errors import DeployError
+    from flows.run_here import run_here
+    from registry import Registry
+
+    commands: dict[str, Callable[[], Any]] = {
+        "run": lambda: run_here(Deployment(name="tidy", entrypoint="flows.collect_garbage.collect_garbage")),
+        "compress": lambda: _compress_in_flow([], Registry(tmp_path), tmp_path, quiet=False),
+    }
+    told = r"No Prefect server answers at http://127\.0\.0\.1:9/api"
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}), pytest.raises(DeployError, match=told):
+        commands[command]()
+
+
+def test_no_server_is_looked_for_where_none_is_named() -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.named_server import check_server_if_named
+
+    with temporary_settings(restore_defaults=[PREFECT_API_URL]):
+        check_server_if_named()
 
 
 def test_a_worker_of_another_version_refuses(server: str) -> None:
@@ -223,3 +286,21 @@ def test_deployed_again_a_deployment_has_what_the_file_says_now(server: str) -> 
     assert found.global_concurrency_limit.limit == 2
     assert found.concurrency_options.collision_strategy == "ENQUEUE"
     assert found.path is None
+
+
+def test_what_the_server_refuses_is_told_with_what_was_changed(server: str) -> None:
+    """Of a new deployment, and of one that was there."""
+    from flows.configuration import Deployment
+    from flows.deploy import deploy
+    from flows.errors import DeployError
+
+    entry = {"entrypoint": "flows.collect_garbage.collect_garbage"}
+    wrong = {"work_pool": {"job_variables": {"working_dir": 3}}}
+    first, last = (Deployment.model_validate(entry | {"name": name}) for name in ("first", "last"))
+    refused = Deployment.model_validate(entry | wrong | {"name": "refused"})
+    told = r"Deployment refused: the server refuses it \(.*3 is not.*before it: first; as they were: refused, last\.$"
+    with pytest.raises(DeployError, match=told):
+        deploy([first, refused, last])
+    deploy([Deployment.model_validate(entry | {"name": "refused"})])
+    with pytest.raises(DeployError, match=r"refuses it \(.*3 is not.*before it: none; as they were: refused\.$"):
+        deploy([refused])

@@ -48,3 +48,37 @@ def test_night_after_night(server: str, base: Path, recipe: dict[str, Any], tmp_
     assert fourth.name == "Completed", fourth.message
     assert str(registry.version("tiny@production")) == "tiny:2"
     assert len(registry.versions()) == 2
+
+    registry.rollback("tiny", "production", reason="answers in rhymes")
+    for again in (night("kld<=1e9"), night("kld<=1e9")):
+        assert again.name == "Skipped", again.message
+        assert "tiny@production, which named tiny:2, names version 1 by rollback of " in again.message
+    registry.remove_alias("tiny", "production")
+    assert "names nothing by remove of " in night("kld<=1e9").message
+    assert registry.aliases("tiny") == {}
+
+    del settings["alias"]  # gates are all that is asked of a version now
+    for gate, name in (("kld<=0", "Gated"), ("kld<=0", "Gated"), ("kld<=1e9", "Skipped")):
+        assert night(gate).name == name
+
+
+def test_a_version_that_lost_its_alias_by_hand_is_not_promoted_on_the_way_to_the_hub(tmp_path: Path) -> None:
+    """A run that has something else to do, too."""
+    from flows import release
+
+    registry = Registry(tmp_path / "registry")
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "weights").write_bytes(bytes([number]))
+        registry.publish("tiny", registry.add_artifact("checkpoint", tmp_path / str(number)))
+        release.promote.fn(f"tiny:{number + 1}", "production", [], str(registry.root))
+    assert registry.aliases("tiny") == {"production": 2}
+    registry.alias("tiny:1", "production")
+    left = release._unsettled(registry, ["tiny"], [], "alice/small", "production")
+    assert left == ["tiny:2 is not at alice/small yet"]
+    release.promote.fn("tiny:2", "production", [], str(registry.root))
+    assert registry.aliases("tiny") == {"production": 1}
+    registry.alias("tiny:2", "production")
+    registry.rollback("tiny", "production")
+    registry.alias("tiny:2", "production")  # as it was
+    assert release._left_by_hand(registry, ["tiny"], "production") == []
