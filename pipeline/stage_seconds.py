@@ -26,7 +26,8 @@ COSTS_SECONDS = {"diagonal": 0.025, "curvature": 0.02}  # for a million weights,
 COSTS_FACTOR_SECONDS = 1e-10  # for each number of a curvature's side, cubed: its factors, and products with them
 QUANTIZE_FACTOR_SECONDS = 4e-11
 MATRIX_SECONDS = 0.05
-DEQUANTIZE_SECONDS = 5e-8  # for each weight of a trellis, the slowest
+DEQUANTIZE_SECONDS = {"block": 3e-9, "integer": 1e-8, "learned": 1e-8}  # for each weight, by the kind of its format
+MOST_DEQUANTIZE_SECONDS = 5e-8  # of the other kinds, lattices and trellises
 SCORE_SECONDS = 3e-8  # for each probability
 SAMPLE_SECONDS = 4e-10  # for each parameter and token, which are read from memory
 START_SECONDS = 8.0  # of a process that loads torch and transformers, and of writing files
@@ -130,7 +131,7 @@ class StageSeconds:
 
     def checkpoint(self) -> float:
         """Here, and in a process of its own."""
-        return 2 * START_SECONDS + 2 * DEQUANTIZE_SECONDS * self.run.model.num_matrix_params
+        return 2 * START_SECONDS + 2 * self._dequantize_seconds
 
     def evaluate(self) -> float:
         """The original and the packed model, and a sample of the latter."""
@@ -142,12 +143,23 @@ class StageSeconds:
             2 * windows * seq_len * self._pass_flops / self._flops + SCORE_SECONDS * windows * seq_len * answer_width
         )
         dequantized = math.ceil(windows / batch_of(seq_len, answer_width)) + 1
-        dequantizing = DEQUANTIZE_SECONDS * dequantized * run.model.num_matrix_params
-        return passes + dequantizing + 2 * SAMPLE_TOKENS * SAMPLE_SECONDS * run.model.num_params + START_SECONDS
+        return (
+            passes
+            + dequantized * self._dequantize_seconds
+            + 2 * SAMPLE_TOKENS * SAMPLE_SECONDS * run.model.num_params
+            + START_SECONDS
+        )
 
     def report(self) -> float:
         """Pictures."""
         return REPORT_SECONDS
+
+    @property
+    def _dequantize_seconds(self) -> float:
+        """Of all matrices, by the slowest kind on offer."""
+        kinds = {quantizer_from_label(label).format.kind for label in self.run.labels}
+        slowest = max(DEQUANTIZE_SECONDS.get(kind, MOST_DEQUANTIZE_SECONDS) for kind in kinds)
+        return slowest * self.run.model.num_matrix_params
 
     @property
     def _cubes(self) -> float:

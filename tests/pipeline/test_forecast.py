@@ -230,3 +230,12 @@ def test_the_gradient_of_a_weight_is_counted(
     with_it = facts.statistics().memory_bytes
     monkeypatch.setattr(type(sums_of(metric)), "forms_gradients", False)
     assert with_it - facts.statistics().memory_bytes == 4 * max(matrix.num_params for matrix in run.model.matrices)
+
+
+def test_blocks_are_decoded_sooner_than_trellises(tiny_model_dir: Path, tmp_path: Path) -> None:
+    blocks, trellises = (
+        by_name(forecast(opened(tiny_model_dir, Registry(tmp_path), candidates=labels)))
+        for labels in (("lloyd3-g32-s4", "lloyd4-g32-s6"), ("lloyd3-g32-s4", "trellis3"))
+    )
+    for stage in ("checkpoint", "evaluate"):
+        assert blocks[stage].seconds < trellises[stage].seconds
