@@ -40,6 +40,7 @@ class ReportFacts:
             "samples": {"original": str, "compressed": str}, "text": source, "text_commit": str | None}. Samples
             are None where they would have taken too long: of a model that is not in memory as a whole.
         recovery: None if there was none.
+        rival: see Results.comparison.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class ReportFacts:
     checkpoint_digest: str
     evaluation: dict[str, Any] | None
     recovery: RecoveryReport | None = None
+    rival: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
                 "status": plan.status,
                 "solver": plan.solver,
             },
+            "rival": facts.rival,
             "embeddings": embeddings(plan),
             "skipped": skipped(model, plan),
             "recipe": recipe,

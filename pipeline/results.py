@@ -39,6 +39,17 @@ class Results:
         """What every matrix gets."""
         return Plan.read(self.registry.path(plan, "plan.json"))
 
+    def comparison(self, plan: Artifact, tokens_sha256: str) -> dict[str, Any] | None:
+        """How the program's plan and its uniform rival did on these tokens; None where `plan` was not compared.
+
+        {"rival": "uniform LABEL", "plan_kl": nats a token, "rival_kl": nats a token}
+        """
+        for made in self.registry.children(plan.digest):
+            if made.kind == "comparison" and made.metadata["settings"]["tokens"] == tokens_sha256:
+                content: dict[str, Any] = json.loads(self.registry.path(made, "comparison.json").read_text())
+                return content if "rival" in content else None  # earlier ones did not name it
+        return None
+
     def matrix_path(self, matrices: Artifact) -> Callable[[str], Path]:
         """Module name -> file of its quantized matrix."""
         return lambda module: self.registry.path(matrices, matrix_file(module))

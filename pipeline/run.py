@@ -260,7 +260,8 @@ class Run:
                 for plan, matrices in zip((first, second), quantized, strict=True)
             ]
             (work / "out").mkdir(exist_ok=True)
-            write_json(work / "out" / "comparison.json", {"plan_kl": measured[0], "rival_kl": measured[1]})
+            compared = {"rival": rival.status.partition(",")[0], "plan_kl": measured[0], "rival_kl": measured[1]}
+            write_json(work / "out" / "comparison.json", compared)
 
         settings = {"model": self.model.digest, "tokens": self.texts.evaluation.sha256, "device": self.device}
         parents = (first.digest, second.digest, *(matrices.digest for matrices in quantized))
@@ -423,6 +424,7 @@ class Run:
                 checkpoint_digest=checkpoint.digest,
                 evaluation=self.results.evaluation(evaluation),
                 recovery=self.results.recovery(matrices),
+                rival=self.results.comparison(plan, self.texts.evaluation.sha256) if self.texts.evaluation else None,
             )
             write_report(facts, work / "out", progress=self.progress)
 

@@ -84,5 +84,11 @@ def test_compress_keeps_the_better_one_and_says_so(
         assert labels == {"lloyd3-g32-s4"}
         assert status.startswith("uniform lloyd3-g32-s4")
         assert "not the program" in (tmp_path / "out" / "report" / "index.html").read_text()
+        content = json.loads((tmp_path / "out" / "report" / "report.json").read_text())["rival"]
+        assert content["rival"] == "uniform lloyd3-g32-s4"
+        assert content["rival_kl"] < content["plan_kl"]
+        assert done.evaluation is not None
+        assert content["rival_kl"] == pytest.approx(done.evaluation.kl_divergence.mean, rel=1e-6)
+        assert "both were decomposed and measured" in (tmp_path / "out" / "report" / "index.html").read_text()
     else:
         assert status == "optimal"
