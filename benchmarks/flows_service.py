@@ -4,6 +4,7 @@ All of it lives in one folder. A process belongs to the service if its environme
 names the run too; so what a kill left behind is found whoever its parent is by now.
 """
 
+import http.client
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 POOL = "bitsmith-cpu"
 RUN_ID = "PREFECT__FLOW_RUN_ID"
 SPAWNED = "--multiprocessing-fork"  # in the command of a process that multiprocessing starts anew
+SECONDS_TO_READ, SECONDS_TO_CHANGE = 300.0, 60.0
 FORKING = "multiprocessing.forkserver"  # in the command of the process that children are forked from, and in theirs
 
 
@@ -147,15 +149,19 @@ class Service:
         return {limit["name"]: limit["active_slots"] for limit in limits if limit["active_slots"]}
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """GET, or POST of a body; a server that is busy or away is asked again for a minute."""
+        """GET, or POST of a body; a server that is busy or away is asked again.
+
+        For five minutes what only reads, for one what may have been done though no answer came.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
-        give_up_at = time.monotonic() + 60
+        only_reads = body is None or path.endswith("/filter")
+        give_up_at = time.monotonic() + (SECONDS_TO_READ if only_reads else SECONDS_TO_CHANGE)
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     return json.load(answer)
-            except (urllib.error.URLError, OSError) as error:
+            except (OSError, http.client.HTTPException) as error:  # the latter of an answer that breaks off
                 is_refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
                 if is_refused or time.monotonic() > give_up_at:
                     raise

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import flows  # noqa: F401  settings, before Prefect is imported
+from flows.configuration import FILE
 from pipeline.cli import run_app
 from pipeline.display import RESULTS
 
@@ -21,12 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 File = Annotated[Path, typer.Option("--file", "-f", help="the deployments, in Prefect's own format")]
-PREFECT_YAML = Path("prefect.yaml")
 
 
 @app.command()
 def deploy(
-    file: File = PREFECT_YAML,
+    file: File = FILE,
     check: Annotated[bool, typer.Option("--check", help="only check the file; no server is asked")] = False,
 ) -> None:
     """Make the file's deployments on the server that PREFECT_API_URL names, for its workers to run.
@@ -54,7 +54,7 @@ def deploy(
 
 @app.command()
 def serve(
-    file: File = PREFECT_YAML,
+    file: File = FILE,
     port: Annotated[int, typer.Option(help="of the server that is started where PREFECT_API_URL names none")] = 4200,
     limit: Annotated[int, typer.Option(min=1, help="runs at a time")] = 1,
 ) -> None:
@@ -71,7 +71,7 @@ def serve(
 
 
 @app.command()
-def run(name: Annotated[str, typer.Argument(help="of a deployment in the file")], file: File = PREFECT_YAML) -> None:
+def run(name: Annotated[str, typer.Argument(help="of a deployment in the file")], file: File = FILE) -> None:
     """Run a deployment's flow now, in this process, with its parameters from the file. No server is needed.
 
     Exit codes: 0 done, or Skipped as nothing was to be done; 1 failed; 3 Gated: all was done, and a gate refused.

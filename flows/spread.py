@@ -4,7 +4,7 @@ Only JSON crosses the border; results come back as blobs (pipeline/batch.py).
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,7 @@ from registry import Artifact, Registry
 
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_SECONDS_WITHOUT_WORKERS = 90.0
+NUM_TOLD = 3  # matrices that a message names
 NOT_STARTED = "failed to start"  # what Dask says of a worker that was lost before it was there
 # what Dask and Ray raise once they have given up; by name, for either may not be installed
 LOST_WORKERS = {"KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError"}
@@ -76,12 +77,12 @@ class TaskSpread:
         in_child = self.runner.is_here
         try:
             with _told_where_the_server_is(), _workers_of(self.runner) as started:
-                futures: list[Future] = [
-                    started.submit(make.with_options(task_run_name=name), {"batch": batch, "in_child": in_child})
-                    for name, batch in _named(batches)
-                ]
+                futures: dict[Future, str] = {}
+                for name, batch in _named(batches):
+                    asked = {"batch": batch, "in_child": in_child}
+                    futures[started.submit(make.with_options(task_run_name=name), asked)] = _told(batch)
                 for future in _as_they_finish(futures, started):
-                    for name, blob in _taken(future, self.log).items():
+                    for name, blob in _taken(future, futures[future], self.log).items():
                         take_result(self.registry, blob, matrix_task.file(by_name[name]))
                         yield None
         finally:
@@ -109,14 +110,12 @@ class PartsSpread:
             used, parts, self.model, self.registry, metric=self.metric, seed=self.seed, device=self.device
         )
         with _told_where_the_server_is(), _workers_of(self.runner) as started:
-            futures: list[Future] = [
-                started.submit(
-                    collect.with_options(task_run_name=f"statistics, part {number} of {len(batches)}"), {"batch": batch}
-                )
-                for number, batch in enumerate(batches, start=1)
-            ]
-            for future in _in_order(futures, started):
-                yield partial(self._layer, _taken(future, self.log))
+            futures: dict[Future, str] = {}
+            for number, batch in enumerate(batches, start=1):
+                name = f"statistics, part {number} of {len(batches)}"
+                futures[started.submit(collect.with_options(task_run_name=name), {"batch": batch})] = name
+            for future in _in_order([*futures], started):
+                yield partial(self._layer, _taken(future, futures[future], self.log))
 
     def _layer(self, blobs: dict[str, Blob], layer: int) -> dict[str, Tensor]:
         return load_file(self.registry.store.path(blobs[layer_file(layer)]["sha256"]))
@@ -168,7 +167,7 @@ def _started(runner: Runner, stack: ExitStack) -> TaskRunner:
     return started
 
 
-def _as_they_finish(futures: list[Future], started: TaskRunner) -> Iterator[Future]:
+def _as_they_finish(futures: Collection[Future], started: TaskRunner) -> Iterator[Future]:
     """Raises WorkerError if there is nobody to finish them."""
     finished: SimpleQueue[Future] = SimpleQueue()
     for future in futures:
@@ -208,16 +207,16 @@ def _client(started: TaskRunner) -> Any:
     return getattr(started, "client", None)
 
 
-def _taken(future: Future, log: StageLog) -> dict[str, Blob]:
+def _taken(future: Future, doing: str, log: StageLog) -> dict[str, Blob]:
     try:
         made = future.result()
     except Exception as error:
         if type(error).__name__ not in LOST_WORKERS:
             raise
         raise WorkerError(
-            f"A worker was lost, and those after it with the same work ({type(error).__name__}), most likely because "
-            "their memory ran out. Give the workers more of it, or start fewer on a machine, and run it again: what is "
-            "finished is kept."
+            f"A worker was lost in {doing}, and those after it with the same work ({type(error).__name__}), most "
+            "likely because their memory ran out. Give the workers more of it, or start fewer on a machine, and run it "
+            "again: what is finished is kept."
         ) from error
     log.worker_took(made["peak_memory_bytes"])
     return made["blobs"]
@@ -226,6 +225,12 @@ def _taken(future: Future, log: StageLog) -> dict[str, Blob]:
 def _named(batches: list[Batch]) -> Iterator[tuple[str, Batch]]:
     for number, batch in enumerate(batches, start=1):
         yield f"{batch['stage']}, part {number} of {len(batches)}", batch
+
+
+def _told(batch: Batch) -> str:
+    """`decompose, matrices model.layers.0.mlp.up_proj.weight, model.layers.0.mlp.down_proj.weight and 5 more`"""
+    first, num_more = batch["names"][:NUM_TOLD], max(0, len(batch["names"]) - NUM_TOLD)
+    return f"{batch['stage']}, matrices {', '.join(first)}" + f" and {num_more} more" * bool(num_more)
 
 
 RETRIED: dict[str, Any] = {

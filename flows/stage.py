@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from flows.child import Say, borrowed_child
 from flows.job import Done, Job, artifact_if_any, done_of, open_run
@@ -12,9 +12,6 @@ from flows.runner import Runner
 from pipeline.progress import Progress
 from pipeline.stages import StageLog
 from registry import Artifact
-
-if TYPE_CHECKING:
-    pass
 
 Work = Callable[..., Artifact | None]
 

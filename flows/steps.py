@@ -1,7 +1,7 @@
 """The steps of a compression as Prefect tasks: plain JSON in, plain JSON out.
 
-The registry's steps decide what is done again, so Prefect caches and stores nothing. Only opening the model
-and the texts may meet a network, so only that is tried again.
+The registry's steps decide what is done again, so Prefect caches and stores nothing. Of these tasks only the one that
+opens model and texts is tried again, after a network's failure; batches on workers are too, see flows/spread.py.
 """
 
 from pathlib import Path
@@ -23,8 +23,6 @@ from registry import Registry
 keep_known_errors_short()
 
 PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
-
-
 OPENING: dict[str, Any] = PLAIN | {
     "retries": 3,
     "retry_delay_seconds": exponential_backoff(10),

@@ -4,6 +4,7 @@ import os
 import signal
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -188,6 +189,53 @@ def test_a_child_that_is_killed_is_named_with_its_matrix(
     monkeypatch.setattr(spread.make, "retry_delay_seconds", [0, 0])
     with pytest.raises(WorkerError, match=r"Out of memory in decompose, matrix model\.layers\.0\.self_attn\.k_proj"):
         _quantized(tmp_path / "made", tiny_model_dir, _tasks(tiny_model_dir, registry, "threads:1"))
+
+
+class _KilledWorker:
+    """In the place of a future: Dask has tried the work on several workers, and all were killed."""
+
+    def add_done_callback(self, tell: Any) -> None:
+        tell(self)
+
+    def result(self) -> None:
+        raise type("KilledWorker", (Exception,), {})
+
+
+@pytest.fixture
+def killed_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import runner, spread
+
+    workers = SimpleNamespace(submit=lambda task, parameters: _KilledWorker())
+    monkeypatch.setattr(runner.Runner, "task_runner", lambda self: nullcontext(workers))
+    monkeypatch.setattr(spread, "_told_where_the_server_is", nullcontext)
+
+
+def test_what_a_lost_worker_was_doing_is_named(
+    killed_workers: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path
+) -> None:
+    from pipeline.decompose import QuantizeMatrix
+
+    tasks, model = _tasks(tiny_model_dir, registry, "dask:1"), open_model(str(tiny_model_dir))
+    work = QuantizeMatrix(model, {matrix.module: "nf4-g64-s8" for matrix in model.matrices}, None, tmp_path)
+    named = (
+        r"lost in decompose, matrices model\.layers\.0\.self_attn\.q_proj\.weight, .*k_proj\.weight, .* and 11 more,"
+    )
+    with pytest.raises(WorkerError, match=rf"A worker was {named} and those after it .*\(KilledWorker\)"):
+        list(tasks(work, model.matrices))
+
+
+def test_which_part_of_the_statistics_a_lost_worker_had_is_named(
+    killed_workers: None, tiny_model_dir: Path, registry: Registry
+) -> None:
+    import torch
+
+    from flows.runner import Runner
+    from flows.spread import PartsSpread
+
+    model = open_model(str(tiny_model_dir))
+    parts = PartsSpread(model, registry, "fisher", 0, "cpu", Runner.parse("ray:1"), StageLog())
+    with pytest.raises(WorkerError, match="A worker was lost in statistics, part 1 of 2, and"):
+        list(parts(torch.zeros(2, 8, dtype=torch.long), [range(1), range(1, 2)]))
 
 
 @pytest.mark.parametrize("text", ["slurm", "threads:", "threads:0", "threads:many", "dask:"])
