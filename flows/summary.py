@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from pipeline.compress import Compressed
-    from registry import Registry
+    from registry import Registry, Version
 
 MANY = 1e5  # from here on whole numbers, written out: bytes
 
@@ -49,20 +49,28 @@ def artifact_key(name: str) -> str:
 
 
 def show_beside_last(registry: "Registry", reference: str) -> None:
-    """A table of a version's figures beside those of the version before it."""
+    """A table of a version's figures beside those of the last that was published, or of the one before it."""
     from prefect.artifacts import create_table_artifact
 
     from pipeline.version_facts import FIGURES, VersionFacts
 
     version = registry.version(reference)
-    both = [registry.version(f"{version.name}:{number}") for number in (version.number - 1, version.number) if number]
-    figures = {str(each): VersionFacts.of(registry, each).figures for each in both}
+    figures = {str(each): VersionFacts.of(registry, each).figures for each in (*_last(registry, version), version)}
     rows = [
         {"figure": FIGURES[key]} | {name: _figure(found.get(key)) for name, found in figures.items()}
         for key in figures[str(version)]
     ]
     what = " and ".join(reversed(figures))
     create_table_artifact(rows, key=f"{artifact_key(version.name)}-figures", description=what)
+
+
+def _last(registry: "Registry", version: "Version") -> "list[Version]":
+    """A version that a gate refused is nothing to compare with where others went out."""
+    from registry.publication_record import publications
+
+    earlier = [each for each in registry.versions() if each.name == version.name and each.number < version.number]
+    earlier.sort(key=lambda each: each.number)
+    return ([each for each in earlier if publications(registry, each.digest)] or earlier)[-1:]
 
 
 def _figure(value: float | None) -> str:
