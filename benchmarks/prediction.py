@@ -1,30 +1,36 @@
 """How well the cost table predicts: expected error of a plan, the achieved one, and the measured divergence.
 
-    python -m benchmarks.prediction [--budgets 2.5 3 ...]
+    python -m benchmarks.prediction [--budgets 2.5 3 ...] [--windows 2]
 
 Runs the default recipe on the demo model; what benchmarks/quality.py made at the same budgets is found in the registry.
+With `--windows` each matrix is also put into the original alone, and the divergence measured on so many windows.
 """
 
 import argparse
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 from benchmarks.quality import BUDGETS, Bench
+from pipeline.allocation import Plan
 from pipeline.decompose import matrix_file, read_error, read_matrix
+from pipeline.display import Bars
 from pipeline.evaluate import evaluate
+from pipeline.quality import original_logits
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
-    budgets = parser.parse_args().budgets
+    parser.add_argument("--windows", type=int, default=0, help="for each matrix alone; about 2 s a matrix and window")
+    asked = parser.parse_args()
     bench = Bench("demo", "cpu")
     print("| bits | expected | achieved | measured KL | achieved / expected by matrix, 5, 50, 95% | Spearman |")
     print("| --: | --: | --: | --: | --: | --: |")
-    for budget in budgets:
+    alone = []
+    for budget in asked.budgets:
         run = bench.run_of("default", budget)
         statistics = run.statistics()
         plan = run.plan(run.costs(statistics), statistics)
@@ -43,6 +49,39 @@ def main() -> None:
             f"{low:.2f}, {middle:.2f}, {high:.2f} | {spearmanr(expected, achieved).statistic:.3f} |",
             flush=True,
         )
+        if asked.windows:
+            alone.append(_by_matrix(bench, f"{budget}", dense, chosen, asked.windows))
+    if alone:
+        print(
+            "\n| bits | measured / expected of a matrix alone, 5, 50, 95% | Spearman | Pearson of the logarithms ",
+            end="",
+        )
+        print("| sum over matrices alone | all together |\n| --: | --: | --: | --: | --: | --: |")
+        print("\n".join(alone))
+
+
+def _by_matrix(bench: Bench, bits: str, dense: dict[str, torch.Tensor], chosen: Plan, num_windows: int) -> str:
+    """A row: each matrix in the place of its original, and nothing else."""
+    tokens = bench.tokens[:num_windows]
+    original = original_logits(bench.model, tokens, "cpu", Bars())
+
+    def divergence() -> float:
+        return evaluate(bench.network, original, tokens).kl_divergence.mean
+
+    together, measured, expected = divergence(), [], []
+    bench.put(bench.weights)
+    for matrix in Bars().track(bench.model.matrices, "each alone", len(bench.model.matrices)):
+        parameter = bench.network.get_parameter(matrix.name)
+        for weight in (dense[matrix.name], bench.weights[matrix.name]):
+            parameter.data.copy_(weight.T if matrix.transposed else weight)
+            if weight is dense[matrix.name]:
+                measured.append(divergence())
+        expected.append(chosen.matrices[matrix.module].cost)
+    low, middle, high = np.percentile(np.array(measured) / np.array(expected), [5, 50, 95])
+    return (
+        f"| {bits} | {low:.2f}, {middle:.2f}, {high:.2f} | {spearmanr(expected, measured).statistic:.3f} | "
+        f"{pearsonr(np.log(expected), np.log(measured)).statistic:.3f} | {sum(measured):.4f} | {together:.4f} |"
+    )
 
 
 if __name__ == "__main__":
