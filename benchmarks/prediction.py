@@ -17,6 +17,7 @@ from pipeline.allocation import Plan
 from pipeline.decompose import matrix_file, read_error, read_matrix
 from pipeline.display import Bars
 from pipeline.evaluate import evaluate
+from pipeline.model import Matrix
 from pipeline.quality import original_logits
 
 
@@ -68,14 +69,15 @@ def _by_matrix(bench: Bench, bits: str, dense: dict[str, torch.Tensor], chosen: 
     def divergence() -> float:
         return evaluate(bench.network, original, tokens).kl_divergence.mean
 
+    def put(matrix: Matrix, weight: torch.Tensor) -> None:
+        bench.network.get_parameter(matrix.name).data.copy_(weight.T if matrix.transposed else weight)
+
     together, measured, expected = divergence(), [], []
     bench.put(bench.weights)
     for matrix in Bars().track(bench.model.matrices, "each alone", len(bench.model.matrices)):
-        parameter = bench.network.get_parameter(matrix.name)
-        for weight in (dense[matrix.name], bench.weights[matrix.name]):
-            parameter.data.copy_(weight.T if matrix.transposed else weight)
-            if weight is dense[matrix.name]:
-                measured.append(divergence())
+        put(matrix, dense[matrix.name])
+        measured.append(divergence())
+        put(matrix, bench.weights[matrix.name])
         expected.append(chosen.matrices[matrix.module].cost)
     low, middle, high = np.percentile(np.array(measured) / np.array(expected), [5, 50, 95])
     return (
