@@ -16,13 +16,20 @@ from quantizers.adapter import attach_adapter
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
-def load_tuned(checkpoint: Path, adapter: Path, device: str = "cpu", *, trust_remote_code: bool = False) -> PeftModel:
-    """The packed checkpoint with the adapter on it.
+def load_tuned(
+    checkpoint: Path,
+    adapter: Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PeftModel:
+    """The packed checkpoint with the adapter on it; `dtype` as of `load_packed`.
 
     Raises:
         CheckpointError: one of them is damaged, or the adapter belongs to another base.
     """
-    network = load_packed(checkpoint, device, trust_remote_code=trust_remote_code)
+    network = load_packed(checkpoint, device, dtype, trust_remote_code=trust_remote_code)
     try:
         return attach_adapter(network, adapter).eval()
     except (ValueError, RuntimeError, OSError) as error:

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from pipeline.calibration import check_fits, token_windows
 from pipeline.errors import CheckpointError
 from pipeline.eval_report import EvalReport
@@ -40,7 +42,7 @@ def evaluate_folder(
         CheckpointError: `folder` is not a sound compressed checkpoint, or the adapter is another model's.
         ModelError, CalibrationError: see pipeline/errors.py.
     """
-    network = load_with_adapter(folder, adapter, device, trust_remote_code=trust_remote_code)
+    network = load_with_adapter(folder, adapter, device, torch.float32, trust_remote_code=trust_remote_code)
     original = open_model(base, revision=base_revision, trust_remote_code=trust_remote_code, progress=progress)
     made_from = read_recipe(folder).get("model_sha256")
     if made_from != original.digest:

@@ -114,7 +114,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
 
 
 def load_with_adapter(
-    folder: Path, adapter: Path | None, device: str, *, trust_remote_code: bool = False
+    folder: Path,
+    adapter: Path | None,
+    device: str,
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The same, with what `finetune` wrote for it on top, if that is asked for.
 
@@ -122,10 +127,10 @@ def load_with_adapter(
         CheckpointError: see `load_packed`; or the adapter is damaged, or another model's.
     """
     if adapter is None:
-        return load_packed(folder, device, trust_remote_code=trust_remote_code)
+        return load_packed(folder, device, dtype, trust_remote_code=trust_remote_code)
     from pipeline.adapter import load_tuned  # brings peft along, which not everybody has
 
-    tuned = load_tuned(folder, adapter, device, trust_remote_code=trust_remote_code)
+    tuned = load_tuned(folder, adapter, device, dtype, trust_remote_code=trust_remote_code)
     return tuned.get_base_model()  # type: ignore[return-value]
 
 

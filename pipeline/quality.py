@@ -36,7 +36,8 @@ def original_logits(model: Model, tokens: Tensor, device: str, progress: Progres
 def measured(model: Model, folder: Path, windows: TokenWindows, device: str, progress: Progress) -> dict[str, Any]:
     """The content of evaluation.json for the checkpoint in `folder`, see `ReportFacts`."""
     original = original_logits(model, windows.tokens, device, progress)
-    network = load_packed(folder, device, trust_remote_code=model.trust_remote_code)
+    # in float32, as the original: half precision would add its own divergence, and may overflow
+    network = load_packed(folder, device, torch.float32, trust_remote_code=model.trust_remote_code)
     report = evaluate(network, original, windows.tokens, progress=progress)
     original.release()
     samples: dict[str, str | None] = {"compressed": None, "original": None}

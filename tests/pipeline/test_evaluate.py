@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import atomic, base_logits
+from pipeline import atomic, base_logits, evaluate_folder, quality
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key, read_window, summarize
+from pipeline.calibration import TokenWindows
 from pipeline.errors import CalibrationError, CheckpointError, NonFiniteError
 from pipeline.eval_report import Estimate, EvalReport
 from pipeline.evaluate import evaluate, sample_text, score_window
+from pipeline.model import open_model
+from pipeline.progress import SILENT
 from tests.pipeline.notes import Notes
 
 VOCAB_SIZE = 200
@@ -484,3 +487,26 @@ def test_sample_uses_the_chat_template_on_request(model, tokenizer):
     with_template = sample_text(model, chatty, "w5 w6", max_new_tokens=6)
     assert with_template == tokenizer.decode(greedy(model, [VOCAB_SIZE - 2, 5, 6, 9], 6))
     assert sample_text(model, chatty, "w5 w6", 6, chat=False) == tokenizer.decode(greedy(model, [5, 6], 6))
+
+
+@pytest.mark.parametrize("module", [quality, evaluate_folder], ids=["run", "command"])
+def test_the_packed_model_is_measured_in_float32_like_its_original(module, tiny_model_dir, monkeypatch) -> None:
+    """Also on a GPU, where a packed model is otherwise loaded in the checkpoint's own precision."""
+    asked = []
+
+    def stop(*args, **options):
+        asked.append(next(each for each in args if isinstance(each, torch.dtype)))
+        raise KeyboardInterrupt
+
+    for name in ("load_packed", "load_with_adapter"):
+        monkeypatch.setattr(module, name, stop, raising=False)
+    monkeypatch.setattr(quality, "original_logits", lambda *args: None)
+    model = open_model(str(tiny_model_dir))
+    windows = TokenWindows(torch.zeros(1, 8, dtype=torch.long), "0", "made up", None, 1)
+    texts = {"base_revision": None, "dataset": None, "dataset_revision": None, "num_windows": 1, "seq_len": 8}
+    with pytest.raises(KeyboardInterrupt):
+        if module is quality:
+            quality.measured(model, tiny_model_dir, windows, "cuda", SILENT)
+        else:
+            evaluate_folder.evaluate_folder(tiny_model_dir, str(tiny_model_dir), device="cuda", **texts)
+    assert asked == [torch.float32]
