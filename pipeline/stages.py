@@ -64,8 +64,8 @@ class StageLog:
                 raise
             raise MemoryShortError(
                 f"The stage {name} ran out of memory ({first_line(error)}). What was finished is kept: run the "
-                "same command again where more is free. Shorter windows (--seq-len, --eval-seq-len) take less, in another "
-                "output folder; so does --device cpu of a GPU's memory, which collects the statistics anew."
+                "same command again where more is free. Shorter windows (--seq-len, --eval-seq-len) take less, in "
+                "another output folder; so does --device cpu of a GPU's memory, which collects the statistics anew."
             ) from error
         peak_bytes = max(peak_memory_bytes(), self.workers_peak_bytes)
         done = Stage(name, time.monotonic() - started, peak_bytes, self._reused)

@@ -504,9 +504,10 @@ def test_the_packed_model_is_measured_in_float32_like_its_original(module, tiny_
     model = open_model(str(tiny_model_dir))
     windows = TokenWindows(torch.zeros(1, 8, dtype=torch.long), "0", "made up", None, 1)
     texts = {"base_revision": None, "dataset": None, "dataset_revision": None, "num_windows": 1, "seq_len": 8}
+    measure = {
+        quality: lambda: quality.measured(model, tiny_model_dir, windows, "cuda", SILENT),
+        evaluate_folder: lambda: evaluate_folder.evaluate_folder(tiny_model_dir, "base", device="cuda", **texts),
+    }
     with pytest.raises(KeyboardInterrupt):
-        if module is quality:
-            quality.measured(model, tiny_model_dir, windows, "cuda", SILENT)
-        else:
-            evaluate_folder.evaluate_folder(tiny_model_dir, str(tiny_model_dir), device="cuda", **texts)
+        measure[module]()
     assert asked == [torch.float32]
