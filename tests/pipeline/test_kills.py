@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 # A child process counts calls of one function and kills itself at one of them. In the order of the work.
 KILL_POINTS = {
-    "statistics": ("pipeline.part_sums", "write_layer", 2),
+    "statistics": ("pipeline.summed_parts", "write_layer", 2),
     "costs": ("pipeline.costs", "measure_matrix", 4),
     "plan": ("pipeline.allocation.Plan", "write", 1),
     "decompose": ("pipeline.decompose", "weighted_error", 4),

@@ -48,8 +48,17 @@ def test_a_path_is_found_again_whatever_the_scratch_holds(monkeypatch) -> None:
     symbols = torch.randint(0, 4, (7, 20), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
     values = decode(symbols, levels, 2)
     monkeypatch.setattr(viterbi, "_SCRATCH_BYTES", 3 * 4 * 20 * 16)  # for three sequences, so a part is left over
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *size: torch.full(size, -torch.inf))
+    real, num_filled = Tensor.new_empty, []
+
+    def filled(self: Tensor, *size, **options) -> Tensor:
+        made = real(self, *size, **options)
+        num_filled.append(made.numel() if made.is_floating_point() else 0)
+        return made.fill_(-torch.inf) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", filled)
     assert torch.equal(decode(encode(values, levels, 2), levels, 2), values)
+    assert trellis.KERNELS.failure is None
+    assert sum(num_filled) > 0
 
 
 def test_views_are_read_and_left_alone() -> None:
@@ -57,6 +66,7 @@ def test_views_are_read_and_left_alone() -> None:
     before = values.clone()
     assert torch.equal(encode(values.T, levels, 2), encode(values.T.contiguous(), levels, 2))
     assert torch.equal(values, before)
+    assert trellis.KERNELS.failure is None
 
 
 def test_where_the_kernel_fails_torch_searches(monkeypatch) -> None:
