@@ -133,6 +133,7 @@ class BitsmithHfQuantizer(HfQuantizer):
             expected |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
         if checkpoint_files is not None:
             _check_complete(expected, _as_loaded(model, _headers(checkpoint_files)), f"{model.base_model_prefix}.")
+        self._dtypes = _plain_dtypes(model)
         return model
 
     def get_new_dtype(self, converter, param, dtype):
@@ -148,6 +149,11 @@ class BitsmithHfQuantizer(HfQuantizer):
             form, _ = config.format_of(stored_name)
             levels = torch.tensor(config.codebooks[form.codebook_name], dtype=torch.float32)
             model.get_submodule(name).set_levels(levels)
+        in_float32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+        for name, dtype in _plain_dtypes(model).items():  # transformers 5.17 leaves what it renames as it is stored
+            if dtype != self._dtypes.get(name, dtype) and not any(module in name for module in in_float32):
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(self._dtypes[name])
         return model
 
     def is_serializable(self):
@@ -156,6 +162,12 @@ class BitsmithHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _plain_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """Of the parameters that are not packed."""
+    parameters = model.named_parameters()
+    return {name: each.dtype for name, each in parameters if name.rpartition(".")[2] not in PACKED_NAMES}
 
 
 def _as_named(model: PreTrainedModel, config: BitsmithConfig) -> dict[str, str]:

@@ -30,6 +30,7 @@ from quantizers import (
     quantization_config,
 )
 from quantizers.embedding import QuantizedHead
+from quantizers.transformers_plugin import BitsmithHfQuantizer
 from tests.models import build_llama, save_model
 
 # Taken in turn: every matrix of the tiny models gets another one.
@@ -163,6 +164,21 @@ def test_every_kind_of_format_loads_as_it_was_stored(tiny_model_dir: Path, tmp_p
         for key, stored in tensor.tensors().items():
             assert getattr(loaded.get_submodule(name), key).dtype == stored.dtype
     assert torch.equal(logits_of(loaded), logits_of(swap(original, quantized)))
+
+
+def test_what_is_not_packed_takes_the_dtype_asked_for_whoever_loads_it(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As transformers 5.17, which leaves tensors that it renames as they are stored."""
+    real = BitsmithHfQuantizer._process_model_after_weight_loading
+
+    def left_as_stored(self: BitsmithHfQuantizer, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model.model.norm.weight.data = model.model.norm.weight.data.bfloat16()
+        return real(self, model, **kwargs)
+
+    monkeypatch.setattr(BitsmithHfQuantizer, "_process_model_after_weight_loading", left_as_stored)
+    for dtype in (torch.float32, torch.float16):
+        assert load(checkpoint, dtype=dtype).model.norm.weight.dtype == dtype
 
 
 def test_a_fresh_process_needs_only_import_quantizers(checkpoint: Path, tmp_path: Path) -> None:
