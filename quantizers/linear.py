@@ -125,8 +125,9 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
-        # an exported program would hold a number that means nothing elsewhere
-        is_traced = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+        # an exported program would hold a number that means nothing elsewhere; is_exporting() lies within
+        # torch.compile of torch 2.11
+        is_traced = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
         y = packed_linear(x, self._number, self.out_features) if is_traced else self.product(x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 

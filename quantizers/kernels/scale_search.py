@@ -12,6 +12,10 @@ _WEIGHTS = 2048  # a program
 _NUM_WARPS = 4
 
 
+# Triton 3.6 takes numbers below float32's least normal one for float64, and all that they meet becomes float64.
+LEAST_NORM = tl.constexpr(1.2e-38)
+
+
 @triton.jit
 @no_type_check
 def scale_search_kernel(
@@ -56,7 +60,7 @@ def scale_search_kernel(
             better = gain > best_gain
             best_gain = tl.where(better, gain, best_gain)
             best_scale = tl.where(better, scale, best_scale)
-            scale = tl.maximum(tl.where(norm > 0, dot / tl.maximum(norm, 1e-38), scale), 0.0)
+            scale = tl.maximum(tl.where(norm > 0, dot / tl.maximum(norm, LEAST_NORM), scale), 0.0)
     tl.store(scales + row, best_scale * largest, mask=row < num_blocks)
 
 
