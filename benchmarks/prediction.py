@@ -7,6 +7,7 @@ With `--windows` each matrix is also put into the original alone, and the diverg
 """
 
 import argparse
+import sys
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from pipeline.display import Bars
 from pipeline.evaluate import evaluate
 from pipeline.model import Matrix
 from pipeline.quality import original_logits
+
+FURTHEST = 12  # matrices that are named
 
 
 def main() -> None:
@@ -79,7 +82,10 @@ def _by_matrix(bench: Bench, bits: str, dense: dict[str, torch.Tensor], chosen: 
         measured.append(divergence())
         put(matrix, bench.weights[matrix.name])
         expected.append(chosen.matrices[matrix.module].cost)
-    low, middle, high = np.percentile(np.array(measured) / np.array(expected), [5, 50, 95])
+    ratios = np.array(measured) / np.array(expected)
+    low, middle, high = np.percentile(ratios, [5, 50, 95])
+    furthest = [f"{bench.model.matrices[row].module} {ratios[row]:.2f}" for row in ratios.argsort()[::-1][:FURTHEST]]
+    print(f"{bits} bits, furthest above: {', '.join(furthest)}", file=sys.stderr)
     return (
         f"| {bits} | {low:.2f}, {middle:.2f}, {high:.2f} | {spearmanr(expected, measured).statistic:.3f} | "
         f"{pearsonr(np.log(expected), np.log(measured)).statistic:.3f} | {sum(measured):.4f} | {together:.4f} |"
