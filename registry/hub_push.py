@@ -116,10 +116,9 @@ def push(
             write_overview(opened, overview)
 
     result, manifest = patience.run(attempt, progress)
+    record_publication(registry, version.digest, manifest, repo_id=repo_id, revision=tag, commit=result.commit)
     if overview is not None:
         patience.run(lambda: attempt_overview(overview), progress)
-    # last: what has a record counts as done, and is not looked at again
-    record_publication(registry, version.digest, manifest, repo_id=repo_id, revision=tag, commit=result.commit)
     return result
 
 

@@ -14,7 +14,6 @@ from registry import (
     add_to_collection,
 )
 from registry.patience import ONCE
-from registry.publication_record import publications
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -72,19 +71,6 @@ def test_the_page_of_the_branches(registry, version, hub, make_folder):
     before = repo.branches["main"]
     send(registry, hub, "small", branch="2bpw", overview=overview)
     assert repo.branches["main"] == before
-
-
-def test_a_push_whose_page_was_not_written_counts_as_undone(registry, version, hub):
-    """So that whoever looks for what is left to do sends it again."""
-
-    def die(facts) -> str:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        send(registry, hub, branch="3bpw", overview=Overview((), die))
-    assert publications(registry, version.digest) == []
-    send(registry, hub, branch="3bpw", overview=Overview((), lambda facts: "page"))
-    assert [record.metadata["repo_id"] for record in publications(registry, version.digest)] == [REPO]
 
 
 def test_main_with_a_version_is_no_page_of_branches(registry, version, hub):
