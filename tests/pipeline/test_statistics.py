@@ -241,6 +241,19 @@ def test_a_tail_takes_the_blocks_that_there_is_room_for(tmp_path: Path, monkeypa
         assert tail.tail_of(network, tokens, lambda index: 1000) == range(start, 4)
 
 
+def stopping_at(number: int) -> tuple[Any, list[int]]:
+    """In the place of LayeredNetwork.block: stops at that call of it; and the blocks that were entered."""
+    real, entered = LayeredNetwork.block, []
+
+    def stop_once(self: LayeredNetwork, index: int) -> Any:
+        entered.append(index)
+        if len(entered) == number:
+            raise KeyboardInterrupt
+        return real(self, index)
+
+    return stop_once, entered
+
+
 @pytest.mark.parametrize("part_windows", [1, 2, 8])
 @pytest.mark.parametrize("stop_at", [2, 3, 4, 6])
 def test_finished_blocks_survive_an_interruption(
@@ -250,14 +263,7 @@ def test_finished_blocks_survive_an_interruption(
     monkeypatch.setattr(summed_parts, "PART_WINDOWS", part_windows)
     monkeypatch.setattr(tail, "MOST_BYTES", 0)
     model = open_model(str(tiny_model_dir))
-    real, entered = LayeredNetwork.block, []
-
-    def stop_once(self: LayeredNetwork, index: int) -> Any:
-        entered.append(index)
-        if len(entered) == stop_at:
-            raise KeyboardInterrupt
-        return real(self, index)
-
+    stop_once, entered = stopping_at(stop_at)
     monkeypatch.setattr(LayeredNetwork, "block", stop_once)
     work = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
@@ -310,14 +316,7 @@ def test_more_room_after_an_interruption_changes_no_byte(tmp_path: Path, monkeyp
     """With a block at a time, stopped on the way there or back, for the sums or their scale; then with all at once."""
     model = open_model(str(save_model(build_llama(num_layers=4), tmp_path / "model")))
     whole = collect(model, tmp_path / "whole", "kronecker")
-    real, entered = LayeredNetwork.block, []
-
-    def stop_once(self: LayeredNetwork, index: int) -> Any:
-        entered.append(index)
-        if len(entered) == stop_at:
-            raise KeyboardInterrupt
-        return real(self, index)
-
+    stop_once, _ = stopping_at(stop_at)
     work = tmp_path / "cut"
     with monkeypatch.context() as tight:
         tight.setattr(tail, "MOST_BYTES", 0)
