@@ -22,6 +22,14 @@ from registry.lock import exclusive, flocked
 from registry.schema import REVISIONS
 
 BUSY_TIMEOUT_SECONDS = 60
+# libpq's own names: a server that is silent is given up within a minute, where the URL names no other patience
+PATIENCE = {
+    "connect_timeout": 20,  # seconds
+    "keepalives_idle": 20,
+    "keepalives_interval": 10,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 60_000,  # milliseconds
+}
 NEEDED_BYTES = 1 << 20  # SQLite wants some beside its file even to read
 _MIGRATION_LOCK, _COLLECTION_LOCK = 7_210_001, 7_210_002  # advisory locks of PostgreSQL; any numbers of our own
 _LEGACY_TABLE = "registry_schema"  # before Alembic: one number, always 1
@@ -45,8 +53,9 @@ class Database:
         self._url = _checked(url)
         self._held = threading.local()
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
+        patience = {} if self.is_sqlite else {name: PATIENCE[name] for name in PATIENCE.keys() - self._url.query.keys()}
         try:
-            self._engine = create_engine(self._url, poolclass=NullPool)
+            self._engine = create_engine(self._url, poolclass=NullPool, connect_args=patience)
         except ImportError as error:
             raise RegistryError(
                 f"The registry's database {self.name} needs {error.name}. Install it with "

@@ -16,12 +16,14 @@ T = TypeVar("T")
 class Patience:
     """Waits of `first_seconds`, twice that, and so on, each up to a half longer by chance, between `num_tries` tries.
 
-    What the server asks for (Retry-After) is waited for, unless it is more than `longest_seconds`.
+    What the server asks for (Retry-After) is waited for, unless it is more than `longest_seconds`. Where it asks for
+    nothing, or does not even answer, no try begins more than `most_seconds` after the first.
     """
 
     num_tries: int = 6
     first_seconds: float = 1.0
     longest_seconds: float = 300.0
+    most_seconds: float = 90.0
     sleep: Callable[[float], None] = time.sleep
 
     def run(self, attempt: Callable[[], T], progress: Progress = SILENT) -> T:
@@ -30,13 +32,16 @@ class Patience:
         Raises:
             HubRaceError, HubUnavailableError: the last one, when the tries are used up or the wait would be too long.
         """
+        started = time.monotonic()
         for number in range(1, self.num_tries + 1):
             try:
                 return attempt()
             except (HubRaceError, HubUnavailableError) as error:
                 asked = getattr(error, "retry_after_seconds", None)
                 wait_seconds = max(self.first_seconds * 2 ** (number - 1), asked or 0.0) * random.uniform(1.0, 1.5)
-                if number == self.num_tries or (asked or 0.0) > self.longest_seconds:
+                spent_seconds = time.monotonic() - started + wait_seconds
+                is_too_long = asked > self.longest_seconds if asked else spent_seconds > self.most_seconds
+                if number == self.num_tries or is_too_long:
                     raise
                 progress.say(f"{error} Try {number + 1} of {self.num_tries} in {wait_seconds:.0f} s.")
                 self.sleep(wait_seconds)

@@ -13,9 +13,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from registry import Artifact, Registry, RegistryError, SchemaError
-from registry.database import Database
+from registry.database import PATIENCE, Database
 from registry.schema import REVISIONS, metadata
 from registry.settings import RegistrySettings
+from tests.registry.silent_server import silent_server
 
 # As the first releases made it.
 LEGACY = """
@@ -197,3 +198,13 @@ def _folder(tmp_path: Path) -> Path:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "file").write_bytes(b"1")
     return tmp_path / "folder"
+
+
+def test_a_server_that_is_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PATIENCE, "connect_timeout", 2)  # the least that libpq takes
+    with silent_server() as server:
+        with pytest.raises(RegistryError, match=rf"{server.port}/models cannot be used \(.*timeout expired"):
+            Database(f"postgresql://somebody@127.0.0.1:{server.port}/models")
+        monkeypatch.setitem(PATIENCE, "connect_timeout", 600)
+        with pytest.raises(RegistryError, match="timeout expired"):  # what the URL says comes first
+            Database(f"postgresql://somebody@127.0.0.1:{server.port}/models?connect_timeout=2")

@@ -21,13 +21,16 @@ from registry import (
     Patience,
     Registry,
     Version,
+    push,
 )
 from registry.patience import ONCE
 from registry.publication import MANIFEST
 
 sys.path.insert(0, str(Path(__file__).parent))
-from hub_server import Fault, HubServer, Repo, StoredFile
+from hub_server import WRITE_TOKEN, Fault, HubServer, Repo, StoredFile
 from hub_steps import REPO, fetch, send
+
+from tests.registry.silent_server import silent_server
 
 FIRST = {".gitattributes"}
 
@@ -233,6 +236,40 @@ def test_patience_ends(local: Registry, hub: HubServer, patient: Patience, waits
     assert len(waits) == patient.num_tries - 1
     assert set(hub.head(REPO)) == FIRST
     assert set(hub.repos[REPO].branches) == {"main"}
+
+
+def test_a_server_that_is_silent_is_given_up(local: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import close_session
+
+    monkeypatch.setattr("registry.hub_repository.MOST_SECONDS_SILENT", 0.2)
+    close_session()
+    try:
+        with silent_server() as server:
+            endpoint, patience = f"http://127.0.0.1:{server.port}", Patience(num_tries=2, first_seconds=0.01)
+            with pytest.raises(HubUnavailableError, match=r"cannot be reached .*timed out"):
+                push(local, "tiny", REPO, endpoint=endpoint, token=WRITE_TOKEN, patience=patience)
+    finally:
+        close_session()
+    assert len(server.taken) == 2
+
+
+def test_no_try_begins_long_after_the_first_where_the_server_asks_for_none(waits: list[float]) -> None:
+    patience = Patience(num_tries=100, first_seconds=10.0, most_seconds=35.0, sleep=waits.append)
+
+    def silent() -> None:
+        raise HubUnavailableError("silent")
+
+    with pytest.raises(HubUnavailableError):
+        patience.run(silent)
+    assert len(waits) == 2, "10 to 15 and 20 to 30 seconds; the third would be 40"
+    asked = [60.0, 60.0]
+
+    def busy() -> None:
+        if asked:
+            raise HubUnavailableError("busy", asked.pop())
+
+    patience.run(busy)
+    assert len(waits) == 4
 
 
 def test_waits_are_not_in_step(waits: list[float]) -> None:

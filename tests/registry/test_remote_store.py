@@ -16,6 +16,7 @@ from registry.artifact import FileEntry
 from registry.remote import RemoteBlobs
 from tests.registry.at_url import registry_at
 from tests.registry.s3_server import S3Server
+from tests.registry.silent_server import silent_server
 
 
 def store_at(url: str, cache: Path) -> Store:
@@ -317,6 +318,19 @@ def test_a_bucket_that_is_missing_is_no_lost_blob(s3_server: S3Server, source: P
             use(Store(tmp_path / "ours", RemoteBlobs(url)), source)
         assert not isinstance(refused.value, NotFoundError)
     assert not any(request.startswith("PUT /no-such-bucket ") for request in s3_server.requests), "none is made"
+
+
+def test_a_server_that_is_silent_is_given_up_after_a_few_tries(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six of s3fs's 15 seconds, so that a flow's run says so within two minutes."""
+    monkeypatch.delenv("AWS_MAX_ATTEMPTS")
+    monkeypatch.setattr("s3fs.S3FileSystem.read_timeout", 0.1)
+    with silent_server() as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}")
+        with pytest.raises(RegistryError, match=r"s3://silent/models cannot be used \(Read timeout.*Check the network"):
+            RemoteBlobs("s3://silent/models").has(FileEntry.of_bytes(b"1"))
+    assert len(server.taken) == 6
 
 
 def test_wrong_credentials_are_named(bucket: str, source: Path, tmp_path: Path, monkeypatch) -> None:
