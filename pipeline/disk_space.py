@@ -2,7 +2,8 @@
 
 import errno
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,38 +24,58 @@ def disk_bytes(run: "Run") -> int:
 
 
 def checkpoint_disk_bytes(run: "Run") -> int:
-    """The part of it that every budget needs for itself: matrices, checkpoint, output folder, and recovery."""
-    model = run.model
-    around = model.size_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
-    sizes = run.sizes
-    total = 3 * max(
-        sizes.compressed_bytes_beside(each) + around - sizes.saved_bytes(each) for each in sizes.embedding_sets
-    )
-    if run.texts.evaluation is not None:
-        total += sizes.compressed_bytes  # of a rival (rival.py)
-    if run.texts.recovery is not None:
-        total += 2 * sizes.compressed_bytes + _training_bytes(run)
-    return total
+    """The part of it that every budget needs for itself."""
+    return _of_a_budget(run).total()
 
 
 def shared_disk_bytes(run: "Run") -> int:
-    """The part that all budgets share: statistics, and the original's predictions for recovery and evaluation."""
+    """The part that all budgets share."""
+    return _shared(run).total()
+
+
+def stage_disk_bytes(run: "Run") -> Mapping[str, int]:
+    """What each stage writes at most, by its name; 0 for what writes nothing that counts."""
+    return _of_a_budget(run) + _shared(run)
+
+
+def _of_a_budget(run: "Run") -> Counter[str]:
+    """Packed weights and those of a rival (rival.py), the checkpoint and its copy in the folder, and recovery."""
+    from pipeline.allocation import AS_STORED
+
+    model, sizes = run.model, run.sizes
+    around = model.folder_bytes - sum(model.tensors[matrix.name].size_bytes for matrix in model.matrices)
+    packed = {}
+    for each in sizes.embedding_sets:
+        tables = sum(planned.size_bits // 8 for planned in each.values() if planned.label != AS_STORED)
+        compressed = sizes.compressed_bytes_beside(each)
+        packed[compressed + around - sizes.saved_bytes(each)] = compressed + 2 * tables  # also by themselves
+    whole = max(packed)
+    written = Counter(decompose=packed[whole], checkpoint=2 * whole)
+    if run.texts.evaluation is not None:
+        written["decompose"] += sizes.compressed_bytes
+    if run.texts.recovery is not None:
+        written["recover"] += 2 * sizes.compressed_bytes + _training_bytes(run)
+    return written
+
+
+def _shared(run: "Run") -> Counter[str]:
+    """Statistics, embeddings in each way that is on offer, and the original's answers for recovery and evaluation."""
     from pipeline.allocation import AS_STORED, free_to_choose
     from pipeline.base_logits import LIMIT_BYTES, cache_bytes
 
-    total = statistics_disk_bytes(run)
+    written = Counter(statistics=statistics_disk_bytes(run))
     for choices in free_to_choose(run.embeddings).values():  # all of them packed, and the largest copied
         packed_bits = [each.size_bits for each in choices if each.label != AS_STORED]
-        total += (sum(packed_bits) + max(packed_bits)) // 8
+        written["embeddings"] += (sum(packed_bits) + max(packed_bits)) // 8
     if run.texts.recovery is not None:
         settings, width = run.recovery_settings, run.model.config.get_text_config().hidden_size
         bytes_a_token = 2 + 6 * settings.num_top + 2 * width * (settings.hidden_weight > 0)  # see teacher.py
         if not run.model.task.generates:
             bytes_a_token = run.model.task.answer_bytes(run.model.config)
-        total += bytes_a_token * run.texts.recovery.tokens.numel()
+        written["recover"] += bytes_a_token * run.texts.recovery.tokens.numel()
     if run.texts.evaluation is not None:
-        total += min(LIMIT_BYTES, cache_bytes(run.model.config, run.texts.evaluation.tokens))
-    return total
+        written["evaluate"] += min(LIMIT_BYTES, cache_bytes(run.model.config, run.texts.evaluation.tokens))
+    return written
 
 
 def statistics_disk_bytes(run: "Run") -> int:

@@ -151,12 +151,13 @@ def show_start(run: "Run", out: "Path") -> None:
 def show_forecast(stages: "Sequence[StageForecast]") -> None:
     """What the stages will take, before they run."""
     on_device = any(stage.device_bytes for stage in stages)
-    headers = ("stage", "about", "peak memory", "all processes", *(["on the GPU"] if on_device else []))
+    headers = ("stage", "about", "peak memory", "all processes", *(["on the GPU"] if on_device else []), "disk, up to")
     table = new_table(*headers, title="Forecast")
     for stage in stages:
         device = [human_bytes(stage.device_bytes)] if on_device else []
         memory = (human_bytes(stage.memory_bytes), human_bytes(stage.total_bytes))
-        table.add_row(stage.name, human_seconds(stage.seconds), *memory, *device)
+        disk = human_bytes(stage.disk_bytes) if stage.disk_bytes else ""
+        table.add_row(stage.name, human_seconds(stage.seconds), *memory, *device, disk)
     ERRORS.print(table)
 
 

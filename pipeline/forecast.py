@@ -1,6 +1,6 @@
-"""What each stage of a run will take, before it runs: memory and time, from headers and the recipe alone.
+"""What each stage of a run will take, before it runs: memory, time and disk, from headers and the recipe alone.
 
-Memory is what is held at once, term by term. Time (stage_seconds.py) is only about right. The disk is in disk_space.py.
+Memory is what is held at once, term by term. Time (stage_seconds.py) is only about right. Disk is in disk_space.py.
 """
 
 import math
@@ -13,6 +13,7 @@ import torch
 from pipeline.allocation import PlannedEmbedding, free_to_choose
 from pipeline.base_logits import LIMIT_BYTES, SLICE_TOKENS, cache_bytes
 from pipeline.curvature_sums import sums_of
+from pipeline.disk_space import stage_disk_bytes
 from pipeline.embedding_costs import MOST_WINDOWS
 from pipeline.embedding_steps import has_embedding_costs, weighs_head
 from pipeline.embeddings import packable, packing_bytes
@@ -51,6 +52,7 @@ class StageForecast:
         memory_bytes: of the machine's memory, by the process that takes most, as in `Stage`.
         total_bytes: by all processes together.
         device_bytes: of a GPU's memory.
+        disk_bytes: written at most, in the registry and beside it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class StageForecast:
     memory_bytes: int
     total_bytes: int
     device_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def forecast(run: Run) -> tuple[StageForecast, ...]:
@@ -78,7 +81,9 @@ def forecast(run: Run) -> tuple[StageForecast, ...]:
     stages.append(facts.checkpoint())
     if run.texts.evaluation is not None:
         stages.append(facts.evaluate())
-    return (*stages, facts.report())
+    stages.append(facts.report())
+    written = stage_disk_bytes(run)
+    return tuple(replace(stage, disk_bytes=written[stage.name]) for stage in stages)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,17 @@ import pytest
 
 from pipeline import statistics
 from pipeline.compress import compress
-from pipeline.disk_space import check_disk, checkpoint_disk_bytes, shared_disk_bytes, statistics_disk_bytes
+from pipeline.disk_space import (
+    check_disk,
+    checkpoint_disk_bytes,
+    disk_bytes,
+    shared_disk_bytes,
+    stage_disk_bytes,
+    statistics_disk_bytes,
+)
 from pipeline.errors import DiskSpaceError
+from pipeline.forecast import forecast
+from pipeline.home import home
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.run import Run
@@ -19,6 +28,7 @@ from pipeline.sweep import compress_budgets
 from registry import Registry
 from tests.pipeline.small import SMALL
 
+HEADER_BYTES = 2000  # of a file of tensors, which for so small ones is not next to nothing
 pytestmark = pytest.mark.usefixtures("quick")
 
 
@@ -31,6 +41,28 @@ def opened(model_dir: Path, registry: Registry, *, resume: bool = True, **settin
 def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Set how much room there seems to be."""
     return lambda nbytes: monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=nbytes))
+
+
+def test_no_stage_leaves_more_than_its_forecast(tiny_model_dir: Path, tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "registry")
+    run = opened(tiny_model_dir, registry, embeddings="lloyd4-g32-s6", recover=True, recover_samples=8)
+    expected = stage_disk_bytes(run)
+    assert {each.name: each.disk_bytes for each in forecast(run) if each.disk_bytes} == expected
+    assert sum(expected.values()) == disk_bytes(run)
+    compress(run.recipe, registry, tmp_path / "out")
+
+    def tensors(*kinds: str) -> int:
+        files = [file for kind in kinds for made in registry.of_kind(kind) for file in made.files.items()]
+        return sum(entry.size_bytes - HEADER_BYTES for name, entry in files if name.endswith(".safetensors"))
+
+    written = {
+        "statistics": tensors("statistics"),
+        "decompose": tensors("matrices", "embedding"),
+        "recover": tensors("teacher", "recovered"),
+        "checkpoint": 2 * tensors("checkpoint"),
+        "evaluate": sum(path.stat().st_size - HEADER_BYTES for path in (home() / "logits").rglob("*.logprobs")),
+    }
+    assert {stage: size for stage, size in written.items() if not 0 < size <= expected[stage]} == {}
 
 
 def test_a_finished_folder_asks_for_no_room(tiny_model_dir: Path, tmp_path: Path, free) -> None:
