@@ -5,6 +5,7 @@ In a template of `markdown_template`, whatever is printed is escaped as words un
 
 import html
 import re
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ def line(value: Any) -> Markdown:
     return Markdown(one_line(value))
 
 
+@cache
 def markdown_template(name: str, **filters: Any) -> "Template":
-    """A template of this package; `filters` beside `code` and `line`."""
+    """A template of this package, compiled once in a process; `filters` beside `code` and `line`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -7,8 +7,9 @@ report.json                                         figures.py
 
 import base64
 import math
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.atomic import replace_file, write_json
 from pipeline.auto_classes import GENERATING, known_class
@@ -19,6 +20,9 @@ from pipeline.figures import ReportFacts, figures
 from pipeline.own_code import code_commit
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 __all__ = ["ReportFacts", "render_page", "write_report"]
 
@@ -62,6 +66,12 @@ def render_page(content: dict[str, Any], pictures: dict[str, dict[str, str]]) ->
 
 def render(template: str, **content: Any) -> str:
     """A page of this package; every text in `content` is escaped."""
+    return _templates().get_template(template).render(**content)
+
+
+@cache
+def _templates() -> "Environment":
+    """The package's, each compiled once in a process."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -73,7 +83,7 @@ def render(template: str, **content: Any) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"bytes": human_bytes, "number": "{:,}".format, "digits": _digits, "exp": math.exp}
-    return environment.get_template(template).render(**content)
+    return environment
 
 
 def _digits(value: float, digits: int = 4) -> str:
