@@ -1,9 +1,10 @@
 """How well the cost table predicts: expected error of a plan, the achieved one, and the measured divergence.
 
-    python -m benchmarks.prediction [--budgets 2.5 3 ...] [--windows 2]
+    python -m benchmarks.prediction [--budgets 2.5 3 ...] [--windows 2 [--of-calibration-text]]
 
 Runs the default recipe on the demo model; what benchmarks/quality.py made at the same budgets is found in the registry.
-With `--windows` each matrix is also put into the original alone, and the divergence measured on so many windows.
+With `--windows` each matrix is also put into the original alone, and the divergence measured on so many windows: of the
+evaluation text, or of the calibration text those that nothing was fitted to.
 """
 
 import argparse
@@ -15,12 +16,14 @@ from scipy.stats import pearsonr, spearmanr
 
 from benchmarks.quality import BUDGETS, Bench
 from pipeline.allocation import Plan
+from pipeline.calibration import token_windows
 from pipeline.decompose import matrix_file, read_error, read_matrix
 from pipeline.display import Bars
 from pipeline.evaluate import evaluate
 from pipeline.model import Matrix
 from pipeline.quality import original_logits
 
+MOST_WINDOWS = 512  # about all of the text
 FURTHEST = 12  # matrices that are named
 
 
@@ -29,6 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS, help="bits per parameter")
     parser.add_argument("--windows", type=int, default=0, help="for each matrix alone; about 2 s a matrix and window")
+    parser.add_argument("--of-calibration-text", action="store_true", help="those windows; else of the evaluation text")
     asked = parser.parse_args()
     bench = Bench("demo", "cpu")
     print("| bits | expected | achieved | measured KL | achieved / expected by matrix, 5, 50, 95% | Spearman |")
@@ -54,7 +58,8 @@ def main() -> None:
             flush=True,
         )
         if asked.windows:
-            alone.append(_by_matrix(bench, f"{budget}", dense, chosen, asked.windows))
+            tokens = _unseen(bench) if asked.of_calibration_text else bench.tokens
+            alone.append(_by_matrix(bench, f"{budget}", dense, chosen, tokens[: asked.windows]))
     if alone:
         print(
             "\n| bits | measured / expected of a matrix alone, 5, 50, 95% | Spearman | Pearson of the logarithms ",
@@ -64,9 +69,17 @@ def main() -> None:
         print("\n".join(alone))
 
 
-def _by_matrix(bench: Bench, bits: str, dense: dict[str, torch.Tensor], chosen: Plan, num_windows: int) -> str:
+def _unseen(bench: Bench) -> torch.Tensor:
+    """Windows of the calibration text that the statistics were not made from."""
+    tokenizer, (_, seq_len) = bench.model.tokenizer(), bench.calibration.shape
+    ends = bench.model.task.ends(tokenizer)
+    text = token_windows(None, tokenizer, num_windows=MOST_WINDOWS, seq_len=seq_len, seed=0, ends=ends).tokens
+    seen = {tuple(window) for window in bench.calibration.tolist()}
+    return torch.stack([window for window in text if tuple(window.tolist()) not in seen][::-1])
+
+
+def _by_matrix(bench: Bench, bits: str, dense: dict[str, torch.Tensor], chosen: Plan, tokens: torch.Tensor) -> str:
     """A row: each matrix in the place of its original, and nothing else."""
-    tokens = bench.tokens[:num_windows]
     original = original_logits(bench.model, tokens, "cpu", Bars())
 
     def divergence() -> float:
