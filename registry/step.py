@@ -1,6 +1,6 @@
 """Steps: work whose result is kept under the sha256 of all that decides it, so that it is never done twice.
 
-steps/<key>/         the work of a step under way: whatever `build` keeps there survives a kill
+steps/<key>/         the work of a step under way: whatever `build` keeps there survives a kill (kept_work.py)
     out/             what the step will hand over, but for `.*.tmp`: files that a killed process was writing
     sealed.json      written once `out/` is complete and hashed; from then on `build` is not called again
 steps/<key>.lock     held by the process that builds
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from registry import kept_work
 from registry.artifact import Artifact, FileEntry
 from registry.errors import IntegrityError, InvalidDescriptionError, UnsafePathError
 from registry.files import files_below
@@ -63,7 +64,14 @@ class Steps:
                 _remove(workdir)
             elif artifact := self._taken(key):  # made while we waited
                 return artifact
-            artifact = self._sealed(workdir) or _seal(workdir, kind, parents, settings, build)
+            artifact = self._sealed(workdir)
+            if artifact is None:
+                if path := kept_work.changed(workdir):
+                    progress.say(
+                        f"The unfinished {kind} step is not as it was left ({path} has changed): it begins anew."
+                    )
+                    _remove(workdir)
+                artifact = _seal(workdir, kind, parents, settings, build)
             with self.index.database.keeping():
                 self._take_in(artifact, workdir / "out")
                 self.index.record_step(key, artifact)
@@ -132,6 +140,7 @@ def _seal(workdir: Path, kind: str, parents: tuple[str, ...], settings: Settings
     """Run `build`, hash what it left, and note that it is done."""
     with disk_errors(workdir):
         workdir.mkdir(exist_ok=True)
+    kept_work.begin(workdir)
     facts = build(workdir)
     out = workdir / "out"
     with disk_errors(out):

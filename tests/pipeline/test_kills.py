@@ -113,6 +113,23 @@ def test_a_run_that_is_killed_at_every_stage_ends_in_the_same_bytes(
     _check_finished(tmp_path, unbroken)
 
 
+@pytest.mark.parametrize(
+    ("kill_point", "files"),
+    [("statistics", "layer-*.safetensors"), ("costs", "model.*.json"), ("decompose", "model.*.safetensors")],
+)
+def test_unfinished_work_that_was_changed_is_done_again(
+    children, unbroken: dict[str, bytes], tiny_model_dir: Path, tmp_path: Path, kill_point: str, files: str
+) -> None:
+    args = (str(tiny_model_dir), str(tmp_path), str(tmp_path / "home"))
+    assert _run_child(children, *args, kill_point, signal.SIGKILL) == -signal.SIGKILL
+    (changed, *_) = sorted((tmp_path / "registry" / "steps").rglob(files))
+    content = changed.read_bytes()
+    digit = max(place for place, byte in enumerate(content) if chr(byte).isdigit())
+    changed.write_bytes(content[:digit] + (b"7" if content[digit] != ord("7") else b"8") + content[digit + 1 :])
+    assert _run_child(children, *args, None, 0) == 0
+    _check_finished(tmp_path, unbroken)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill_point", list(KILL_POINTS))
 def test_after_one_kill_the_next_run_ends_in_the_same_bytes(

@@ -5,9 +5,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.atomic import replace_file
 from registry import Artifact, Registry, RegistryError
 from registry.store import Store
 
@@ -64,6 +66,54 @@ def test_another_kind_parent_or_setting_is_another_step(registry: Registry, kind
     build = Builder()
     registry.step(kind, parents, settings, build)
     assert build.num_calls == 1
+
+
+class Replacing:
+    """Writes three parts as the pipeline does, the second one twice, and stops before the last."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    def __call__(self, workdir: Path) -> None:
+        (workdir / "out").mkdir(exist_ok=True)
+        self.found = sorted(path.name for path in (workdir / "out").iterdir())
+        for name, content in [("part0", b"0" * 100), ("part1", b"half of it"), ("part1", b"1" * 100)]:
+            replace_file(workdir / "out" / name, lambda path, content=content: path.write_bytes(content))
+        if not self.found:
+            raise ZeroDivisionError("in the middle")
+        replace_file(workdir / "out" / "part2", lambda path: path.write_bytes(b"2"))
+
+
+@pytest.mark.parametrize("content", [b"1" * 100, b"half of it", b"1" * 99 + b"0", b"1" * 50, b""])
+def test_work_that_is_not_as_it_was_left_is_not_gone_on_with(registry: Registry, content: bytes) -> None:
+    """The second is of a kill between the hash and the name of the second part's other content."""
+    said: list[str] = []
+    build, progress = Replacing(), SimpleNamespace(say=said.append)
+    with pytest.raises(ZeroDivisionError):
+        step(registry, build)
+    (part,) = (registry.root / "steps").glob("*/out/part1")
+    part.write_bytes(content)
+    journal = part.parent.parent / ".bitsmith-written"
+    journal.write_bytes(journal.read_bytes() + b"\n0123")  # cut off by a kill
+    is_as_left = content in (b"1" * 100, b"half of it")
+    if is_as_left:
+        made = step(registry, build, progress=progress)
+        assert build.found == ["part0", "part1"]
+        assert said == []
+    else:
+        with pytest.raises(ZeroDivisionError):
+            step(registry, build, progress=progress)
+        assert build.found == []
+        assert said == [f"The unfinished matrices step is not as it was left ({part} has changed): it begins anew."]
+        made = step(registry, build)
+    assert sorted(made.files) == ["part0", "part1", "part2"]
+    assert registry.store.path(made.files["part1"].sha256).read_bytes() == b"1" * 100
+    assert list((registry.root / "steps").iterdir()) == []
+
+
+def test_files_outside_of_steps_are_not_noted(tmp_path: Path) -> None:
+    replace_file(tmp_path / "file", lambda path: path.write_bytes(b"1"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_exception_keeps_the_parts_that_are_done(registry: Registry):
