@@ -56,6 +56,7 @@ def test_plan_dry_run_writes_nothing(bitsmith, tiny_model_dir: Path, tmp_path: P
     assert shown.code == 0, shown.err
     assert "model.safetensors" in shown.out
     assert "Forecast" in shown.err
+    assert "disk, up to" in shown.err
     assert "statistics" in shown.err
     assert not (tmp_path / "home").exists()
 
@@ -65,6 +66,7 @@ def test_plan_tells_machines_what_the_stages_will_take(bitsmith, tiny_model_dir:
     stages = json.loads(shown.out)["stages"]
     assert [stage["name"] for stage in stages][-3:] == ["checkpoint", "evaluate", "report"]
     assert all(stage["memory_bytes"] > 0 for stage in stages)
+    assert all(stage["disk_bytes"] > 0 for stage in stages if stage["name"] in ("statistics", "decompose", "checkpoint"))
 
 
 def test_a_run_that_does_not_fit_ends_before_it_begins(
