@@ -16,6 +16,7 @@ import shutil
 from base64 import b64decode
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 MOST_BYTES_OF_A_COPY = 1 << 30  # more is copied in parts, so that no answer takes a minute; S3 has no hash of it then
 # Who reads hashes what came: the client's own check would make an unreachable server of a damaged blob. Its standard
 # way to try again, and the file system's around it, then give up a server that is silent after a minute and a half.
+# It writes into what it is given, hence the copies.
 _OPTIONS_OF_S3 = {"config_kwargs": {"response_checksum_validation": "when_required", "retries": {"mode": "standard"}}}
 _TRIES_OF_S3 = 2
 
@@ -143,7 +145,7 @@ class RemoteBlobs:
             from fsspec.core import url_to_fs
 
             is_s3 = self.url.partition("://")[0] in ("s3", "s3a")
-            fs, root = url_to_fs(self.url, use_listings_cache=False, **(_OPTIONS_OF_S3 if is_s3 else {}))
+            fs, root = url_to_fs(self.url, use_listings_cache=False, **(deepcopy(_OPTIONS_OF_S3) if is_s3 else {}))
             if is_s3:
                 fs.retries = _TRIES_OF_S3
             yield fs, root.rstrip("/")

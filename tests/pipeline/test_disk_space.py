@@ -43,7 +43,10 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda nbytes: monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=nbytes))
 
 
-def test_no_stage_leaves_more_than_its_forecast(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_no_stage_leaves_more_than_its_forecast(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))  # others' answers are in that of all tests
     registry = Registry(tmp_path / "registry")
     run = opened(tiny_model_dir, registry, embeddings="lloyd4-g32-s6", recover=True, recover_samples=8)
     expected = stage_disk_bytes(run)
