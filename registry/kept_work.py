@@ -5,11 +5,10 @@
 A file that is replaced has several lines, of which any may be its own: a kill can come before the new one has the name.
 """
 
-import hashlib
 from collections import defaultdict
 from pathlib import Path
 
-from registry.store import disk_errors
+from registry.store import disk_errors, hash_file
 
 _FILE = ".bitsmith-written"
 _MOST_PARENTS = 3  # of a file, up to the folder of its step
@@ -26,14 +25,13 @@ def note(target: Path, written: Path) -> None:
     workdir = next((folder for folder in [*target.parents][:_MOST_PARENTS] if (folder / _FILE).exists()), None)
     if workdir is None:
         return
-    with written.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    line = f"{hash_file(written).sha256} {target.relative_to(workdir).as_posix()}"
     with (workdir / _FILE).open("ab") as file:  # in one call, for others write too
-        file.write(f"\n{sha256} {target.relative_to(workdir).as_posix()}\n".encode())
+        file.write(f"\n{line}\n".encode())
 
 
 def changed(workdir: Path) -> Path | None:
-    """A file of `workdir` that is not what was written, or None."""
+    """A file of `workdir` that is not what was written, or None. Raises RegistryError if one cannot be read."""
     expected: dict[str, set[str]] = defaultdict(set)
     with disk_errors(workdir):
         if not (workdir / _FILE).exists():
@@ -44,8 +42,6 @@ def changed(workdir: Path) -> Path | None:
                 expected[name].add(sha256)
         for name, hashes in expected.items():
             path = workdir / name
-            if path.is_file():
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() not in hashes:
-                        return path
+            if path.is_file() and hash_file(path).sha256 not in hashes:
+                return path
     return None
