@@ -23,7 +23,8 @@ from torch import Tensor
 from quantizers.packing import WORD_BITS, num_words
 
 LEAST_WEIGHTS = 2**16
-LEAST_COSTS = 2**28  # of states of a trellis, that a process finds with torch: less than a second
+LEAST_COSTS = 2**28  # of states of a trellis, that a process finds with torch: about two seconds
+COSTS_A_CALL = 2**23  # that torch finds in the time which its smallest search takes
 COSTS_A_WEIGHT = 16
 SEARCH_BYTES = 2**25  # of costs, that a thread keeps once it has searched
 MOST_ROWS = 8  # of a product
@@ -199,7 +200,7 @@ class _Searched:
 
     def pays(self, costs: int) -> bool:
         """Is so much more a reason to load numba?"""
-        self.costs += costs
+        self.costs += costs + COSTS_A_CALL
         return self.costs >= LEAST_COSTS
 
 

@@ -93,11 +93,13 @@ def test_the_search_for_codes_finds_the_same(bits: int, state_bits: int, num_ste
         assert torch.equal(found, wanted)
 
 
-def test_the_search_is_by_a_loop_once_that_pays(monkeypatch) -> None:
+@pytest.mark.parametrize(("least_costs", "costs_a_call"), [(2 * 8 * 40 * 64, 0), (2**20, 2**19)], ids=["size", "calls"])
+def test_the_search_is_by_a_loop_once_that_pays(monkeypatch, least_costs: int, costs_a_call: int) -> None:
     draw = torch.Generator().manual_seed(5)
     levels, values = torch.randn(64, generator=draw), torch.randn(8, 40, generator=draw)
     monkeypatch.setattr(compiled, "_searched", compiled._Searched())
-    monkeypatch.setattr(compiled, "LEAST_COSTS", 2 * values.numel() * len(levels))
+    monkeypatch.setattr(compiled, "LEAST_COSTS", least_costs)
+    monkeypatch.setattr(compiled, "COSTS_A_CALL", costs_a_call)
     searched = []
     monkeypatch.setattr("quantizers.trellis._Viterbi.closed_path", _spied(searched))
     first, second = encode(values, levels, 2), encode(values, levels, 2)
