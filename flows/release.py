@@ -1,6 +1,7 @@
 """What is done about versions, as tasks: is there anything new, do gates let it pass, the Hub, the alias.
 
-Plain JSON in and out. Only what talks to the Hub may be tried again, and only after a network's failure.
+Plain JSON in and out. Only what looks at the Hub may be tried again, and only after a network's failure: a push tries
+again by itself (registry/patience.py).
 """
 
 from pathlib import Path
@@ -102,7 +103,7 @@ def judge(names: list[str], gates: list[str], registry: str | None) -> list[Verd
     return verdicts
 
 
-@task(**OPENING)
+@task(**PLAIN)
 def push(
     version: str,
     repo: str,

@@ -24,7 +24,7 @@ keep_known_errors_short()
 
 PLAIN: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False}
 OPENING: dict[str, Any] = PLAIN | {
-    "retries": 3,
+    "retries": 2,  # a Hub that is away fails a run within two minutes
     "retry_delay_seconds": exponential_backoff(10),
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": only_network_failures,

@@ -53,7 +53,7 @@ def test_which_failures_a_retry_may_help(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("error", "num_tries"),
-    [(_caused(ModelError("the download broke off"), ConnectionError("reset")), 4), (RecipeError("wrong"), 1)],
+    [(_caused(ModelError("the download broke off"), ConnectionError("reset")), 3), (RecipeError("wrong"), 1)],
     ids=["network", "recipe"],
 )
 def test_prepare_is_tried_again_only_for_the_network(
@@ -79,6 +79,16 @@ def test_prepare_is_tried_again_only_for_the_network(
     with pytest.raises(PipelineError, match=str(error)):
         only_prepare()
     assert len(tries) == num_tries
+
+
+def test_a_hub_that_is_away_fails_a_run_within_two_minutes() -> None:
+    from flows import quality, release, steps
+    from pipeline.sources import HUB_TIMEOUT_SECONDS
+
+    for task in (steps.prepare, release.look, quality.measure):
+        waits = sum(task.retry_delay_seconds) * (1 + task.retry_jitter_factor)
+        assert waits + (1 + task.retries) * 2 * HUB_TIMEOUT_SECONDS < 120
+    assert release.push.retries == 0  # see registry/patience.py
 
 
 @pytest.mark.parametrize(("error", "kept"), [(RecipeError("wrong"), False), (KeyError("bug"), True)])

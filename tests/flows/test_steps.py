@@ -126,7 +126,7 @@ def test_nothing_is_cached_or_stored_by_prefect(name: str) -> None:
     task = getattr(steps, name)
     assert task.cache_policy == NO_CACHE
     assert task.persist_result is False
-    assert task.retries == (3 if name.startswith("prepare") else 0)
+    assert task.retries == (2 if name.startswith("prepare") else 0)
 
 
 def test_model_that_changes_under_way_is_refused_by_name(
