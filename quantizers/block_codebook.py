@@ -18,7 +18,7 @@ from quantizers.block_rounding import Metric, metric_of, round_blocks
 from quantizers.quantized import QuantizedTensor
 from quantizers.scale_search import search_scales
 from quantizers.statistics import LayerStatistics
-from quantizers.stored_scales import BlockColumns, StoredScales
+from quantizers.stored_scales import Places, StoredScales
 
 ScaleRule = Literal["search", "absmax"]
 
@@ -34,8 +34,8 @@ def quantize_blocks(
 ) -> QuantizedTensor:
     """Find the scales, round them to `scale_bits`, then give each weight the level nearest under them.
 
-    With a curvature in `statistics` errors are passed on to the columns after them, and scales are found in between;
-    else weights are rounded one by one.
+    With a curvature in `statistics` errors are passed on to the columns and rows after them, and scales are found in
+    between; else weights are rounded one by one.
 
     Raises:
         ValueError: `weight` has a NaN or an infinity.
@@ -83,9 +83,9 @@ class CodebookParameters:
         part.scales = self.scales.rows(rows)
         return part
 
-    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles 1"]) -> BlockGrid:
+    def store(self, places: Places, found: Float32[Tensor, "rows tiles 1"]) -> BlockGrid:
         """See BlockParameters."""
-        return BlockGrid(self.scales.store(columns, found[:, :, 0])[:, :, None], self.levels)
+        return BlockGrid(self.scales.store(places, found[:, :, 0])[:, :, None], self.levels)
 
     def tensors(self) -> dict[str, Tensor]:
         """See BlockParameters."""

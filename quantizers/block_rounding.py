@@ -1,12 +1,13 @@
 """Rounding block by block under parameters (a scale, perhaps a zero-point) that are found for each block.
 
-Without a curvature all blocks are rounded at once. With one, a tile is one column of blocks: its parameters are
-found when it has taken up all errors before it, and inside of it each column's error is passed on to the next. Tiles
-and their columns take turns as column_order.py says; codes and parameters are stored in the weight's own order.
-(Feedback between rows too makes targets that outgrow scales of few bits: a model came out worse by it.)
+Without a curvature all blocks are rounded at once. With one, a tile is a block of some rows, or of all where nothing is
+known of the outputs: its parameters are found when it has taken up all errors before it, and inside of it each column's
+error is passed on to the next. Tiles, their rows and columns take turns as rounding_order.py says; codes and parameters
+are stored in the weight's own order.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -16,23 +17,46 @@ from torch import Tensor
 from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.block_grid import BlockGrid
 from quantizers.blocks import to_blocks
-from quantizers.column_order import OrderedColumns, order_columns
 from quantizers.feedback import round_with_feedback
 from quantizers.kernels.switch import KERNELS
 from quantizers.packing import pack
+from quantizers.rounding_order import RoundingOrder, rounding_order
 from quantizers.statistics import LayerStatistics
-from quantizers.stored_scales import BlockColumns
+from quantizers.stored_scales import Places
 
 # Blocks [n, block_size] and the importance of their weights (None: all alike) -> what each block asks for.
 FindParameters = Callable[[Tensor, Tensor | None], Float32[Tensor, "n parameters"]]
-Metric = Float[Tensor, "out in"] | OrderedColumns | None  # a Fisher diagonal, factors of H_I, or nothing known
+MOST_ROWS = 16  # of a tile; more have less of one another's errors, fewer take more steps
+
+
+@dataclass(frozen=True)
+class BlockSides:
+    """The order and the factors of the curvature of both sides.
+
+    Attributes:
+        inputs: of columns.
+        outputs: of rows, in blocks of `height`; None for the identity: rows do not wait for one another.
+        height: rows of a tile that go together.
+    """
+
+    inputs: RoundingOrder
+    outputs: RoundingOrder | None
+    height: int
+
+    @property
+    def importance(self) -> Float32[Tensor, "rows in"]:
+        """What independent errors of the triangular basis weigh; one row for all where there are no `outputs`."""
+        return self.inputs.pivots[None] if self.outputs is None else self.outputs.pivots[:, None] * self.inputs.pivots
+
+
+Metric = Float[Tensor, "out in"] | BlockSides | None  # a Fisher diagonal, factors, or nothing known
 
 
 @runtime_checkable
 class BlockParameters(Protocol):
     """The parameters of all blocks as they will be stored, filled in block by block."""
 
-    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles parameters"]) -> BlockGrid:
+    def store(self, places: Places, found: Float32[Tensor, "rows tiles parameters"]) -> BlockGrid:
         """Round the parameters of some blocks to ones that can be stored."""
         ...
 
@@ -46,8 +70,19 @@ def metric_of(statistics: LayerStatistics | None, block_size: int) -> Metric:
     if statistics is None:
         return None
     if statistics.input_curvature is not None:
-        return order_columns(statistics.input_curvature, block_size)
+        return block_sides(statistics, block_size)
     return statistics.fisher_diag
+
+
+def block_sides(statistics: LayerStatistics, block_size: int) -> BlockSides:
+    """Of a metric with curvature, for blocks of so many columns."""
+    assert statistics.input_curvature is not None
+    inputs = rounding_order(statistics.input_curvature, block_size)
+    if statistics.output_curvature is None:
+        return BlockSides(inputs, None, 1)
+    num_rows = len(statistics.output_curvature)
+    height = max(rows for rows in range(1, MOST_ROWS + 1) if num_rows % rows == 0)
+    return BlockSides(inputs, rounding_order(statistics.output_curvature, 1).in_blocks(height), height)
 
 
 def round_blocks(
@@ -75,7 +110,7 @@ def first_parameters(
 ) -> Float32[Tensor, "out blocks parameters"]:
     """What the blocks of `weight` itself ask for."""
     blocks = to_blocks(weight, block_size)
-    weights = metric.pivots.expand(weight.shape) if isinstance(metric, OrderedColumns) else metric
+    weights = metric.inputs.pivots.expand(weight.shape) if isinstance(metric, BlockSides) else metric
     if weights is None and weight.shape[1] % block_size:
         weights = torch.ones_like(weight)  # and 0 for the padding, which must not count
     importance = None if weights is None else to_blocks(weights, block_size).reshape(-1, block_size)
@@ -92,32 +127,40 @@ def codes_under(
 ) -> UInt8[Tensor, " weights"]:
     """Codes row by row; the parameters that they are under are left in `parameters`."""
     blocks = to_blocks(weight, block_size)
-    if isinstance(metric, OrderedColumns):
-        rounder = _BlockRounder(metric, block_size, find, parameters, torch.zeros_like(blocks, dtype=torch.uint8))
-        round_with_feedback(weight[:, metric.columns], None, metric.factor, (1, block_size), rounder)
-        codes = rounder.codes
+    if isinstance(metric, BlockSides):
+        codes = torch.zeros_like(blocks, dtype=torch.uint8)
+        rounder = _BlockRounder(metric, block_size, find, parameters, codes)
+        ordered, outputs = weight[:, metric.inputs.places], None
+        if metric.outputs is not None:
+            ordered, outputs = ordered[metric.outputs.places], metric.outputs.factor
+        round_with_feedback(ordered, outputs, metric.inputs.factor, (metric.height, block_size), rounder)
     else:
-        codes, _ = parameters.store(slice(None), first).round(blocks)
+        codes, _ = parameters.store(..., first).round(blocks)
     return codes.flatten(1)[:, : weight.shape[1]].reshape(-1)
 
 
 class _BlockRounder:
-    """A TileRounder for tiles that hold all rows and are whole blocks, in another order than the weight's."""
+    """A TileRounder for tiles of whole blocks, in another order than the weight's."""
 
     def __init__(
         self,
-        order: OrderedColumns,
+        sides: BlockSides,
         size: int,
         find: FindParameters,
         parameters: BlockParameters,
         codes: UInt8[Tensor, "out blocks block_size"],
     ) -> None:
         self.find, self.parameters, self.codes = find, parameters, codes
+        order, num_rows = sides.inputs, len(codes)
         self.importance = to_blocks(order.factor.pivots[None], size)[0]
-        columns = to_blocks(order.columns[None], size)[0]  # of each tile; 0 for the padding of the last
+        columns = to_blocks(order.places[None], size)[0]  # of each tile; 0 for the padding of the last
+        if sides.outputs is None:
+            self.rows = torch.arange(num_rows, device=columns.device)[None]
+        else:
+            self.rows = sides.outputs.places.view(-1, sides.height)  # of each tile
         self.blocks = columns[:, 0] // size
         places = torch.arange(size, device=columns.device)
-        padding = torch.arange(columns.numel(), device=columns.device).view_as(columns) >= len(order.columns)
+        padding = torch.arange(columns.numel(), device=columns.device).view_as(columns) >= len(order.places)
         self.places = torch.where(padding, places, columns % size)  # of a tile's columns in their block
 
     def round_tiles(
@@ -128,21 +171,21 @@ class _BlockRounder:
         right: Float32[Tensor, "tiles width width"],
     ) -> Float32[Tensor, "tiles height width"]:
         """See TileRounder: weights of a tile in turn, each one's error passed on to those after it."""
-        target = target.transpose(0, 1).contiguous()  # [out, tiles, width]
+        target = target.transpose(0, 1).contiguous()  # [height, tiles, width]
         size = target.shape[2]
         importance = self.importance[columns].expand(target.shape)
         found = self.find(target.reshape(-1, size), importance.reshape(-1, size)).view(*target.shape[:2], -1)
-        blocks = self.blocks[columns]
-        codes, values = _columns_in_turn(target, self.parameters.store(blocks, found), right)
-        self.codes[:, blocks[:, None], self.places[columns]] = codes
+        at = self.rows[rows].T, self.blocks[columns]
+        codes, values = _columns_in_turn(target, self.parameters.store(at, found), right)
+        self.codes[at[0][:, :, None], at[1][:, None], self.places[columns]] = codes
         return values.transpose(0, 1)
 
 
 def _columns_in_turn(
-    target: Float32[Tensor, "out tiles width"],
+    target: Float32[Tensor, "height tiles width"],
     grid: BlockGrid,
     right: Float32[Tensor, "tiles width width"],
-) -> tuple[UInt8[Tensor, "out tiles width"], Float32[Tensor, "out tiles width"]]:
+) -> tuple[UInt8[Tensor, "height tiles width"], Float32[Tensor, "height tiles width"]]:
     """Codes and values; each column's error is passed on to those after it."""
     if KERNELS.serves(target):
         found = KERNELS.attempt(lambda: _by_kernel(target, grid, right))

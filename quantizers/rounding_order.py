@@ -1,8 +1,9 @@
-"""The order in which columns are rounded: what the loss heeds most comes first, so that the others make up for it.
+"""The order in which rows and columns are rounded: first what the loss heeds most, so that the others make up for it.
 
 GPTQ's act-order (`desc_act`) rounds columns by falling diagonal of H_I, across the blocks that share a scale, and then
 either stores the order or finds scales before the errors are known. Here whole blocks are ordered, and the columns of
 each: nothing has to be stored, scales are found when their block's turn comes, and most of the gain is kept (LOG.md).
+Rows share nothing, so each has its place by the diagonal of H_O alone.
 """
 
 import functools
@@ -16,25 +17,29 @@ from quantizers.curvature import Triangular, factorize
 
 
 @dataclass(frozen=True)
-class OrderedColumns:
-    """Columns in the order in which they are rounded, and the factor of H_I with its rows and columns so ordered.
+class RoundingOrder:
+    """The order of one side of a weight, and the factor of its curvature with rows and columns so ordered.
 
     Attributes:
-        columns: a block's columns stand together; a last block with fewer columns than the others stays last.
+        places: a block's stand together; a last block with fewer than the others stays last.
         factor: in that order.
     """
 
-    columns: Int64[Tensor, " in"]
+    places: Int64[Tensor, " n"]
     factor: Triangular
 
     @functools.cached_property
-    def pivots(self) -> Float32[Tensor, " in"]:
-        """Of the factor, each at its column's own place."""
-        return torch.empty_like(self.factor.pivots).scatter_(0, self.columns, self.factor.pivots)
+    def pivots(self) -> Float32[Tensor, " n"]:
+        """Of the factor, each at its own place."""
+        return torch.empty_like(self.factor.pivots).scatter_(0, self.places, self.factor.pivots)
+
+    def in_blocks(self, size: int) -> "RoundingOrder":
+        """For what is rounded at one go, see Triangular."""
+        return RoundingOrder(self.places, self.factor.in_blocks(size)) if size > 1 else self
 
 
-def order_columns(curvature: Float[Tensor, "in in"], block_size: int) -> OrderedColumns:
-    """Blocks by falling mean of the diagonal of H_I, columns of a block by falling diagonal."""
+def rounding_order(curvature: Float[Tensor, "n n"], block_size: int) -> RoundingOrder:
+    """Blocks by falling mean of the curvature's diagonal, the places in a block by falling diagonal."""
     diagonal = curvature.diagonal().nan_to_num()
     size = len(diagonal)
     num_whole = size // block_size
@@ -44,5 +49,5 @@ def order_columns(curvature: Float[Tensor, "in in"], block_size: int) -> Ordered
         num_whole, device=diagonal.device
     ).unsqueeze(1)
     rest = num_whole * block_size + diagonal[num_whole * block_size :].argsort(descending=True, stable=True)
-    columns = torch.cat([within[blocks].view(-1), rest])
-    return OrderedColumns(columns, factorize(curvature[columns][:, columns]))
+    places = torch.cat([within[blocks].view(-1), rest])
+    return RoundingOrder(places, factorize(curvature[places][:, places]))
