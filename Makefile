@@ -16,8 +16,15 @@ demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline registry list
 
 # Small tensors: a core a worker is faster than two threads an operation. A file stays in one worker, with its fixtures.
+# Annotated shapes are checked where the tests are about tensors; it makes small tensors three times as slow.
+NUMERIC := tests/quantizers tests/solvers
+SHAPED := quantizers,solvers.low_rank,solvers.joint_low_rank,solvers.weighted_low_rank,solvers.weighted_als
+SHAPED := $(SHAPED),solvers.weighted_majorization,solvers.weighted_problem,solvers.whitening
 test: lint ## lint, types, import contracts, tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(NUMERIC) \
+		--jaxtyping-packages=$(SHAPED),beartype.beartype
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(NUMERIC:%=--ignore=%) \
+		--no-loadscope-reorder
 
 test-slow: $(READY) ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -115,6 +115,7 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
     assert other.state.is_running()  # one that is not ours
 
 
+@pytest.mark.slow
 def test_a_run_that_a_worker_or_serve_took_and_that_did_not_begin_is_crashed(server: str) -> None:
     """As if they were killed before the run's process could speak."""
     from prefect import flow

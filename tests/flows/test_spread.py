@@ -48,7 +48,7 @@ def _tasks(model_dir: Path, registry: Registry, runner: str, log: StageLog | Non
     return TaskSpread(open_model(str(model_dir)), registry, None, Runner.parse(runner), log or StageLog())
 
 
-@pytest.mark.parametrize("runner", ["threads:2", "dask:2", "ray:2"])
+@pytest.mark.parametrize("runner", ["threads:2", "dask:2", pytest.param("ray:2", marks=pytest.mark.slow)])
 def test_every_runner_makes_the_bytes_of_the_cores_here(
     server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path, runner: str
 ) -> None:
@@ -64,6 +64,7 @@ def test_every_runner_makes_the_bytes_of_the_cores_here(
     assert there == here
 
 
+@pytest.mark.slow
 def test_a_killed_dask_worker_costs_nothing_but_time(
     server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path
 ) -> None:

@@ -292,6 +292,7 @@ def _child(model: str, place: str, home: str, kill_point: str | None) -> None:
     sweep(Path(model), Path(place), ("4bpw", "3bpw"))
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_killed_at_the_second_budget_ends_in_the_same_bytes(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -35,7 +35,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize("room_bytes", [150_000, 450_000])
+@pytest.mark.parametrize("room_bytes", [150_000, pytest.param(450_000, marks=pytest.mark.slow)])
 def test_work_is_kept_and_the_same_command_goes_on(room_bytes: int, disk: Path, tmp_path: Path) -> None:
     model = save_model(build_causal("llama"), tmp_path / "model")
     recipe = Recipe.of(model=str(model), **(SMALL | {"sensitivity": "fisher"}))
