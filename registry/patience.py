@@ -17,7 +17,8 @@ class Patience:
     """Waits of `first_seconds`, twice that, and so on, each up to a half longer by chance, between `num_tries` tries.
 
     What the server asks for (Retry-After) is waited for, unless it is more than `longest_seconds`. Where it asks for
-    nothing, or does not even answer, no try begins more than `most_seconds` after the first.
+    nothing, or does not even answer, no try begins more than `most_seconds` after the first, or after the end of one
+    that was under way for longer than that: something had been sent.
     """
 
     num_tries: int = 6
@@ -34,9 +35,12 @@ class Patience:
         """
         started = time.monotonic()
         for number in range(1, self.num_tries + 1):
+            began = time.monotonic()
             try:
                 return attempt()
             except (HubRaceError, HubUnavailableError) as error:
+                if time.monotonic() - began > self.most_seconds:
+                    started = time.monotonic()
                 asked = getattr(error, "retry_after_seconds", None)
                 wait_seconds = max(self.first_seconds * 2 ** (number - 1), asked or 0.0) * random.uniform(1.0, 1.5)
                 spent_seconds = time.monotonic() - started + wait_seconds

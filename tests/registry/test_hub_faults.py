@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -270,6 +271,20 @@ def test_no_try_begins_long_after_the_first_where_the_server_asks_for_none(waits
 
     patience.run(busy)
     assert len(waits) == 4
+
+
+def test_a_try_that_was_long_under_way_is_done_again(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    now, began = [0.0], []
+    monkeypatch.setattr("registry.patience.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def slow() -> None:
+        began.append(now[0])
+        now[0] += 1000.0 if len(began) == 1 else 50.0  # an upload that breaks off, then silence
+        raise HubUnavailableError("reset")
+
+    with pytest.raises(HubUnavailableError):
+        Patience(sleep=waits.append).run(slow)
+    assert began == [0.0, 1000.0, 1050.0]
 
 
 def test_waits_are_not_in_step(waits: list[float]) -> None:
