@@ -26,8 +26,8 @@ test: lint ## lint, types, import contracts, tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(NUMERIC:%=--ignore=%) \
 		--no-loadscope-reorder
 
-test-slow: $(READY) ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+test-slow: $(READY) ## the tests that take long
+	$(BIN)/python -m pytest -m slow --jaxtyping-packages=$(SHAPED),beartype.beartype
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -18,12 +18,16 @@ STEPS: dict[str, dict[str, Any]] = {
     "factors from gradients of whole windows (sketch of YAQA)": {"sensitivity": "sequence"},
     "without gradients (second moment of the input, one-sided)": {"sensitivity": "input"},
     "without curvature and feedback (Fisher diagonal)": {"sensitivity": "fisher"},
+    "without feedback (row and column means of the Fisher diagonal)": {"sensitivity": "factored"},
     "without trellis (scalar codebooks)": {"candidates": PRESETS["fast"]["candidates"]},
+    "with integers for trellises": {"candidates": (*(f"int{bits}-g64-s6" for bits in range(2, 6)), *SCALARS)},
+    "with E8 lattices for trellises": {"candidates": (*(f"e8p{bits}" for bits in range(2, 5)), *SCALARS)},
     "without curvature, feedback and trellis (Fisher diagonal, scalar codebooks)": {
         "sensitivity": "fisher",
         "candidates": PRESETS["fast"]["candidates"],
     },
     "without low-rank parts": {"ranks": (0,)},
+    "with low-rank parts in 16 bits": {"factor_bits": (16,)},
     "with bits by tiles": {"candidates": (*(f"vtrellis{quarters / 4:g}-l12" for quarters in range(4, 21)), *SCALARS)},
     "with 1024 states": {
         "candidates": ("trellis1", "trellis2-l10", "trellis3-l10", "trellis4-l10", "trellis5", *SCALARS)

@@ -55,8 +55,12 @@ class StageSeconds:
         return 2.0 * self.run.model.num_params
 
     @property
+    def _curved_sides(self) -> int:
+        return {"input": 1, "kl": 1, "kronecker": 2, "sequence": 2}.get(self.run.recipe.sensitivity, 0)
+
+    @property
     def _has_curvature(self) -> bool:
-        return self.run.recipe.sensitivity in ("input", "kl", "kronecker", "sequence")
+        return self._curved_sides > 0
 
     def statistics(self) -> float:
         """One pass there; one back, and for blocks that are not held at once another there; and the sums."""
@@ -113,7 +117,7 @@ class StageSeconds:
     def decompose(self, workers: int) -> float:
         """By the mean of the choices, for which of them will be taken is not known yet."""
         millions = self.run.model.num_matrix_params / 1e6
-        each = [quantizer_from_label(label).seconds_per_million(self._has_curvature) for label in self.run.labels]
+        each = [quantizer_from_label(label).seconds_per_million(self._curved_sides) for label in self.run.labels]
         seconds = millions * sum(each) / len(each) + QUANTIZE_FACTOR_SECONDS * self._cubes
         free = free_to_choose(self.run.embeddings)
         fixed = {module: choices for module, choices in self.run.embeddings.items() if module not in free}

@@ -30,18 +30,19 @@ class AbstractQuantizer(ABC):
 
         Args:
             weight: finite, any float dtype.
-            statistics: the error is weighted with its Fisher diagonal, or with its curvature, column by column with
-                feedback; unweighted if None.
+            statistics: the error is weighted with its Fisher diagonal, or with its curvature, and then fed back to what
+                is rounded later; unweighted if None.
         Raises:
             ValueError: `weight` has a NaN or an infinity.
         """
 
     @abstractmethod
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """About how long a million weights take on one thread of a CPU.
 
         Args:
-            has_feedback: there are curvatures, along which errors are fed back.
+            curved_sides: 2 where both factors of the curvature are known, along which errors are fed back; 1 where the
+                inputs' alone is, or 0.
         """
 
     def size_bits(self, shape: tuple[int, int]) -> int:

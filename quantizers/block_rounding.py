@@ -7,7 +7,7 @@ are stored in the weight's own order.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -74,10 +74,16 @@ def metric_of(statistics: LayerStatistics | None, block_size: int) -> Metric:
     return statistics.fisher_diag
 
 
-def block_sides(statistics: LayerStatistics, block_size: int) -> BlockSides:
-    """Of a metric with curvature, for blocks of so many columns."""
+def block_sides(statistics: LayerStatistics, block_size: int, alike: BlockSides | None = None) -> BlockSides:
+    """Of a metric with curvature, for blocks of so many columns.
+
+    Args:
+        alike: those of the same statistics for other blocks, if there are any: their outputs are the same.
+    """
     assert statistics.input_curvature is not None
     inputs = rounding_order(statistics.input_curvature, block_size)
+    if alike is not None:
+        return replace(alike, inputs=inputs)
     if statistics.output_curvature is None:
         return BlockSides(inputs, None, 1)
     num_rows = len(statistics.output_curvature)

@@ -115,15 +115,15 @@ class ErrorEstimator:
             sides = self._sides_of(plain)
             columns_weighed = sides.inputs.weigh(normal * sides.spread_out(plain.distortions(sides)).sqrt())
             return columns_weighed if sides.outputs is None else sides.outputs.weigh(columns_weighed.T).T
-        rows, columns = self._whitening
-        if isinstance(plain, AbstractRotated):
-            return whiten_both(normal, rows, columns)
-        if self.has_feedback:
+        if not isinstance(plain, AbstractRotated) and self.has_feedback:
             of_blocks = self._sides_of_blocks(_block_size(plain))
             errors = normal * self.weight.square().mean(dim=1, keepdim=True).sqrt()
             columns_weighed = of_blocks.inputs.factor.weigh(errors)
             outputs = of_blocks.outputs
             return columns_weighed if outputs is None else outputs.factor.weigh(columns_weighed[outputs.places].T).T
+        rows, columns = self._whitening
+        if isinstance(plain, AbstractRotated):
+            return whiten_both(normal, rows, columns)
         return whiten_both(self.weight - plain.quantize(self.weight, learnt).dequantize(), rows, columns)
 
     def _sampled_importance(self, block_size: int) -> Float32[Tensor, "rows in"]:
@@ -143,7 +143,8 @@ class ErrorEstimator:
     def _sides_of_blocks(self, block_size: int) -> BlockSides:
         if block_size not in self._block_sides:
             assert self.statistics is not None
-            self._block_sides[block_size] = block_sides(self.statistics, block_size)
+            alike = next(iter(self._block_sides.values()), None)
+            self._block_sides[block_size] = block_sides(self.statistics, block_size, alike)
         return self._block_sides[block_size]
 
     @functools.cached_property

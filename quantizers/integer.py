@@ -48,9 +48,9 @@ class Integer(AbstractQuantizer):
         """See AbstractQuantizer."""
         return IntegerFormat(self.bits, self.block_size, self.scale_bits, self.super_block)
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return 1.7 if has_feedback else 0.1
+        return (0.1, 0.5, 1.7)[curved_sides]
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""

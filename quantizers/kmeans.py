@@ -56,9 +56,9 @@ class KMeans(AbstractQuantizer):
         """See AbstractQuantizer."""
         return LearnedFormat(self.bits, self.block_size, self.scale_bits, self.super_block)
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return 4.0 if has_feedback else 0.4
+        return (0.4, 1.3, 4.0)[curved_sides]
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer.

@@ -43,9 +43,9 @@ class LatticeCoded(AbstractRotated):
         """See AbstractQuantizer."""
         return LatticeFormat(self.bits, self.seed)
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return 1.4 if has_feedback else 1.1
+        return 1.4 if curved_sides else 1.1
 
     @property
     def tile(self) -> tuple[int, int]:

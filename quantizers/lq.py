@@ -55,9 +55,9 @@ class LowRankPlus(AbstractQuantizer):
         """See AbstractQuantizer."""
         return replace(self.quantizer.format, rank=self.rank, factor_bits=self.factor_bits)
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return self.quantizer.seconds_per_million(has_feedback) + LOW_RANK_SECONDS
+        return self.quantizer.seconds_per_million(curved_sides) + LOW_RANK_SECONDS
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer.

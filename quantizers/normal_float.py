@@ -44,9 +44,9 @@ class NormalFloat(AbstractQuantizer):
         """See AbstractQuantizer."""
         return BlockFormat(self.bits, self.block_size, self.scale_bits, self.super_block, "nf")
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return 1.5 if has_feedback else 0.1
+        return (0.1, 0.4, 1.5)[curved_sides]
 
     def quantize(self, weight: Float[Tensor, "out in"], statistics: LayerStatistics | None = None) -> QuantizedTensor:
         """See AbstractQuantizer."""

@@ -40,9 +40,9 @@ class TrellisCoded(AbstractRotated):
         """See AbstractQuantizer."""
         return TrellisFormat(self.bits, self.state_bits, self.seed)
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return search_seconds(self.state_bits) + (0.4 if has_feedback else 0.15)
+        return search_seconds(self.state_bits) + (0.4 if curved_sides else 0.15)
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -47,9 +47,9 @@ class VariableTrellis(AbstractRotated):
         """See AbstractQuantizer."""
         return VariableTrellisFormat(self.bits, self.state_bits, self.seed)
 
-    def seconds_per_million(self, has_feedback: bool) -> float:
+    def seconds_per_million(self, curved_sides: int) -> float:
         """See AbstractQuantizer."""
-        return search_seconds(self.state_bits) + (0.5 if has_feedback else 0.2)
+        return search_seconds(self.state_bits) + (0.5 if curved_sides else 0.2)
 
     @property
     def tile(self) -> tuple[int, int]:

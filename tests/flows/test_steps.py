@@ -34,7 +34,6 @@ def _another_process(content: Any) -> Any:
     return json.loads(json.dumps(content))
 
 
-@pytest.mark.slow
 def test_each_step_can_run_in_a_process_of_its_own(server: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     from flows import steps
     from registry import Registry

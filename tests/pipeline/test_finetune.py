@@ -411,7 +411,6 @@ def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(
             write_merged(folder, adapter, tmp_path / name)
 
 
-@pytest.mark.slow
 def test_a_mixture_of_experts_is_finetuned_and_not_merged(dataset: str, tmp_path: Path) -> None:
     folder = checkpoint_of(build_causal("mixtral"), tmp_path)
     adapter = run(folder, dataset, tmp_path / "out").folder
