@@ -109,7 +109,7 @@ def loud(model_type: str, folder: Path) -> Path:
 @pytest.fixture(scope="module", params=["bert", "t5"])
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
     place = tmp_path_factory.mktemp(request.param)
-    recovery = {"recover": True, "recover_samples": 6, "recover_steps": 20, "recover_learning_rate": 1e-2}
+    recovery = {"recover": True, "recover_samples": 32, "recover_steps": 40, "recover_learning_rate": 1e-2}
     settings: dict[str, Any] = SMALL | recovery | {"budget": "3.5bpw", "sensitivity": "kronecker"}
     model = loud(request.param, place / "model")
     (model / "1_Pooling").mkdir()
