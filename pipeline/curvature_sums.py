@@ -165,7 +165,7 @@ class SequenceSums(KroneckerSums):
 
 
 def shrunk(curvature: Tensor) -> Tensor:
-    """The same diagonal, and less beside it.
+    """(1 - SHRINKAGE) H + SHRINKAGE diag(H), of H [n, n] in its dtype: the same diagonal, and less beside it.
 
     What is beside the diagonal is an estimate from a few heavy tokens, and true only as far as the curvature is a
     product of two factors. A rounder that feeds errors back makes the most of what is wrong with it. As Ledoit and
