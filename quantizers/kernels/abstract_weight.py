@@ -12,6 +12,7 @@ from quantizers.factors import OUT, FactorFormat, dequantize_into
 from quantizers.quantized import LowRank
 
 FUSED_FACTOR_BITS = (16, 8)
+MOST_FUSED_ROWS = 16  # above this many rows the weight is dequantized once, and torch multiplies
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.blocks import num_blocks
-from quantizers.kernels.abstract_weight import AbstractKernelWeight, KernelFactors
+from quantizers.kernels.abstract_weight import MOST_FUSED_ROWS, AbstractKernelWeight, KernelFactors
 from quantizers.kernels.layout import from_planes, to_planes
 from quantizers.packing import pack, unpack
-
-MOST_FUSED_ROWS = 16  # above this many rows the weight is dequantized once, and torch multiplies
 
 
 @dataclass(frozen=True)

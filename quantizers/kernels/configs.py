@@ -15,13 +15,12 @@ class Config:
     """How a kernel is cut into programs; all numbers but num_stages are powers of two.
 
     Attributes:
-        rows: of the weight, in a tile.
-        supers: superblocks of 256 columns, in a tile.
+        rows, columns: of the weight, in a tile: whole superblocks of 256 columns, or whole tiles of a trellis.
         num_warps, num_stages: see `triton.Config`.
     """
 
     rows: int
-    supers: int
+    columns: int
     num_warps: int
     num_stages: int
 
@@ -29,15 +28,19 @@ class Config:
 DEFAULT = "any card"
 CONFIGS: dict[str, dict[str, Config]] = {
     DEFAULT: {
-        "dequantize": Config(rows=8, supers=4, num_warps=4, num_stages=1),
-        "matvec": Config(rows=8, supers=4, num_warps=4, num_stages=2),
-        "matmul": Config(rows=64, supers=1, num_warps=4, num_stages=2),
+        "dequantize": Config(rows=8, columns=1024, num_warps=4, num_stages=1),
+        "matvec": Config(rows=8, columns=1024, num_warps=4, num_stages=2),
+        "matmul": Config(rows=64, columns=256, num_warps=4, num_stages=2),
+        "trellis_matvec": Config(rows=16, columns=256, num_warps=4, num_stages=2),
+        "trellis_matmul": Config(rows=64, columns=32, num_warps=4, num_stages=2),
     },
     # Triton's interpreter, which takes a program's time whatever its size
     "cpu": {
-        "dequantize": Config(rows=64, supers=2, num_warps=4, num_stages=1),
-        "matvec": Config(rows=64, supers=2, num_warps=4, num_stages=1),
-        "matmul": Config(rows=64, supers=1, num_warps=4, num_stages=1),
+        "dequantize": Config(rows=64, columns=512, num_warps=4, num_stages=1),
+        "matvec": Config(rows=64, columns=512, num_warps=4, num_stages=1),
+        "matmul": Config(rows=64, columns=256, num_warps=4, num_stages=1),
+        "trellis_matvec": Config(rows=32, columns=256, num_warps=4, num_stages=1),
+        "trellis_matmul": Config(rows=64, columns=64, num_warps=4, num_stages=1),
     },
 }
 PROGRAMS_A_MULTIPROCESSOR = 4

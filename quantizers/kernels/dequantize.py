@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quantizers.kernels.configs import config_of
 from quantizers.kernels.decode import load_planes, load_scales, load_zeros, values_of
-from quantizers.kernels.layout import PLANE_BITS, num_superblocks
+from quantizers.kernels.layout import PLANE_BITS, SUPERBLOCK, num_superblocks
 
 if TYPE_CHECKING:
     from quantizers.kernels.block_weight import BlockWeight
@@ -64,7 +64,8 @@ def dequantize(weight: "BlockWeight", dtype: torch.dtype) -> Float[Tensor, "out 
         return out
     config = config_of("dequantize", out.device)
     low, high = (*PLANE_BITS[weight.form.bits], 0)[:2]
-    grid = (triton.cdiv(rows, config.rows), triton.cdiv(num_superblocks(columns), config.supers))
+    supers = config.columns // SUPERBLOCK
+    grid = (triton.cdiv(rows, config.rows), triton.cdiv(num_superblocks(columns), supers))
     with torch.cuda.device_of(out):
         dequantize_kernel[grid](
             out,
@@ -77,7 +78,7 @@ def dequantize(weight: "BlockWeight", dtype: torch.dtype) -> Float[Tensor, "out 
             SUPER_BLOCK=weight.form.super_block,
             INTEGER=weight.zeros is not None,
             ROWS=config.rows,
-            SUPERS=config.supers,
+            SUPERS=supers,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )

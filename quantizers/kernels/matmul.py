@@ -119,7 +119,7 @@ def matmul(
             INTEGER=weight.zeros is not None,
             RANK=0 if factors is None else factors.low_rank.rank,
             FACTOR_BITS=16 if factors is None else factors.low_rank.bits,
-            DOT=_dot_dtype(x.dtype),
+            DOT=dot_dtype(x.dtype),
             ROWS=config.rows,
             SPLITS=splits,
             num_warps=config.num_warps,
@@ -128,7 +128,7 @@ def matmul(
     return out[0] if splits == 1 else out.sum(0).to(x.dtype)
 
 
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """Triton's interpreter keeps bfloat16 as integers, and multiplies those; it gets float32."""
     interpreted = not isinstance(matmul_kernel, triton.JITFunction)
     return tl.float32 if interpreted and dtype == torch.bfloat16 else _DOT_DTYPES[dtype]

@@ -16,7 +16,7 @@ from torch import Tensor
 from quantizers.kernels.abstract_weight import KernelFactors
 from quantizers.kernels.configs import config_of, num_splits
 from quantizers.kernels.decode import load_factor, load_planes, load_scales, load_zeros, values_of
-from quantizers.kernels.layout import PLANE_BITS, num_superblocks
+from quantizers.kernels.layout import PLANE_BITS, SUPERBLOCK, num_superblocks
 
 if TYPE_CHECKING:
     from quantizers.kernels.block_weight import BlockWeight
@@ -90,7 +90,8 @@ def matvec(x: Float[Tensor, "1 in"], weight: "BlockWeight", factors: KernelFacto
     rows, columns = weight.shape
     config = config_of("matvec", x.device)
     row_tiles = triton.cdiv(rows, config.rows)
-    splits = num_splits(row_tiles, triton.cdiv(num_superblocks(columns), config.supers), x.device)
+    supers = config.columns // SUPERBLOCK
+    splits = num_splits(row_tiles, triton.cdiv(num_superblocks(columns), supers), x.device)
     x = x.contiguous()
     out = torch.empty(splits, rows, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     inner, factor, factor_scale = (x, x, x) if factors is None else (factors.inner(x), *factors.pointers())
@@ -113,7 +114,7 @@ def matvec(x: Float[Tensor, "1 in"], weight: "BlockWeight", factors: KernelFacto
             RANK=0 if factors is None else factors.low_rank.rank,
             FACTOR_BITS=16 if factors is None else factors.low_rank.bits,
             ROWS=config.rows,
-            SUPERS=config.supers,
+            SUPERS=supers,
             SPLITS=splits,
             num_warps=config.num_warps,
             num_stages=config.num_stages,

@@ -44,6 +44,11 @@ def product(
     return (x.float() @ dense.T).to(x.dtype)
 
 
+def trellis_product(x: Float[Tensor, "rows in"], weight: TrellisWeight) -> Float[Tensor, "rows out"]:
+    """x W'^T, computed in float32."""
+    return (x.float() @ dequantize_trellis(weight, torch.float32).T).to(x.dtype)
+
+
 def dequantize_trellis(weight: TrellisWeight, dtype: torch.dtype) -> Float[Tensor, "out in"]:
     """The rotated weight: each state is read bit by bit from its tile's stream, around the end."""
     bits, state_bits = weight.form.bits, weight.form.state_bits

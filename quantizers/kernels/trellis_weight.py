@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Int32
 from torch import Tensor
 
 from quantizers.hadamard import rotate, unrotate
-from quantizers.kernels.abstract_weight import AbstractKernelWeight, KernelFactors
+from quantizers.kernels.abstract_weight import MOST_FUSED_ROWS, AbstractKernelWeight, KernelFactors
 from quantizers.packing import pack, unpack
 from quantizers.trellis_format import TILE, TrellisFormat
 
@@ -66,10 +66,15 @@ class TrellisWeight(AbstractKernelWeight):
 
     def product(self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None) -> Float[Tensor, "rows out"]:
         """See AbstractKernelWeight. The rows of x and y are rotated, in float32, and not the weight."""
+        from quantizers.kernels.trellis import trellis_product
+
         if x.shape[0] == 0:
             return x.new_empty(0, self.shape[0])
         turned = rotate(x.float(), self.form.seed + 1).to(x.dtype)
-        y = torch.nn.functional.linear(turned, self.rotated(x.dtype))
+        if x.shape[0] > MOST_FUSED_ROWS:
+            y = torch.nn.functional.linear(turned, self.rotated(x.dtype))
+        else:
+            y = trellis_product(turned, self)
         y = unrotate(y.float(), self.form.seed).to(x.dtype)
         return y if factors is None else y + factors.product(x)
 

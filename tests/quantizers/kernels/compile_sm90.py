@@ -19,11 +19,11 @@ from triton.compiler import ASTSource
 from quantizers.kernels.column_feedback import column_feedback_kernel
 from quantizers.kernels.configs import CONFIGS, DEFAULT
 from quantizers.kernels.dequantize import dequantize_kernel
-from quantizers.kernels.layout import PLANE_BITS
+from quantizers.kernels.layout import PLANE_BITS, SUPERBLOCK
 from quantizers.kernels.matmul import matmul_kernel
 from quantizers.kernels.matvec import matvec_kernel
 from quantizers.kernels.scale_search import scale_search_kernel
-from quantizers.kernels.trellis import trellis_kernel
+from quantizers.kernels.trellis import trellis_kernel, trellis_product_kernel
 from quantizers.kernels.viterbi import num_warps, viterbi_kernel
 from quantizers.scale_search import BINS, SMALLEST_SCALE
 
@@ -64,12 +64,12 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             tile = {"ROWS": config.rows}
             if kernel == "dequantize":
-                constants = ours | tile | {"SUPERS": config.supers}
+                constants = ours | tile | {"SUPERS": config.columns // SUPERBLOCK}
                 yield f"dequantize, {name}", dequantize_kernel, {"out": data, **weight, **sizes}, constants, options
             elif kernel == "matvec":
-                constants = ours | low_rank | tile | {"SUPERS": config.supers, "SPLITS": 4}
+                constants = ours | low_rank | tile | {"SUPERS": config.columns // SUPERBLOCK, "SPLITS": 4}
                 yield f"matvec, {name}", matvec_kernel, {**fused, "out": "*fp32", **sizes}, constants, options
-            else:
+            elif kernel == "matmul":
                 constants = ours | low_rank | tile | {"DOT": DOT[dtype], "SPLITS": 1}
                 yield f"matmul, {name}", matmul_kernel, {**fused, "out": data, "M": "i32", **sizes}, constants, options
     for bits, state_bits in itertools.product((1, 3, 5), (8, 12)):
@@ -77,6 +77,15 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
         signature |= {"N": "i32", "K": "i32", "num_tiles": "i32"}
         constants = {"BITS": bits, "STATE_BITS": state_bits, "TILES": 8}
         yield f"trellis, {bits} bits, states of {state_bits}", trellis_kernel, signature, constants, {"num_warps": 4}
+        for kernel, dtype in itertools.product(("trellis_matvec", "trellis_matmul"), POINTERS):
+            config = configs[kernel]
+            signature = {"x": POINTERS[dtype], "out": "*fp32", "words": "*i32", "levels": "*fp32", "scale": "*fp32"}
+            signature |= {"M": "i32", "N": "i32", "K": "i32"}
+            constants = {"BITS": bits, "STATE_BITS": state_bits, "DOT": DOT[dtype], "SPLITS": 4}
+            constants |= {"ROWS": config.rows, "COLUMNS": config.columns, "ONE_ROW": kernel == "trellis_matvec"}
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            name = f"{kernel}, {bits} bits, states of {state_bits}, {dtype}"
+            yield name, trellis_product_kernel, signature, constants, options
         data = dict.fromkeys(("best", "targets", "roots", "negative_levels"), "*fp32")
         signature = {"symbols": "*u8", **data, "steps": "i32", "join": "i32"}
         constants, options = {"BITS": bits, "STATE_BITS": state_bits}, {"num_warps": num_warps(2**state_bits)}
@@ -102,6 +111,8 @@ def few() -> list:
         "3 bits, blocks of 32",
         "dequantize, 2 bits, blocks of 16, integers",
         "trellis, 3 bits, states of 8",
+        "trellis_matvec, 3 bits, states of 12, torch.bfloat16",
+        "trellis_matmul, 3 bits, states of 12, torch.bfloat16",
         "viterbi, 3 bits, states of 12",
         "scale_search, blocks of 16",
         "column_feedback, 4 bits",

