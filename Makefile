@@ -65,9 +65,10 @@ bench-finetune: $(READY) ## LoRA through packed weights beside dense weights and
 	$(PIP) --no-deps bitsandbytes
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.finetune
 
-bench-kernels: $(READY) ## bytes a second of the GPU kernels beside a copy, bfloat16 and NF4; minutes, and wants a GPU
+bench-kernels: $(READY) ## the GPU kernels beside a copy, bfloat16 and NF4, and a 7B Llama: tokens a second, decomposition; wants a GPU
 	$(PIP) --no-deps bitsandbytes
 	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.gpu_model
 
 # Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.
 show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gate; four nights, some minutes each

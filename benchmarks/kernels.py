@@ -1,4 +1,4 @@
-"""How fast do the GPU kernels read packed weights? Prints two blocks for BENCHMARKS.md, with date and card.
+"""How fast do the GPU kernels read packed weights? Prints three blocks for BENCHMARKS.md, with date and card.
 
     python -m benchmarks.kernels              on a GPU, minutes
     python -m benchmarks.kernels --tune       the row of this card for quantizers/kernels/configs.py
@@ -7,29 +7,36 @@
 Bytes are those that a kernel has to move: codes, scales, rows in and out. They are compared to a copy from device to
 device, whose bytes count twice. Weights are copied until they exceed four times the card's L2 cache, and used in turn,
 in a CUDA graph: no launch costs, nothing cached. Beside ours stand torch's bfloat16 product and bitsandbytes' NF4.
+"levels" are Lloyd-Max codes in blocks of 64, "trellis" is the default recipe's of 4096 states, whose product includes
+the rotation of the rows; its look-ups are not bytes. Of many rows (prefill), products are by dense weights, made anew.
 """
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
+from functools import partial
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from quantizers import BlockFormat
+from quantizers import BlockFormat, TrellisFormat
+from quantizers.kernels.abstract_weight import AbstractKernelWeight
 from quantizers.kernels.block_weight import BlockWeight
 from quantizers.kernels.configs import CONFIGS, Config
+from quantizers.kernels.trellis_weight import TrellisWeight
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192))  # out, in
 BITS = (2, 3, 4)
 ROWS = (1, 4, 16)
+PREFILL_ROWS = (512, 2048)
 COPY_BYTES = 2**30
 DRY_SHAPES = ((5, 70), (70, 300))
+DRY_ROWS = (*ROWS, 20)  # the last as many as prefill has
 DRY_TOLERANCE = 0.02  # of the largest value, in bfloat16
 NO_GPU = "bench-kernels measures a CUDA device, and torch finds none here; `--dry-run` checks the results without one"
 
@@ -50,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         measure_all()
 
 
-def random_weight(shape: tuple[int, int], bits: int, device: str) -> BlockWeight:
+def random_levels(shape: tuple[int, int], bits: int, device: str) -> BlockWeight:
     """Random codes and scales, blocks of 64 with 8-bit scales."""
     form = BlockFormat(bits, 64, 8, 256, "lloyd")
     generator = torch.Generator(device).manual_seed(bits)
@@ -66,10 +73,27 @@ def random_weight(shape: tuple[int, int], bits: int, device: str) -> BlockWeight
     return BlockWeight.from_stored(form, shape, stored, form.levels.to(device))
 
 
-def weight_bytes(weight: BlockWeight) -> int:
-    """Of what a kernel reads of it."""
-    tensors = (*weight.planes, weight.scale_codes, weight.steps)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def random_trellis(shape: tuple[int, int], bits: int, device: str) -> TrellisWeight:
+    """Random symbols, 4096 states."""
+    form = TrellisFormat(bits, 12)
+    generator = torch.Generator(device).manual_seed(bits)
+    ((size, dtype),) = (spec for name, spec in form.plain_specs(shape).items() if name == "weight_packed")
+    words = torch.randint(-(2**31), 2**31, size, generator=generator, device=device).to(dtype)
+    stored = {"weight_packed": words, "weight_scale": torch.full((1,), 0.02, device=device)}
+    return TrellisWeight.from_stored(form, shape, stored, form.levels.to(device))
+
+
+KINDS: dict[str, Callable[[tuple[int, int], int, str], BlockWeight | TrellisWeight]] = {
+    "levels": random_levels,
+    "trellis": random_trellis,
+}
+
+
+def weight_bytes(weight: BlockWeight | TrellisWeight) -> int:
+    """Of what a kernel streams of it."""
+    if isinstance(weight, TrellisWeight):
+        return weight.words.nbytes
+    return sum(tensor.nbytes for tensor in (*weight.planes, weight.scale_codes, weight.steps))
 
 
 def interpreted_dry_run() -> None:
@@ -84,18 +108,26 @@ def dry_run() -> None:
     Raises:
         SystemExit: a result is wrong.
     """
-    from quantizers.kernels import reference
-
     count = 0
-    for shape, bits, rows in product(DRY_SHAPES, BITS, ROWS):
-        weight = random_weight(shape, bits, "cpu")
+    for kind, shape, bits, rows in product(KINDS, DRY_SHAPES, BITS, DRY_ROWS):
+        weight = KINDS[kind](shape, bits, "cpu")
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(rows)).to(torch.bfloat16)
-        expected = reference.product(x, weight, None).float()
+        expected = expected_product(x, weight)
         error = float((weight.product(x).float() - expected).abs().max() / expected.abs().max())
         if not error < DRY_TOLERANCE:
-            sys.exit(f"{shape[0]}x{shape[1]} at {bits} bits, {rows} rows: wrong by {error:.2g} of the largest value")
+            where = f"{kind}, {shape[0]}x{shape[1]} at {bits} bits, {rows} rows"
+            sys.exit(f"{where}: wrong by {error:.2g} of the largest value")
         count += 1
     print(f"dry run, {date.today()}: {count} products are right in Triton's interpreter; nothing was measured")
+
+
+def expected_product(x: Tensor, weight: BlockWeight | TrellisWeight) -> Tensor:
+    """By the reference, in float32."""
+    from quantizers.kernels import reference
+
+    if isinstance(weight, BlockWeight):
+        return reference.product(x.float(), weight, None)
+    return x.float() @ weight.form.unrotate(reference.dequantize_trellis(weight, torch.float32)).T
 
 
 def seconds(run: Callable[[], object], times: int) -> float:
@@ -118,17 +150,12 @@ def copy_speed() -> float:
     return 2 * COPY_BYTES / seconds(lambda: target.copy_(source), 1)
 
 
-def copies_of(weight: BlockWeight) -> list[BlockWeight]:
+def copies_of(weight: BlockWeight | TrellisWeight) -> list[BlockWeight | TrellisWeight]:
     """See `num_copies`."""
-
-    def another() -> BlockWeight:
-        planes = tuple(plane.clone() for plane in weight.planes)
-        return replace(weight, planes=planes, scale_codes=weight.scale_codes.clone(), steps=weight.steps.clone())
-
-    return [another() for _ in range(num_copies(weight_bytes(weight)))]
+    return [copy.deepcopy(weight) for _ in range(num_copies(weight_bytes(weight)))]
 
 
-def our_seconds(weights: list[BlockWeight], x: Tensor) -> float:
+def our_seconds(weights: Sequence[AbstractKernelWeight], x: Tensor) -> float:
     """Of one product."""
     return seconds(lambda: [weight.product(x) for weight in weights], len(weights))
 
@@ -153,54 +180,78 @@ def nf4_seconds(shape: tuple[int, int], x: Tensor) -> float | str:
 
 
 def measure_all() -> None:
-    """Both tables."""
-    copy = copy_speed()
+    """All tables."""
+    copied = copy_speed()
     print(f"\n### Kernels, {torch.cuda.get_device_name()}, {date.today()}, torch {torch.__version__}\n")
-    print(f"A copy moves {copy / 1e12:.2f} TB/s.\n")
-    print("| out x in | bits | rows | us | TB/s | of copy | bf16 us | NF4 us | over bf16 |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print(f"A copy moves {copied / 1e12:.2f} TB/s.\n")
+    print("| out x in | rows | kind | bits | us | TB/s | of copy | bf16 us | NF4 us | over bf16 |")
+    print("| --- | --: | --- | --: | --: | --: | --: | --: | --: | --: |")
     for shape, rows in product(SHAPES, ROWS):
-        x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda")
-        dense, nf4 = dense_seconds(shape, x), nf4_seconds(shape, x)
-        peer = nf4 if isinstance(nf4, str) else f"{nf4 * 1e6:.1f}"
-        for bits in BITS:
-            weights = copies_of(random_weight(shape, bits, "cuda"))
-            ours = our_seconds(weights, x)
-            speed = (weight_bytes(weights[0]) + 2 * rows * sum(shape)) / ours
+        for kind, bits, size_bytes, ours, dense, peer in measured_products(shape, rows):
+            speed = (size_bytes + 2 * rows * sum(shape)) / ours
             print(
-                f"| {shape[0]}x{shape[1]} | {bits} | {rows} | {ours * 1e6:.1f} | {speed / 1e12:.2f} | "
-                f"{speed / copy:.0%} | {dense * 1e6:.1f} | {peer} | {dense / ours:.2f}x |",
+                f"| {shape[0]}x{shape[1]} | {rows} | {kind} | {bits} | {ours * 1e6:.1f} | {speed / 1e12:.2f} | "
+                f"{speed / copied:.0%} | {dense * 1e6:.1f} | {peer} | {dense / ours:.2f}x |",
                 flush=True,
             )
-    print("\n### Dequantize to bfloat16, the same\n\n| out x in | bits | us | TB/s | of copy |")
-    print("| --- | --- | --- | --- | --- |")
-    for shape, bits in product(SHAPES, BITS):
-        weights = copies_of(random_weight(shape, bits, "cuda"))[:4]  # what is written alone exceeds the cache
-        took = seconds(lambda weights=weights: [each.dense(torch.bfloat16) for each in weights], len(weights))
+    print("\n### Prefill, the same\n\n| out x in | rows | kind | bits | us | TFLOP/s | bf16 us | NF4 us | over bf16 |")
+    print("| --- | --: | --- | --: | --: | --: | --: | --: | --: |")
+    for shape, rows in product(SHAPES, PREFILL_ROWS):
+        for kind, bits, _, ours, dense, peer in measured_products(shape, rows):
+            speed = 2 * rows * shape[0] * shape[1] / ours
+            print(
+                f"| {shape[0]}x{shape[1]} | {rows} | {kind} | {bits} | {ours * 1e6:.0f} | {speed / 1e12:.0f} | "
+                f"{dense * 1e6:.0f} | {peer} | {dense / ours:.2f}x |",
+                flush=True,
+            )
+    print("\n### Dequantize to bfloat16, the same\n\n| out x in | kind | bits | us | TB/s | of copy |")
+    print("| --- | --- | --: | --: | --: | --: |")
+    for shape, kind, bits in product(SHAPES, KINDS, BITS):
+        weights = copies_of(KINDS[kind](shape, bits, "cuda"))[:4]  # what is written alone exceeds the cache
+        took = seconds(partial(lambda some: [dense_of(each) for each in some], weights), len(weights))
         speed = (weight_bytes(weights[0]) + 2 * shape[0] * shape[1]) / took
-        print(f"| {shape[0]}x{shape[1]} | {bits} | {took * 1e6:.1f} | {speed / 1e12:.2f} | {speed / copy:.0%} |")
+        ours = f"{shape[0]}x{shape[1]} | {kind} | {bits} | {took * 1e6:.1f}"
+        print(f"| {ours} | {speed / 1e12:.2f} | {speed / copied:.0%} |", flush=True)
+
+
+def measured_products(shape: tuple[int, int], rows: int) -> Iterator[tuple[str, int, int, float, float, str]]:
+    """Kind, bits, bytes and seconds of ours, then bfloat16's seconds and NF4's microseconds, or why there are none."""
+    x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device="cuda")
+    dense, nf4 = dense_seconds(shape, x), nf4_seconds(shape, x)
+    peer = nf4 if isinstance(nf4, str) else f"{nf4 * 1e6:.1f}"
+    for kind, bits in product(KINDS, BITS):
+        weights = copies_of(KINDS[kind](shape, bits, "cuda"))
+        yield kind, bits, weight_bytes(weights[0]), our_seconds(weights, x), dense, peer
+
+
+def dense_of(weight: BlockWeight | TrellisWeight) -> Tensor:
+    """As a product of many rows needs it."""
+    return weight.dense(torch.bfloat16) if isinstance(weight, BlockWeight) else weight.rotated(torch.bfloat16)
 
 
 def tuned() -> str:
     """The fastest configuration of each kernel for 8192 x 8192 at 4 bits, as a row of CONFIGS."""
-    weights = copies_of(random_weight((8192, 8192), 4, "cuda"))
     row = CONFIGS.setdefault(torch.cuda.get_device_name(), {})
-    for kernel, rows in {"matvec": 1, "matmul": 16, "dequantize": 0}.items():
-        x = torch.randn(rows, 8192, dtype=torch.bfloat16, device="cuda")
+    weights = {kind: copies_of(make((8192, 8192), 4, "cuda")) for kind, make in KINDS.items()}
+    sizes = {  # rows and columns of a tile
+        "matvec": product((4, 8, 16, 32), (256, 512, 1024, 2048)),
+        "matmul": product((16, 32, 64, 128), (256,)),
+        "dequantize": product((4, 8, 16, 32), (256, 512, 1024, 2048)),
+        "trellis_matvec": product((16, 32, 64), (64, 128, 256)),
+        "trellis_matmul": product((16, 32, 64, 128), (16, 32, 64)),
+    }
+    for kernel, tiles in sizes.items():
+        ours = weights["trellis" if kernel.startswith("trellis") else "levels"]
+        x = torch.randn(1 if kernel.endswith("matvec") else 16, 8192, dtype=torch.bfloat16, device="cuda")
 
-        def run(kernel: str = kernel, x: Tensor = x) -> list[Tensor]:
-            if kernel == "dequantize":
-                return [weight.dense(torch.bfloat16) for weight in weights[:4]]
-            return [weight.product(x) for weight in weights]
+        def run(ours: Sequence[AbstractKernelWeight] = ours, x: Tensor | None = x) -> list[Tensor]:
+            return [each.dense(torch.bfloat16) if x is None else each.product(x) for each in ours]
 
         took: dict[Config, float] = {}
-        sizes = (16, 32, 64, 128) if kernel == "matmul" else (4, 8, 16, 32)
-        for tile_rows, supers, warps, stages in product(
-            sizes, (1,) if kernel == "matmul" else (1, 2, 4, 8), (4, 8), (1, 2, 3)
-        ):
-            row[kernel] = Config(tile_rows, supers, warps, stages)
+        for (rows, columns), warps, stages in product(tiles, (4, 8), (1, 2, 3)):
+            row[kernel] = Config(rows, columns, warps, stages)
             try:
-                took[row[kernel]] = seconds(run, 1)
+                took[row[kernel]] = seconds(partial(run, ours[:4], None) if kernel == "dequantize" else run, 1)
             except Exception as error:  # too much shared memory, too many registers
                 print(f"{kernel} {row[kernel]}: {type(error).__name__}", file=sys.stderr)
         row[kernel] = min(took, key=lambda config: took[config])

@@ -107,10 +107,10 @@ def _weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
         return torch.ones(shape, dtype=torch.bfloat16)
     if "embed_tokens" in name:
         return (STD * torch.randn(shape, generator=generator)).bfloat16()
-    return _matrix(shape, generator)
+    return matrix(shape, generator)
 
 
-def _matrix(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def matrix(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     rows, columns = shape
     weight = torch.randn(shape, generator=generator).mul_(STD)
     weight *= (SPREAD * torch.randn(rows, 1, generator=generator)).exp_()
