@@ -440,7 +440,9 @@ class Run:
 
     def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
         settings = self.keyed(settings)
-        if self.resume and (done := self.registry.has_step(kind, parents, settings)):
+        if self.resume and (
+            done := self.registry.has_step(kind, parents, settings, whole=True, progress=self.progress)
+        ):
             self.log.reused()
             return done
 

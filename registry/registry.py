@@ -364,9 +364,21 @@ class Registry:
         """
         return self._steps.run(kind, parents, settings, build, resume=resume, progress=progress)
 
-    def has_step(self, kind: str, parents: Iterable[str], settings: "Settings") -> Artifact | None:
-        """The result of that step, if it is here whole; see `step`."""
-        return self._steps.find(kind, parents, settings)
+    def has_step(
+        self,
+        kind: str,
+        parents: Iterable[str],
+        settings: "Settings",
+        *,
+        whole: bool = False,
+        progress: Progress = SILENT,
+    ) -> Artifact | None:
+        """The result of that step, if it is here; see `step`.
+
+        Args:
+            whole: hash files of more than 64 MiB too, for whoever will use them; else they must have the right size.
+        """
+        return self._steps.find(kind, parents, settings, whole=whole, progress=progress)
 
     def step_work_bytes(self, kind: str, parents: Iterable[str], settings: "Settings") -> int:
         """What the work folder of that step holds: 0 unless somebody is at it, or was killed there."""

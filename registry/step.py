@@ -8,7 +8,7 @@ steps/<key>.lock     held by the process that builds
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from registry.store import Store, disk_errors, fsync, hash_file, write_atomicall
 from registry.uses import Uses
 
 REHASH_LIMIT_BYTES = 64 << 20
+LONG_READ_BYTES = 4 << 30  # some seconds, which are announced
 
 Settings = Mapping[str, Any]
 Build = Callable[[Path], Settings | None]
@@ -40,6 +41,7 @@ class Steps:
     store: Store
     index: Index
     uses: Uses
+    _read: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False)  # sha256 -> what stamped its bytes then
 
     def run(
         self, kind: str, parents: Iterable[str], settings: Settings, build: Build, *, resume: bool, progress: Progress
@@ -49,7 +51,7 @@ class Steps:
         key = step_key(kind, parents, settings)
         with self.index.database.keeping():
             self.uses.add(*parents)
-        if resume and (artifact := self._taken(key)):
+        if resume and (artifact := self._taken(key, progress)):
             return artifact
         workdir = self.folder / key
         with disk_errors(workdir):
@@ -62,7 +64,7 @@ class Steps:
             if not resume:
                 self.index.forget_step(key)
                 _remove(workdir)
-            elif artifact := self._taken(key):  # made while we waited
+            elif artifact := self._taken(key, progress):  # made while we waited
                 return artifact
             artifact = self._sealed(workdir)
             if artifact is None:
@@ -79,36 +81,54 @@ class Steps:
             _remove(workdir)
         return artifact
 
-    def find(self, kind: str, parents: Iterable[str], settings: Settings) -> Artifact | None:
+    def find(
+        self, kind: str, parents: Iterable[str], settings: Settings, *, whole: bool, progress: Progress
+    ) -> Artifact | None:
         """See `Registry.has_step`."""
-        return self._finished(step_key(kind, tuple(parents), settings))
+        return self._finished(step_key(kind, tuple(parents), settings), whole=whole, progress=progress)
 
     def work_bytes(self, kind: str, parents: Iterable[str], settings: Settings) -> int:
         """See `Registry.step_work_bytes`."""
         files = (self.folder / step_key(kind, tuple(parents), settings)).rglob("*")
         return sum(path.stat().st_size for path in files if path.is_file())
 
-    def _taken(self, key: str) -> Artifact | None:
-        """The recorded result, noted as used."""
+    def _taken(self, key: str, progress: Progress) -> Artifact | None:
+        """The recorded result, read and noted as used."""
         with self.index.database.keeping():
-            if artifact := self._finished(key):
+            if artifact := self._finished(key, whole=True, progress=progress):
                 self.uses.add(artifact.digest)
                 self.index.touch([artifact.digest])
         return artifact
 
-    def _finished(self, key: str) -> Artifact | None:
-        """The recorded result, if its blobs are sound.
-
-        Files up to `REHASH_LIMIT_BYTES` are hashed again (a fraction of a second each); larger ones must
-        have the right size, and `verify` reads them whole.
-        """
+    def _finished(self, key: str, *, whole: bool, progress: Progress) -> Artifact | None:
+        """The recorded result, if its blobs are sound."""
         artifact = self.index.step_result(key)
-        if artifact is None or not all(self._is_sound(entry) for entry in artifact.files.values()):
+        if artifact is None:
             return None
-        return artifact
+        unread = sum(entry.size_bytes for entry in artifact.files.values() if whole and not self._was_read(entry))
+        if unread > LONG_READ_BYTES:
+            progress.say(f"Reading {unread / 1e9:,.1f} GB of {artifact.kind} that are there already: are they whole?")
+        return artifact if all(self._is_sound(entry, whole=whole) for entry in artifact.files.values()) else None
 
-    def _is_sound(self, entry: FileEntry) -> bool:
-        return self.store.has(entry) if entry.size_bytes > REHASH_LIMIT_BYTES else self.store.is_sound(entry)
+    def _is_sound(self, entry: FileEntry, *, whole: bool) -> bool:
+        """Small files are hashed (a fraction of a second each), larger ones where `whole` asks for it, and once.
+
+        What is only in a remote store is hashed when it is fetched.
+        """
+        if entry.size_bytes <= REHASH_LIMIT_BYTES:
+            return self.store.is_sound(entry)
+        stamp = self.store.stamp(entry.sha256)
+        if not whole or stamp is None or self._was_read(entry):
+            return self.store.has(entry)
+        is_sound = self.store.is_sound(entry)
+        if is_sound:
+            self._read[entry.sha256] = stamp
+        return is_sound
+
+    def _was_read(self, entry: FileEntry) -> bool:
+        """And has not changed since; small ones are read each time."""
+        stamp = self.store.stamp(entry.sha256)
+        return stamp is None or self._read.get(entry.sha256) == stamp
 
     def _sealed(self, workdir: Path) -> Artifact | None:
         """What an earlier process had finished building but not yet taken in; None starts or continues it."""
@@ -128,7 +148,7 @@ class Steps:
 
     def _is_at_hand(self, path: Path, entry: FileEntry) -> bool:
         """Is the file still in the work folder, or already in the store?"""
-        return hash_file(path) == entry if path.is_file() else self._is_sound(entry)
+        return hash_file(path) == entry if path.is_file() else self._is_sound(entry, whole=True)
 
     def _take_in(self, artifact: Artifact, out: Path) -> None:
         for path, entry in artifact.files.items():

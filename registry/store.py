@@ -79,6 +79,14 @@ class Store:
             is_here = self.remote is not None
         return is_here and (self.remote is None or self.remote.has(entry))
 
+    def stamp(self, sha256: str) -> tuple[int, ...] | None:
+        """Of the blob's file as the disk has it, another one after any change; None where it is not here."""
+        try:
+            found = self._place(sha256).stat()
+        except OSError:
+            return None
+        return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
     def is_sound(self, entry: FileEntry) -> bool:
         """Is the blob there, and would its bytes be read as they should?"""
         try:

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.atomic import replace_file
 from registry import Artifact, Registry, RegistryError
-from registry.store import Store
+from registry.store import Store, hash_file
 
 PARENTS = ["ab" * 32]
 SETTINGS = {"bits": 3, "rank": 8}
@@ -55,6 +55,36 @@ def test_a_step_is_built_once(registry: Registry):
     assert first.parents == tuple(PARENTS)
     assert dict(first.metadata) == {"settings": SETTINGS, "num_parts": 3}
     assert list((registry.root / "steps").iterdir()) == []
+
+
+def test_large_files_are_read_again_by_whoever_uses_them_and_once(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("registry.step.REHASH_LIMIT_BYTES", 3)
+    monkeypatch.setattr("registry.step.LONG_READ_BYTES", 10)
+    hashed: list[Path] = []
+    monkeypatch.setattr("registry.store.hash_file", lambda path: hashed.append(path) or hash_file(path))
+    said: list[str] = []
+    progress = SimpleNamespace(say=said.append)
+    made = step(registry, Builder())
+    again = Registry(registry.root)
+    assert again.has_step("matrices", PARENTS, SETTINGS) == made
+    assert hashed == []
+    for _ in range(2):
+        assert again.has_step("matrices", PARENTS, SETTINGS, whole=True, progress=progress) == made
+        assert step(again, Builder(), progress=progress) == made
+    assert len(hashed) == len(made.files) == 3
+    assert said == ["Reading 0.0 GB of matrices that are there already: are they whole?"]
+    blob = registry.store.path(made.files["part1"].sha256)
+    content = blob.read_bytes()
+    blob.chmod(0o644)
+    blob.write_bytes(b"x" * len(content))
+    assert again.has_step("matrices", PARENTS, SETTINGS) == made, "of the right size"
+    assert again.has_step("matrices", PARENTS, SETTINGS, whole=True) is None
+    build = Builder()
+    assert step(again, build) == made
+    assert build.num_calls == 1
+    assert blob.read_bytes() == content
 
 
 @pytest.mark.parametrize(
