@@ -38,6 +38,7 @@ COPY_BYTES = 2**30
 DRY_SHAPES = ((5, 70), (70, 300))
 DRY_ROWS = (*ROWS, 20)  # the last as many as prefill has
 DRY_TOLERANCE = 0.02  # of the largest value, in bfloat16
+DENSE = ("dequantize", "trellis")  # kernels that write a dense weight
 NO_GPU = "bench-kernels measures a CUDA device, and torch finds none here; `--dry-run` checks the results without one"
 
 
@@ -210,8 +211,8 @@ def measure_all() -> None:
         weights = copies_of(KINDS[kind](shape, bits, "cuda"))[:4]  # what is written alone exceeds the cache
         took = seconds(partial(lambda some: [dense_of(each) for each in some], weights), len(weights))
         speed = (weight_bytes(weights[0]) + 2 * shape[0] * shape[1]) / took
-        ours = f"{shape[0]}x{shape[1]} | {kind} | {bits} | {took * 1e6:.1f}"
-        print(f"| {ours} | {speed / 1e12:.2f} | {speed / copied:.0%} |", flush=True)
+        row = f"{shape[0]}x{shape[1]} | {kind} | {bits} | {took * 1e6:.1f}"
+        print(f"| {row} | {speed / 1e12:.2f} | {speed / copied:.0%} |", flush=True)
 
 
 def measured_products(shape: tuple[int, int], rows: int) -> Iterator[tuple[str, int, int, float, float, str]]:
@@ -237,21 +238,21 @@ def tuned() -> str:
         "matvec": product((4, 8, 16, 32), (256, 512, 1024, 2048)),
         "matmul": product((16, 32, 64, 128), (256,)),
         "dequantize": product((4, 8, 16, 32), (256, 512, 1024, 2048)),
-        "trellis_matvec": product((16, 32, 64), (64, 128, 256)),
-        "trellis_matmul": product((16, 32, 64, 128), (16, 32, 64)),
+        "trellis": product((16, 32, 64), (128, 256, 512)),
+        "trellis_product": product((16, 32, 64, 128), (64, 128, 256)),
     }
     for kernel, tiles in sizes.items():
         ours = weights["trellis" if kernel.startswith("trellis") else "levels"]
-        x = torch.randn(1 if kernel.endswith("matvec") else 16, 8192, dtype=torch.bfloat16, device="cuda")
+        x = torch.randn(1 if kernel == "matvec" else 16, 8192, dtype=torch.bfloat16, device="cuda")
 
-        def run(ours: Sequence[AbstractKernelWeight] = ours, x: Tensor | None = x) -> list[Tensor]:
-            return [each.dense(torch.bfloat16) if x is None else each.product(x) for each in ours]
+        def run(ours: Sequence[BlockWeight | TrellisWeight] = ours, x: Tensor | None = x) -> list[Tensor]:
+            return [dense_of(each) if x is None else each.product(x) for each in ours]
 
         took: dict[Config, float] = {}
         for (rows, columns), warps, stages in product(tiles, (4, 8), (1, 2, 3)):
             row[kernel] = Config(rows, columns, warps, stages)
             try:
-                took[row[kernel]] = seconds(partial(run, ours[:4], None) if kernel == "dequantize" else run, 1)
+                took[row[kernel]] = seconds(partial(run, ours[:4], None) if kernel in DENSE else run, 1)
             except Exception as error:  # too much shared memory, too many registers
                 print(f"{kernel} {row[kernel]}: {type(error).__name__}", file=sys.stderr)
         row[kernel] = min(took, key=lambda config: took[config])

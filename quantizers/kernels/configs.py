@@ -31,16 +31,16 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "dequantize": Config(rows=8, columns=1024, num_warps=4, num_stages=1),
         "matvec": Config(rows=8, columns=1024, num_warps=4, num_stages=2),
         "matmul": Config(rows=64, columns=256, num_warps=4, num_stages=2),
-        "trellis_matvec": Config(rows=16, columns=256, num_warps=4, num_stages=2),
-        "trellis_matmul": Config(rows=64, columns=32, num_warps=4, num_stages=2),
+        "trellis": Config(rows=16, columns=512, num_warps=8, num_stages=1),
+        "trellis_product": Config(rows=64, columns=256, num_warps=8, num_stages=1),
     },
     # Triton's interpreter, which takes a program's time whatever its size
     "cpu": {
         "dequantize": Config(rows=64, columns=512, num_warps=4, num_stages=1),
         "matvec": Config(rows=64, columns=512, num_warps=4, num_stages=1),
         "matmul": Config(rows=64, columns=256, num_warps=4, num_stages=1),
-        "trellis_matvec": Config(rows=32, columns=256, num_warps=4, num_stages=1),
-        "trellis_matmul": Config(rows=64, columns=64, num_warps=4, num_stages=1),
+        "trellis": Config(rows=16, columns=256, num_warps=4, num_stages=1),
+        "trellis_product": Config(rows=64, columns=64, num_warps=4, num_stages=1),
     },
 }
 PROGRAMS_A_MULTIPROCESSOR = 4

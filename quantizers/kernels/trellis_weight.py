@@ -71,7 +71,7 @@ class TrellisWeight(AbstractKernelWeight):
         if x.shape[0] == 0:
             return x.new_empty(0, self.shape[0])
         turned = rotate(x.float(), self.form.seed + 1).to(x.dtype)
-        if x.shape[0] > MOST_FUSED_ROWS:
+        if x.shape[0] > MOST_FUSED_ROWS or x.dtype == torch.float32:
             y = torch.nn.functional.linear(turned, self.rotated(x.dtype))
         else:
             y = trellis_product(turned, self)

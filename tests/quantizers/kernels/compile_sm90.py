@@ -74,17 +74,19 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
                 yield f"matmul, {name}", matmul_kernel, {**fused, "out": data, "M": "i32", **sizes}, constants, options
     for bits, state_bits in itertools.product((1, 3, 5), (8, 12)):
         signature = {"out": "*bf16", "words": "*i32", "levels": "*fp32", "scale": "*fp32"}
-        signature |= {"N": "i32", "K": "i32", "num_tiles": "i32"}
-        constants = {"BITS": bits, "STATE_BITS": state_bits, "TILES": 8}
-        yield f"trellis, {bits} bits, states of {state_bits}", trellis_kernel, signature, constants, {"num_warps": 4}
-        for kernel, dtype in itertools.product(("trellis_matvec", "trellis_matmul"), POINTERS):
-            config = configs[kernel]
+        signature |= {"N": "i32", "K": "i32"}
+        config = configs["trellis"]
+        constants = {"BITS": bits, "STATE_BITS": state_bits, "ROWS": config.rows, "TILES": config.columns // 16}
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        yield f"trellis, {bits} bits, states of {state_bits}", trellis_kernel, signature, constants, options
+        config = configs["trellis_product"]
+        for dtype in (torch.float16, torch.bfloat16):
             signature = {"x": POINTERS[dtype], "out": "*fp32", "words": "*i32", "levels": "*fp32", "scale": "*fp32"}
             signature |= {"M": "i32", "N": "i32", "K": "i32"}
             constants = {"BITS": bits, "STATE_BITS": state_bits, "DOT": DOT[dtype], "SPLITS": 4}
-            constants |= {"ROWS": config.rows, "COLUMNS": config.columns, "ONE_ROW": kernel == "trellis_matvec"}
+            constants |= {"ROWS": config.rows, "TILES": config.columns // 16}
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            name = f"{kernel}, {bits} bits, states of {state_bits}, {dtype}"
+            name = f"trellis_product, {bits} bits, states of {state_bits}, {dtype}"
             yield name, trellis_product_kernel, signature, constants, options
         data = dict.fromkeys(("best", "targets", "roots", "negative_levels"), "*fp32")
         signature = {"symbols": "*u8", **data, "steps": "i32", "join": "i32"}
@@ -111,8 +113,7 @@ def few() -> list:
         "3 bits, blocks of 32",
         "dequantize, 2 bits, blocks of 16, integers",
         "trellis, 3 bits, states of 8",
-        "trellis_matvec, 3 bits, states of 12, torch.bfloat16",
-        "trellis_matmul, 3 bits, states of 12, torch.bfloat16",
+        "trellis_product, 3 bits, states of 12, torch.bfloat16",
         "viterbi, 3 bits, states of 12",
         "scale_search, blocks of 16",
         "column_feedback, 4 bits",

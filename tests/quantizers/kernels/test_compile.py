@@ -33,7 +33,7 @@ def check(variants: dict[str, dict]) -> None:
     for name, found in variants.items():
         assert found["cubin_bytes"] > 1000
         assert found["shared_bytes"] <= SHARED_BYTES
-        on_tensor_cores = "matmul" in name and str(torch.float32) not in name
+        on_tensor_cores = name.startswith(("matmul", "trellis_product")) and str(torch.float32) not in name
         assert (found["mma"] > 0) == on_tensor_cores
 
 

@@ -6,7 +6,7 @@ import torch
 from quantizers.kernels import configs
 from quantizers.kernels.configs import CONFIGS, DEFAULT, config_of, num_splits
 
-KERNELS = ("dequantize", "matvec", "matmul", "trellis_matvec", "trellis_matmul")
+KERNELS = ("dequantize", "matvec", "matmul", "trellis", "trellis_product")
 CPU = torch.device("cpu")
 
 

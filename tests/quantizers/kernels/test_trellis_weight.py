@@ -9,7 +9,7 @@ from quantizers.kernels.trellis import dequantize_trellis, trellis_product
 from quantizers.kernels.trellis_weight import TrellisWeight
 from tests.quantizers.kernels.cases import assert_near, for_dtypes, inputs, quantized, quantizer_id
 
-QUANTIZERS = [*(TrellisCoded(bits) for bits in (1, 2, 3, 4, 5)), TrellisCoded(2, 10, seed=7)]
+QUANTIZERS = [*(TrellisCoded(bits, 12) for bits in (1, 2, 3, 4, 5)), TrellisCoded(2, 10, seed=7), TrellisCoded(5, 8)]
 for_trellises = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=quantizer_id)
 
 
@@ -41,11 +41,11 @@ def test_what_it_replaces_comes_back(quantizer: TrellisCoded) -> None:
 @for_trellises
 def test_fused_products(quantizer: TrellisCoded, shape: tuple[int, int], rows: int) -> None:
     weight = trellis_weight(quantizer, shape)
-    x = inputs(rows, shape[1], torch.float32)
-    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), torch.float32)
+    x = inputs(rows, shape[1], torch.float16)
+    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), torch.float16)
 
 
-@for_dtypes
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 16])
 def test_fused_products_of_each_dtype(rows: int, dtype: torch.dtype) -> None:
     weight = trellis_weight(TrellisCoded(3), (20, 37))
@@ -57,8 +57,8 @@ def test_fused_products_of_each_dtype(rows: int, dtype: torch.dtype) -> None:
 def test_programs_share_columns(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trellis, "num_splits", lambda *_: 3)
     weight = trellis_weight(TrellisCoded(2), (5, 1100))
-    x = inputs(rows, 1100, torch.float32)
-    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), torch.float32)
+    x = inputs(rows, 1100, torch.bfloat16)
+    assert_near(trellis_product(x, weight), reference.trellis_product(x, weight), torch.bfloat16)
 
 
 @for_dtypes
