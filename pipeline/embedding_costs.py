@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.atomic import write_json
 from pipeline.evaluate import batch_of
-from pipeline.memory import give_back
+from pipeline.memory import give_back, is_shortage
 from pipeline.model import Model
 from pipeline.progress import SILENT, Progress
 from pipeline.scoring import answers_to, inference_only
@@ -46,7 +46,7 @@ def divergence_of_tables(
     network = original_network(model, device) if missing else None
     for start in progress.track(missing, "Packed embeddings", len(files), len(files) - len(missing)):
         assert network is not None
-        write_json(files[start], _divergences(model, network, tables, tokens[start : start + batch_size], start))
+        write_json(files[start], _of_a_batch(model, network, tables, tokens[start : start + batch_size], start))
     del network
     give_back()
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
@@ -60,10 +60,28 @@ def divergence_of_tables(
     }
 
 
+def _of_a_batch(
+    model: Model, network: PreTrainedModel, tables: Tables, windows: Tensor, first: int
+) -> dict[str, dict[str, float]]:
+    """Of each table, the sum of the windows' means; window by window where memory runs out."""
+    try:
+        return _divergences(model, network, tables, windows, first)
+    except Exception as error:
+        if not is_shortage(error) or len(windows) == 1:
+            raise
+    give_back()  # here, where the failed attempt's tensors are gone
+    totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for number, window in enumerate(windows.split(1), first):
+        for module, found in _divergences(model, network, tables, window, number).items():
+            for label, divergence in found.items():
+                totals[module][label] += divergence
+    return totals
+
+
 def _divergences(
     model: Model, network: PreTrainedModel, tables: Tables, windows: Tensor, first: int
 ) -> dict[str, dict[str, float]]:
-    """Of each table, the sum of the windows' means."""
+    """The same, of all windows at once."""
     with inference_only(network):
         before = answers_to(network, windows, "the original", first_window=first).float()
     found: dict[str, dict[str, float]] = defaultdict(dict)
@@ -72,8 +90,10 @@ def _divergences(
         with inference_only(network):
             parameter.copy_(table)
             named = f"the original with {module} as {label}"
-            after = answers_to(network, windows, named, first_window=first).float()
-            parameter.copy_(model.tensor(f"{module}.weight"))
+            try:
+                after = answers_to(network, windows, named, first_window=first).float()
+            finally:
+                parameter.copy_(model.tensor(f"{module}.weight"))
             means = [model.task.divergences(*pair).mean() for pair in zip(before, after, strict=True)]
         found[module][label] = sum(max(0.0, float(mean)) for mean in means)
     return found

@@ -176,6 +176,35 @@ def test_windows_that_are_done_are_not_measured_again(tmp_path: Path, monkeypatc
     assert divergence_of_tables(model, tables, tokens, other, device="cpu") == found
 
 
+def test_windows_are_measured_one_by_one_where_memory_runs_out(tmp_path: Path, monkeypatch) -> None:
+    """While a table is in the original's place, which must be as it was for the second try."""
+    from pipeline import embedding_costs as module
+
+    model = open_model(str(saved("qwen2", tmp_path)))
+    tokens = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+    tables = {("model.embed_tokens", "a"): lambda: model.tensor("model.embed_tokens.weight") * 1.1}
+    enough, asked = tmp_path / "enough", []
+    enough.mkdir()
+    expected = divergence_of_tables(model, tables, tokens, enough, device="cpu")
+    plain = module.answers_to
+
+    def answers_to(network, windows, what, **settings):
+        asked.append(len(windows))
+        if asked == [3, 3] or len(asked) == most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(network, windows, what, **settings)
+
+    monkeypatch.setattr(module, "answers_to", answers_to)
+    most = 99
+    assert divergence_of_tables(model, tables, tokens, tmp_path, device="cpu") == expected
+    assert asked == [3, 3, 1, 1, 1, 1, 1, 1]
+    asked, most = [], 4  # one window alone is too many, too
+    (tmp_path / "windows-00000.json").unlink()
+    with pytest.raises(torch.OutOfMemoryError):
+        divergence_of_tables(model, tables, tokens, tmp_path, device="cpu")
+    assert asked == [3, 3, 1, 1]
+
+
 def test_a_table_that_breaks_the_model_is_named(tmp_path: Path) -> None:
     model = open_model(str(saved("qwen2", tmp_path)))
     tokens = torch.zeros(1, 16, dtype=torch.int64)
