@@ -20,6 +20,7 @@ def finished(server: None, recipe: dict[str, Any], tmp_path_factory: pytest.Temp
     return compress(recipe, str(out), return_state=True)
 
 
+@pytest.mark.usefixtures("quick")
 def test_flow_and_function_make_the_same_checkpoint(finished: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     from flows.job import read_outcome
     from pipeline.compress import compress
