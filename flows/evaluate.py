@@ -37,7 +37,7 @@ def evaluate(
         trust_remote_code: run the code that the original brings.
     """
     check_version()
-    with alone_with(what, device):
+    with alone_with(base or quality.original_of(what, registry), device):
         return quality.measure(
             what,
             base,

@@ -1,6 +1,7 @@
 """Evaluation outside a compression, as a task; the work is done in a child process."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,8 @@ from flows.release import open_registry
 from flows.steps import OPENING
 from flows.summary import artifact_key
 from pipeline.eval_report import EvalReport
-from pipeline.version_facts import figures_of_quality
+from pipeline.output import base_of
+from pipeline.version_facts import VersionFacts, figures_of_quality
 
 
 class Asked(NamedTuple):
@@ -25,6 +27,15 @@ class Asked(NamedTuple):
     base_revision: str | None
     options: dict[str, Any]
     num_threads: int
+
+
+@task(**OPENING)
+def original_of(what: str, registry: str | None) -> str:
+    """The model that a version, or a folder, was made from."""
+    if (folder := Path(what).expanduser()).is_dir():
+        return base_of(folder)[0]
+    store = open_registry(registry)
+    return str(VersionFacts.of(store, store.version(what)).recipe["model"])
 
 
 @task(**OPENING)
@@ -55,7 +66,7 @@ def measure(
 
 def evaluate_in_child(asked: Asked, say: Say) -> EvalReport:
     """The version or folder beside its original, which is by default what its recipe names."""
-    from pipeline.evaluate_folder import base_of, checkpoint_folder, evaluate_folder
+    from pipeline.evaluate_folder import checkpoint_folder, evaluate_folder
 
     torch.set_num_threads(asked.num_threads)
     progress = RunProgress(lambda said: say(replace(said, stage="evaluate")))

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from pipeline.calibration import check_fits, token_windows
-from pipeline.errors import CheckpointError
 from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate
 from pipeline.model import open_model
@@ -82,17 +81,3 @@ def checkpoint_folder(registry: Registry, what: str) -> Iterator[Path]:
         registry.materialize(checkpoint, folder)
         check_compressed(folder)
         yield folder
-
-
-def base_of(folder: Path) -> tuple[str, str | None]:
-    """The model that a checkpoint was made from, and its commit on the Hub.
-
-    Raises:
-        CheckpointError: recipe.json does not say so.
-    """
-    recipe = read_recipe(folder)
-    if "model" not in recipe:
-        raise CheckpointError(
-            f"{folder / 'recipe.json'} names no model, so the original of this checkpoint is unknown."
-        )
-    return str(recipe["model"]), recipe.get("model_commit")

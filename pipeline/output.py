@@ -134,6 +134,20 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     return recipe
 
 
+def base_of(folder: Path) -> tuple[str, str | None]:
+    """The model that a checkpoint was made from, and its commit on the Hub.
+
+    Raises:
+        CheckpointError: recipe.json does not say so.
+    """
+    recipe = read_recipe(folder)
+    if "model" not in recipe:
+        raise CheckpointError(
+            f"{folder / 'recipe.json'} names no model, so the original of this checkpoint is unknown."
+        )
+    return str(recipe["model"]), recipe.get("model_commit")
+
+
 def check_free(path: Path) -> None:
     """Raise OutputExistsError if `path` holds something that is not a checkpoint of ours."""
     if path.exists() and not path.is_dir():

@@ -64,14 +64,23 @@ def test_models_of_one_name_are_refused() -> None:
 
 
 def test_evaluate_takes_a_version_and_measures_as_the_command(
-    swept: Any, registry: str, tiny_model_dir: Path, tmp_path: Path
+    swept: Any, registry: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flows.evaluate import evaluate
+    """While nobody else works on the original."""
+    import importlib
+
+    from flows import quality
     from pipeline.evaluate_folder import evaluate_folder
 
+    module, held = importlib.import_module("flows.evaluate"), []
+    plain = module.alone_with
+    monkeypatch.setattr(module, "alone_with", lambda *names: held.append(names) or plain(*names))
     store, version = Registry(Path(registry)), _version(registry)
-    figures = evaluate(version, str(tiny_model_dir), num_windows=2, seq_len=32, registry=registry)
+    figures = module.evaluate(version, str(tiny_model_dir), num_windows=2, seq_len=32, registry=registry)
+    assert held == [(str(tiny_model_dir), "cpu")]
     store.materialize(store.get(store.version(version).digest), tmp_path / "folder")
+    for what in (version, str(tmp_path / "folder")):
+        assert quality.original_of.fn(what, registry) == tiny_model_dir.name
     options: dict[str, Any] = {"base_revision": None, "dataset": None, "dataset_revision": None}
     options |= {"num_windows": 2, "seq_len": 32, "device": "cpu"}
     report = evaluate_folder(tmp_path / "folder", str(tiny_model_dir), **options)

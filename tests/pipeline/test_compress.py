@@ -18,8 +18,7 @@ from pipeline.errors import (
     RecipeChangedError,
     RecipeError,
 )
-from pipeline.evaluate_folder import base_of
-from pipeline.output import OutputFolder
+from pipeline.output import OutputFolder, base_of
 from pipeline.recipe import Recipe
 from registry import Registry
 from tests.models import build_llama, save_model
