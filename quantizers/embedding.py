@@ -6,53 +6,46 @@
     TiedEmbedding         in place of another embedding that shares it, as encoder and decoder do
 
 A head is the largest matrix of a model, and its product the one that is worth no dense copy: with 128,256 tokens and a
-width of 8192 one would take 4 GB. Only formats whose rows can be read alone serve (rows.py).
+width of 8192 one would take 4 GB. Only formats whose rows can be read alone serve (rows.py). On a GPU with Triton a
+product of up to 16 rows puts the codes into the kernels' layout (kernel_holder.py), from which rows are looked up, too.
 """
 
+from collections.abc import Iterator
+from typing import ClassVar
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor, nn
 
 from quantizers.block_format import BlockFormat
-from quantizers.kept_dtypes import kept_dtypes
+from quantizers.kernel_holder import KernelHolder
+from quantizers.kernels.abstract_weight import MOST_FUSED_ROWS
+from quantizers.kernels.block_weight import BlockWeight
 from quantizers.linear import autocast_dtype
 from quantizers.quantized import QuantizedTensor
-from quantizers.rows import decode_rows, decode_runs
+from quantizers.rows import WEIGHTS_AT_ONCE, decode_rows, decode_runs, runs
 
 
-class PackedRows(nn.Module):
-    """A matrix [rows, columns] as it is stored; built empty for a loader to fill, see QuantizedLinear.
+class PackedRows(KernelHolder):
+    """A matrix [rows, columns] as it is stored.
 
     Attributes:
         like: of no elements; its dtype is the one of what is given out, and follows the module's.
     """
 
-    weight_packed: Tensor
+    cast_buffers: ClassVar[tuple[str, ...]] = ("like",)
+    format: BlockFormat
     like: Tensor
 
     def __init__(self, shape: tuple[int, int], form: BlockFormat, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.shape, self.format = shape, form
-        for name, (size, tensor_dtype) in form.tensor_specs(shape).items():
-            self.register_buffer(name, torch.empty(size, dtype=tensor_dtype))
+        super().__init__(shape, form)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
-        self.levels: Tensor
-        self.register_buffer("levels", None, persistent=False)
 
     def fill(self, quantized: QuantizedTensor) -> None:
         """Take the tensors of `quantized`."""
         for name, tensor in quantized.tensors().items():
             setattr(self, name, tensor)
         self.set_levels(quantized.levels)
-
-    def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
-        """Give it its codebook, on the device of its codes."""
-        self.levels = levels.to(self.weight_packed.device)
-
-    def quantized(self) -> QuantizedTensor:
-        """The matrix, sharing this module's memory."""
-        stored = {name: getattr(self, name) for name in self.format.tensor_specs(self.shape)}
-        return QuantizedTensor.from_tensors(self.format, self.shape, self.levels, stored)
 
     @property
     def weight(self) -> Float[Tensor, "rows columns"]:
@@ -65,11 +58,30 @@ class PackedRows(nn.Module):
         """x Q^T in the dtype of `x`, or autocast's. The gradient goes to `x`."""
         return _ProductByRuns.apply(x, self)
 
-    def _apply(self, fn, recurse: bool = True) -> "PackedRows":
-        """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
-        with kept_dtypes(self, but=("like",)):
-            super()._apply(fn, recurse)
-        return self
+    def kernel_product(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"] | None:
+        """The same for few rows, by kernels and without a gradient; None where they do not serve."""
+        flat = x.detach().reshape(-1, self.shape[1])
+        if len(flat) > MOST_FUSED_ROWS:
+            return None
+        y = self.by_kernels(flat, lambda weight: weight.product(flat))
+        return None if y is None else y.view(*x.shape[:-1], self.shape[0])
+
+    def rows(self, numbers: Int64[Tensor, " some"]) -> Float32[Tensor, "some columns"]:
+        """These rows of Q, see `decode_rows`."""
+        held = self._kernel_weight
+        if not isinstance(held, BlockWeight):
+            return decode_rows(self.quantized(), numbers)
+        some = max(1, WEIGHTS_AT_ONCE // self.shape[1])
+        return torch.cat([held.rows(each) for each in numbers.split(some)])
+
+    def parts(self) -> Iterator[tuple[range, Float32[Tensor, "run columns"]]]:
+        """All of Q, a run of rows after the other."""
+        held = self._kernel_weight
+        if not isinstance(held, BlockWeight):
+            yield from decode_runs(self.quantized())
+            return
+        for run in runs(self.shape, self.format):
+            yield run, held.rows(torch.arange(run.start, run.stop, device=self.levels.device))
 
     def extra_repr(self) -> str:
         """Shown in the module's repr."""
@@ -103,7 +115,7 @@ class QuantizedEmbedding(PackedRows):
         Raises:
             IndexError: one is not in the vocabulary, see `decode_rows`.
         """
-        rows = decode_rows(self.quantized(), tokens.reshape(-1).long()).to(self.like.dtype)
+        rows = self.rows(tokens.reshape(-1).long()).to(self.like.dtype)
         if self.scale != 1:
             scale = torch.tensor(self.scale, dtype=rows.dtype if self.scale_is_rounded else torch.float64)
             rows = rows * scale.item()
@@ -173,13 +185,17 @@ class _ProductByRuns(torch.autograd.Function):
     def forward(ctx, x: Tensor, rows: PackedRows) -> Tensor:
         ctx.rows = rows
         x = x.to(autocast_dtype(x) or x.dtype)
-        quantized = rows.quantized()
-        found = rows.format.compiled_product(x, quantized.plain, rows.shape, quantized.levels)
-        if found is not None:
-            return found
-        y = x.new_empty(*x.shape[:-1], rows.shape[0])
         with torch.autocast(x.device.type, enabled=False):
-            for run, part in decode_runs(quantized):
+            found = rows.kernel_product(x)
+            if found is not None:
+                return found
+            if rows.levels.device.type == "cpu":
+                quantized = rows.quantized()
+                found = rows.format.compiled_product(x, quantized.plain, rows.shape, quantized.levels)
+                if found is not None:
+                    return found
+            y = x.new_empty(*x.shape[:-1], rows.shape[0])
+            for run, part in rows.parts():
                 y[..., run.start : run.stop] = x @ part.to(x.dtype).T
         return y
 
@@ -187,6 +203,6 @@ class _ProductByRuns(torch.autograd.Function):
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         total = gradient.new_zeros(*gradient.shape[:-1], ctx.rows.shape[1], dtype=torch.float32)
-        for run, part in decode_runs(ctx.rows.quantized()):
+        for run, part in ctx.rows.parts():
             total += gradient[..., run.start : run.stop] @ part.to(gradient.dtype)
         return total.to(gradient.dtype), None

@@ -3,13 +3,9 @@
 Q is dequantized for the length of one product, forward and again backward, and never kept (ModuLoRA,
 arXiv:2309.16119); so a model costs its packed size plus one dense matrix, also while training.
 
-On a GPU with Triton, the first product puts the codes into the layout of quantizers/kernels, which takes the place of
-the dense packing: up to 16 rows are then multiplied without a dense matrix. Whoever asks for what is stored
-(`quantized`, `state_dict`) gets it made anew, bit for bit, by a pass over the codes; moving or loading the layer goes
-back to the dense packing until the next product.
+On a GPU with Triton up to 16 rows are multiplied without a dense matrix, see kernel_holder.py.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,10 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quantizers.format import StorageFormat
-from quantizers.kept_dtypes import kept_dtypes
-from quantizers.kernels.abstract_weight import AbstractKernelWeight, KernelFactors
-from quantizers.kernels.switch import KERNELS
-from quantizers.kernels.weights import KERNEL_WEIGHTS
+from quantizers.kernel_holder import KernelHolder
+from quantizers.kernels.abstract_weight import KernelFactors
 from quantizers.packed_linear import numbered, packed_linear
 from quantizers.quantized import LowRank, QuantizedTensor
 
@@ -53,25 +47,13 @@ class _PackedMatmul(torch.autograd.Function):
         return ctx.layer.quantized_back(*gradients), None
 
 
-class QuantizedLinear(nn.Module):
-    """Stands in for `nn.Linear(in_features, out_features)`; its state is what format.py lists, and `bias`.
-
-    Built empty, on whatever device is current, for a loader to fill; `levels` is set by `set_levels`, as
-    the levels are stored once a checkpoint.
-    """
-
-    weight_packed: Tensor
+class QuantizedLinear(KernelHolder):
+    """Stands in for `nn.Linear(in_features, out_features)`; its state is what format.py lists, and `bias`."""
 
     def __init__(self, shape: tuple[int, int], form: StorageFormat, *, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(shape, form)
         self.out_features, self.in_features = shape
-        self.format = form
-        for name, (size, tensor_dtype) in form.tensor_specs(shape).items():
-            self.register_buffer(name, torch.empty(size, dtype=tensor_dtype))
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
-        self.levels: Tensor
-        self.register_buffer("levels", None, persistent=False)
-        self._kernel_weight: AbstractKernelWeight | None = None  # while it is there, what it replaces is None
         self._number = numbered(self)
 
     @staticmethod
@@ -85,11 +67,6 @@ class QuantizedLinear(nn.Module):
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.set_levels(quantized.levels)
         return layer
-
-    def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
-        """Give the layer its codebook, on the device of its codes."""
-        self._leave_kernels()
-        self.levels = levels.to(self.weight_packed.device)
 
     @property
     def weight(self) -> Float[Tensor, "out in"]:
@@ -107,21 +84,13 @@ class QuantizedLinear(nn.Module):
         """Something on the weight's device: PEFT asks for it by this name, 18 times a layer, and would ask `weight`."""
         return self.levels
 
-    def quantized(self) -> QuantizedTensor:
-        """The weight as a `QuantizedTensor` that shares this layer's memory, but for what the kernels hold."""
-        shape = (self.out_features, self.in_features)
-        stored = {name: getattr(self, name) for name in self.format.tensor_specs(shape)}
-        if self._kernel_weight is not None:
-            stored |= self._kernel_weight.stored()
-        return QuantizedTensor.from_tensors(self.format, shape, self.levels, stored)
-
     def low_rank(self) -> LowRank | None:
         """The low-rank part, as it is stored."""
-        form, shape = self.format, (self.out_features, self.in_features)
+        form = self.format
         if not form.rank:
             return None
-        tensors = {name: getattr(self, name) for name in form.factors.tensor_specs(shape, form.rank)}
-        return LowRank(tensors, form.factor_bits, form.rank, shape)
+        tensors = {name: getattr(self, name) for name in form.factors.tensor_specs(self.shape, form.rank)}
+        return LowRank(tensors, form.factor_bits, form.rank, self.shape)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
@@ -174,7 +143,7 @@ class QuantizedLinear(nn.Module):
                 return self.kernel_product(x.to(dtype), low_rank)
         flat = x.detach().reshape(-1, self.in_features)
         factors = None if low_rank is None else KernelFactors(low_rank)
-        y = self._by_kernels(flat, lambda weight: weight.product(flat, factors))
+        y = self.by_kernels(flat, lambda weight: weight.product(flat, factors))
         return None if y is None else y.view(*x.shape[:-1], self.out_features)
 
     def quantized_part(self, like: Tensor) -> Float[Tensor, "out in"]:
@@ -184,63 +153,12 @@ class QuantizedLinear(nn.Module):
 
     def kernel_part(self, like: Tensor) -> Float[Tensor, "out in"] | None:
         """The same by kernels; None where they do not serve."""
-        return self._by_kernels(like, lambda weight: weight.dense(like.dtype))
-
-    def _by_kernels(self, x: Tensor, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
-        """What `run` makes of the weight in the kernels' layout, or None where no kernel serves."""
-        fits = self.format.kind in KERNEL_WEIGHTS and x.device == self.levels.device
-        if fits and KERNELS.serves(x):
-            return self._try_kernels(run)
-        if KERNELS.failure is not None:
-            self._leave_kernels()
-        return None
-
-    @torch.compiler.disable  # changes buffers and catches what Triton raises
-    def _try_kernels(self, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
-        y = KERNELS.attempt(lambda: run(self._enter_kernels()))
-        if y is None:
-            self._leave_kernels()
-        return y
-
-    @torch.inference_mode(False)
-    def _enter_kernels(self) -> AbstractKernelWeight:
-        if self._kernel_weight is None:
-            quantized = self.quantized()
-            weight = KERNEL_WEIGHTS[self.format.kind].from_stored(
-                self.format, quantized.shape, quantized.plain, self.levels
-            )
-            for name in weight.replaces:
-                if name in self._buffers:
-                    self._buffers[name] = None
-            self._kernel_weight = weight
-        return self._kernel_weight
-
-    @torch.inference_mode(False)
-    def _leave_kernels(self) -> None:
-        if self._kernel_weight is not None:
-            self._buffers |= self._kernel_weight.stored()
-            self._kernel_weight = None
+        return self.by_kernels(like, lambda weight: weight.dense(like.dtype))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a layer of its own."""
         super().__setstate__(state)
         self._number = numbered(self)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._kernel_weight is not None:
-            destination.update({f"{prefix}{name}": tensor for name, tensor in self._kernel_weight.stored().items()})
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._leave_kernels()
-        super()._load_from_state_dict(*arguments)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
-        self._leave_kernels()
-        with kept_dtypes(self):
-            super()._apply(fn, recurse)
-        return self
 
     def extra_repr(self) -> str:
         """Shown in the module's repr."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Float32, Integer, UInt8
+from jaxtyping import Float, Float32, Int64, Integer, UInt8
 from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
-from quantizers.blocks import num_blocks
+from quantizers.blocks import num_blocks, spread
 from quantizers.kernels.abstract_weight import MOST_FUSED_ROWS, AbstractKernelWeight, KernelFactors
 from quantizers.kernels.layout import from_planes, to_planes
 from quantizers.packing import pack, unpack
@@ -88,6 +88,20 @@ class BlockWeight(AbstractKernelWeight):
         from quantizers.kernels.dequantize import dequantize
 
         return dequantize(self, dtype)
+
+    def rows(self, numbers: Int64[Tensor, " some"]) -> Float32[Tensor, "some in"]:
+        """These rows of Q by torch, in any order and as often as they are named."""
+        form, columns = self.form, self.shape[1]
+        codes = from_planes(tuple(plane.index_select(0, numbers) for plane in self.planes), form.bits, columns)
+        values = self.levels[codes.int()]
+        if self.zeros is not None:
+            values = values - spread(self.zeros[numbers].float(), form.block_size, columns)
+        blocks = numbers[:, None] * self.scale_codes.shape[1] + torch.arange(
+            self.scale_codes.shape[1], device=numbers.device
+        )
+        steps = self.steps[blocks // form.super_block]
+        scales = torch.addcmul(self.offset, self.scale_codes[numbers].float(), steps)
+        return values * spread(scales, form.block_size, columns)
 
     def product(self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None) -> Float[Tensor, "rows out"]:
         """See AbstractKernelWeight."""

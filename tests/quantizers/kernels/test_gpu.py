@@ -5,6 +5,7 @@ import torch
 import triton
 
 from quantizers import AbstractQuantizer, LowRankPlus, NormalFloat, QuantizedLinear, TrellisCoded
+from quantizers.embedding import QuantizedEmbedding, TiedHead
 from quantizers.kernels import reference
 from quantizers.kernels.abstract_weight import KernelFactors
 from quantizers.kernels.dequantize import dequantize
@@ -93,6 +94,21 @@ def test_a_layer_uses_them(quantizer: AbstractQuantizer) -> None:
     assert layer.weight_packed is None
     for name, part in layer.cpu().state_dict().items():
         assert torch.equal(part, state[name])
+
+
+def test_a_tied_head_and_its_embedding_use_them() -> None:
+    tensor = NormalFloat(4).quantize(normal_weight((500, 256)))
+    embedding = QuantizedEmbedding(tensor.shape, tensor.format, torch.bfloat16)
+    embedding.fill(tensor)
+    embedding.cuda()
+    head, tokens, dense = TiedHead(embedding, None), torch.tensor([3, 499], device="cuda"), tensor.dequantize()
+    before = embedding(tokens)
+    for rows in (1, 7, 40):
+        x = inputs(rows, 256, torch.bfloat16)
+        assert_near(head(x.cuda()).cpu(), (x.float() @ dense.T).bfloat16(), torch.bfloat16)
+    assert KERNELS.failure is None
+    assert embedding.weight_packed is None
+    assert torch.equal(embedding(tokens), before)
 
 
 @pytest.mark.parametrize("quantizer", [LowRankPlus(NormalFloat(4), 4), TrellisCoded(3)], ids=lambda q: q.format.label)

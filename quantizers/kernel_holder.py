@@ -1,0 +1,108 @@
+"""A module of packed codes that a GPU's kernels read in a layout of their own (quantizers/kernels).
+
+The first product puts the codes into that layout, which takes the place of the dense packing. Whoever asks for what is
+stored (`quantized`, `state_dict`) gets it made anew, bit for bit, by a pass over the codes; moving or loading the
+module goes back to the dense packing until the next product.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from quantizers.format import StorageFormat
+from quantizers.kernels.abstract_weight import AbstractKernelWeight
+from quantizers.kernels.switch import KERNELS
+from quantizers.kernels.weights import KERNEL_WEIGHTS
+from quantizers.quantized import QuantizedTensor
+
+
+class KernelHolder(nn.Module):
+    """See the module; built empty, on whatever device is current, for a loader to fill.
+
+    Attributes:
+        shape: [out, in] of the matrix.
+        levels: the codebook, None until `set_levels`, as levels are stored once a checkpoint.
+        cast_buffers: whose dtype follows the module's; all others keep theirs.
+    """
+
+    weight_packed: Tensor
+    cast_buffers: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, shape: tuple[int, int], form: StorageFormat) -> None:
+        super().__init__()
+        self.shape, self.format = shape, form
+        for name, (size, tensor_dtype) in form.tensor_specs(shape).items():
+            self.register_buffer(name, torch.empty(size, dtype=tensor_dtype))
+        self.levels: Tensor
+        self.register_buffer("levels", None, persistent=False)
+        self._kernel_weight: AbstractKernelWeight | None = None  # while it is there, what it replaces is None
+
+    def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
+        """Give the module its codebook, on the device of its codes."""
+        self._leave_kernels()
+        self.levels = levels.to(self.weight_packed.device)
+
+    def quantized(self) -> QuantizedTensor:
+        """The matrix as a `QuantizedTensor` that shares this module's memory, but for what the kernels hold."""
+        stored = {name: getattr(self, name) for name in self.format.tensor_specs(self.shape)}
+        if self._kernel_weight is not None:
+            stored |= self._kernel_weight.stored()
+        return QuantizedTensor.from_tensors(self.format, self.shape, self.levels, stored)
+
+    def by_kernels(self, x: Tensor, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
+        """What `run` makes of the matrix in the kernels' layout, or None where no kernel serves `x`."""
+        fits = self.format.kind in KERNEL_WEIGHTS and x.device == self.levels.device
+        if fits and KERNELS.serves(x):
+            return self._try_kernels(run)
+        if KERNELS.failure is not None:
+            self._leave_kernels()
+        return None
+
+    @torch.compiler.disable  # changes buffers and catches what Triton raises
+    def _try_kernels(self, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
+        y = KERNELS.attempt(lambda: run(self._enter_kernels()))
+        if y is None:
+            self._leave_kernels()
+        return y
+
+    @torch.inference_mode(False)
+    def _enter_kernels(self) -> AbstractKernelWeight:
+        if self._kernel_weight is None:
+            quantized = self.quantized()
+            weight = KERNEL_WEIGHTS[self.format.kind].from_stored(
+                self.format, quantized.shape, quantized.plain, self.levels
+            )
+            for name in weight.replaces:
+                if name in self._buffers:
+                    self._buffers[name] = None
+            self._kernel_weight = weight
+        return self._kernel_weight
+
+    @torch.inference_mode(False)
+    def _leave_kernels(self) -> None:
+        if self._kernel_weight is not None:
+            self._buffers |= self._kernel_weight.stored()
+            self._kernel_weight = None
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._kernel_weight is not None:
+            destination.update({f"{prefix}{name}": tensor for name, tensor in self._kernel_weight.stored().items()})
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._leave_kernels()
+        super()._load_from_state_dict(*arguments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KernelHolder":
+        """Move like any module, but keep the stored dtypes: `.to(dtype)` would round the scales."""
+        self._leave_kernels()
+        before = {name: tensor for name, tensor in self.named_buffers() if name not in self.cast_buffers}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
+        return self
