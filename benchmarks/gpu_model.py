@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticC
 
 from benchmarks.llama_shapes import SHAPES, Shape, matrix
 from quantizers import LayerStatistics, QuantizedLinear, quantizer_from_label, weighted_error
+from quantizers.kernels.switch import KERNELS
 
 LABELS = ("lloyd4-g64-s8", "lloyd3-g64-s8", "lloyd2-g64-s8", "trellis4-l12", "trellis3-l12", "trellis2-l12")
 DECOMPOSED = ("lloyd3-g64-s8", "trellis3-l12")
@@ -29,6 +30,7 @@ PROMPT_TOKENS, STEPS = 32, 64
 TINY = Shape(64, 176, 2, 4)
 CURVATURE_ROWS = 4096  # samples of a made-up curvature
 PARTS = ("generation", "decomposition")
+DENSE = "dense, bfloat16"  # float32 in a dry run
 NO_GPU = "this measures a CUDA device, and torch finds none here; `--dry-run` runs a tiny model without one"
 
 
@@ -60,21 +62,23 @@ def print_generation(shape: Shape, num_layers: int, device: str) -> None:
     print(f"\n| weights | GB | {columns} |\n| --- | --: | {' | '.join(['--:'] * 2 * len(SEQUENCES))} |")
     network = dense_network(shape, num_layers, device)
     dense: dict[int, float] = {}
-    for name in ("bfloat16" if device == "cuda" else "float32", "NF4, bitsandbytes", *LABELS):
+    for name in (DENSE, "NF4, bitsandbytes", *LABELS):
         try:
             if name in LABELS:
                 pack(network, name)
             elif name.startswith("NF4"):
                 to_nf4(network)
+            gigabytes = stored_bytes(network) / 1e9  # before a product, which may put codes elsewhere
             cells = []
             for count in SEQUENCES:
                 speed = count / step_seconds(network, count)
-                dense.setdefault(count, speed)
+                if name == DENSE:
+                    dense[count] = speed
                 cells.append(f"{speed:.1f} | {speed / dense[count]:.2f}x")
-            gigabytes = sum(each.nbytes for each in (*network.parameters(), *network.buffers())) / 1e9
+            check_kernels()
             print(f"| {name} | {gigabytes:.2f} | {' | '.join(cells)} |", flush=True)
         except Exception as error:  # a peer that fails must not cost the rest of the table
-            if name in LABELS:
+            if name != "NF4, bitsandbytes":
                 raise
             print(f"| {name} | failed: {type(error).__name__}: {str(error)[:80]} |", flush=True)
 
@@ -94,6 +98,23 @@ def dense_network(shape: Shape, num_layers: int, device: str) -> PreTrainedModel
     with torch.device(device):
         network = LlamaForCausalLM._from_config(config)
     return network.requires_grad_(False).eval()
+
+
+def stored_bytes(network: PreTrainedModel) -> int:
+    """Of its parameters and buffers, and of what bitsandbytes keeps beside them."""
+    states = (getattr(each, "quant_state", None) for each in network.parameters())
+    scales = sum(state.absmax.nbytes for state in states if state is not None)
+    return scales + sum(each.nbytes for each in (*network.parameters(), *network.buffers()))
+
+
+def check_kernels() -> None:
+    """Torch does what a kernel fails at, and would be measured under its name.
+
+    Raises:
+        SystemExit: one failed.
+    """
+    if KERNELS.failure is not None:
+        sys.exit(f"kernels failed, nothing more is measured: {KERNELS.failure}")
 
 
 def linear_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -184,6 +205,7 @@ def print_decomposition(shape: Shape, num_layers: int, device: str) -> None:
     for label in DECOMPOSED:
         quantizer = quantizer_from_label(label)
         took = num_params = error = whole = 0.0
+        quantizer.quantize(*next(made_up_matrices(shape, 1, device)))  # compiles
         for weight, statistics in made_up_matrices(shape, num_layers, device):
             _wait(weight.device)
             started = time.monotonic()
@@ -193,6 +215,7 @@ def print_decomposition(shape: Shape, num_layers: int, device: str) -> None:
             num_params += weight.numel()
             error += weighted_error(weight - quantized.dequantize(), statistics)
             whole += weighted_error(weight, statistics)
+        check_kernels()
         print(f"| {label} | {took:.1f} | {num_params / took / 1e6:.2f} | {error / whole:.2g} |", flush=True)
 
 

@@ -255,6 +255,8 @@ def tuned() -> str:
                 took[row[kernel]] = seconds(partial(run, ours[:4], None) if kernel in DENSE else run, 1)
             except Exception as error:  # too much shared memory, too many registers
                 print(f"{kernel} {row[kernel]}: {type(error).__name__}", file=sys.stderr)
+        if not took:
+            sys.exit(f"no configuration of {kernel} runs on {torch.cuda.get_device_name()}")
         row[kernel] = min(took, key=lambda config: took[config])
     return f"{torch.cuda.get_device_name()!r}: {row},"
 

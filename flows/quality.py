@@ -15,7 +15,8 @@ from flows.steps import OPENING
 from flows.summary import artifact_key
 from pipeline.eval_report import EvalReport
 from pipeline.output import base_of
-from pipeline.version_facts import VersionFacts, figures_of_quality
+from pipeline.version_documents import read_recipe
+from pipeline.version_facts import RECIPE, figures_of_quality
 
 
 class Asked(NamedTuple):
@@ -35,7 +36,9 @@ def original_of(what: str, registry: str | None) -> str:
     if (folder := Path(what).expanduser()).is_dir():
         return base_of(folder)[0]
     store = open_registry(registry)
-    return str(VersionFacts.of(store, store.version(what)).recipe["model"])
+    version = store.version(what)
+    recipe = read_recipe(store.path(store.get(version.digest), RECIPE), f"{RECIPE} of {version}")
+    return str(recipe["model"])
 
 
 @task(**OPENING)

@@ -70,6 +70,9 @@ def _of_a_batch(
         if not is_shortage(error) or len(windows) == 1:
             raise
     give_back()  # here, where the failed attempt's tensors are gone
+    with inference_only(network):
+        for module in {module for module, _ in tables}:  # which may have a table in its place
+            network.get_parameter(f"{module}.weight").copy_(model.tensor(f"{module}.weight"))
     totals: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for number, window in enumerate(windows.split(1), first):
         for module, found in _divergences(model, network, tables, window, number).items():
@@ -90,10 +93,8 @@ def _divergences(
         with inference_only(network):
             parameter.copy_(table)
             named = f"the original with {module} as {label}"
-            try:
-                after = answers_to(network, windows, named, first_window=first).float()
-            finally:
-                parameter.copy_(model.tensor(f"{module}.weight"))
+            after = answers_to(network, windows, named, first_window=first).float()
+            parameter.copy_(model.tensor(f"{module}.weight"))
             means = [model.task.divergences(*pair).mean() for pair in zip(before, after, strict=True)]
         found[module][label] = sum(max(0.0, float(mean)) for mean in means)
     return found

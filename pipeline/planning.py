@@ -81,9 +81,10 @@ def make_plans(
         measuring = tuple(stage for stage in stages if stage.name in ("statistics", "costs", "embeddings"))
         check_memory(largest_run(runs), measuring)
         elsewhere = Registry(Path(scratch)) if dry_run and start == root else None
-        if elsewhere and not first.has_costs():
-            first = replace(first, registry=elsewhere)
-        costs = first.costs(first.statistics())
+        costs = first.found_costs()  # of which statistics, that may be large, need not be read again
+        if costs is None:
+            first = replace(first, registry=elsewhere or registry)
+            costs = first.costs(first.statistics())
         plans = [replace(run, registry=first.registry).allocate(costs, elsewhere) for run in runs]
     return [
         Planned(run.model, plan, Checkpoint(run.model, plan, run.facts).sizes_bytes, stages)

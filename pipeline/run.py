@@ -192,12 +192,16 @@ class Run:
         """What is on the disk of statistics that somebody is collecting, or was killed over."""
         return self.registry.step_work_bytes("statistics", (), self.keyed(self._statistics_settings()))
 
-    def has_costs(self) -> bool:
-        """Are statistics and cost table in the registry?"""
+    def found_costs(self) -> Artifact | None:
+        """The cost table, if it is in the registry with the statistics that it is of."""
         statistics = self._found_statistics()
         if self.texts.calibration is not None and statistics is None:
-            return False
-        return self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings())) is not None
+            return None
+        return self.registry.has_step("costs", _digests(statistics), self.keyed(self._costs_settings()))
+
+    def has_costs(self) -> bool:
+        """Are statistics and cost table in the registry?"""
+        return self.found_costs() is not None
 
     def statistics(self) -> Artifact | None:
         """The metric of every matrix; None for an unweighted error."""
@@ -440,9 +444,7 @@ class Run:
 
     def _step(self, kind: str, parents: tuple[str, ...], settings: dict, build: Callable[[Path], Any]) -> Artifact:
         settings = self.keyed(settings)
-        if self.resume and (
-            done := self.registry.has_step(kind, parents, settings, whole=True, progress=self.progress)
-        ):
+        if self.resume and (done := self.registry.finished_step(kind, parents, settings, self.progress)):
             self.log.reused()
             return done
 

@@ -43,6 +43,7 @@ class PackedRows(KernelHolder):
 
     def fill(self, quantized: QuantizedTensor) -> None:
         """Take the tensors of `quantized`."""
+        self._leave_kernels()
         for name, tensor in quantized.tensors().items():
             setattr(self, name, tensor)
         self.set_levels(quantized.levels)

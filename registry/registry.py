@@ -22,6 +22,7 @@ from registry.artifact import Artifact
 from registry.errors import AmbiguousDigestError, IntegrityError, InvalidDescriptionError, NotFoundError
 from registry.files import files_below
 from registry.progress import SILENT, Progress
+from registry.read_only import is_writable
 from registry.remote import remote_blobs
 from registry.store import Store
 from registry.uses import Uses
@@ -364,21 +365,16 @@ class Registry:
         """
         return self._steps.run(kind, parents, settings, build, resume=resume, progress=progress)
 
-    def has_step(
-        self,
-        kind: str,
-        parents: Iterable[str],
-        settings: "Settings",
-        *,
-        whole: bool = False,
-        progress: Progress = SILENT,
-    ) -> Artifact | None:
-        """The result of that step, if it is here; see `step`.
+    def has_step(self, kind: str, parents: Iterable[str], settings: "Settings") -> Artifact | None:
+        """The result of that step, if it is here, for whoever asks; of files over 64 MiB only the size is looked at."""
+        return self._steps.find(kind, parents, settings)
 
-        Args:
-            whole: hash files of more than 64 MiB too, for whoever will use them; else they must have the right size.
-        """
-        return self._steps.find(kind, parents, settings, whole=whole, progress=progress)
+    def finished_step(
+        self, kind: str, parents: Iterable[str], settings: "Settings", progress: Progress = SILENT
+    ) -> Artifact | None:
+        """The same for whoever will use it: every byte is hashed, and it is noted as used, where that can be."""
+        is_noted = not self._read_only and is_writable(self.root)
+        return self._steps.reuse(kind, parents, settings, is_noted=is_noted, progress=progress)
 
     def step_work_bytes(self, kind: str, parents: Iterable[str], settings: "Settings") -> int:
         """What the work folder of that step holds: 0 unless somebody is at it, or was killed there."""

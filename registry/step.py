@@ -18,7 +18,7 @@ from registry.errors import IntegrityError, InvalidDescriptionError, UnsafePathE
 from registry.files import files_below
 from registry.index import Index, step_key
 from registry.lock import exclusive
-from registry.progress import Progress
+from registry.progress import SILENT, Progress
 from registry.store import Store, disk_errors, fsync, hash_file, write_atomically
 from registry.uses import Uses
 
@@ -41,7 +41,8 @@ class Steps:
     store: Store
     index: Index
     uses: Uses
-    _read: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False)  # sha256 -> what stamped its bytes then
+    _read: dict[str, tuple[int, ...]] = field(default_factory=dict, init=False, compare=False, repr=False)
+    # sha256 -> the stamp of its file when all of it was read
 
     def run(
         self, kind: str, parents: Iterable[str], settings: Settings, build: Build, *, resume: bool, progress: Progress
@@ -81,24 +82,35 @@ class Steps:
             _remove(workdir)
         return artifact
 
-    def find(
-        self, kind: str, parents: Iterable[str], settings: Settings, *, whole: bool, progress: Progress
-    ) -> Artifact | None:
+    def find(self, kind: str, parents: Iterable[str], settings: Settings) -> Artifact | None:
         """See `Registry.has_step`."""
-        return self._finished(step_key(kind, tuple(parents), settings), whole=whole, progress=progress)
+        return self._finished(step_key(kind, tuple(parents), settings), whole=False, progress=SILENT)
+
+    def reuse(
+        self, kind: str, parents: Iterable[str], settings: Settings, *, is_noted: bool, progress: Progress
+    ) -> Artifact | None:
+        """See `Registry.finished_step`."""
+        key = step_key(kind, tuple(parents), settings)
+        return self._taken(key, progress) if is_noted else self._finished(key, whole=True, progress=progress)
 
     def work_bytes(self, kind: str, parents: Iterable[str], settings: Settings) -> int:
         """See `Registry.step_work_bytes`."""
         files = (self.folder / step_key(kind, tuple(parents), settings)).rglob("*")
         return sum(path.stat().st_size for path in files if path.is_file())
 
+    def keep(self, key: str, artifact: Artifact) -> bool:
+        """Note that the result is used, so that nobody collects it; False if somebody just has."""
+        with self.index.database.keeping():
+            if self.index.step_result(key) != artifact:
+                return False
+            self.uses.add(artifact.digest)
+            self.index.touch([artifact.digest])
+        return True
+
     def _taken(self, key: str, progress: Progress) -> Artifact | None:
         """The recorded result, read and noted as used."""
-        with self.index.database.keeping():
-            if artifact := self._finished(key, whole=True, progress=progress):
-                self.uses.add(artifact.digest)
-                self.index.touch([artifact.digest])
-        return artifact
+        found = self._finished(key, whole=True, progress=progress)
+        return found if found is not None and self.keep(key, found) else None
 
     def _finished(self, key: str, *, whole: bool, progress: Progress) -> Artifact | None:
         """The recorded result, if its blobs are sound."""
@@ -113,17 +125,17 @@ class Steps:
     def _is_sound(self, entry: FileEntry, *, whole: bool) -> bool:
         """Small files are hashed (a fraction of a second each), larger ones where `whole` asks for it, and once.
 
-        What is only in a remote store is hashed when it is fetched.
+        What is only in a remote store is hashed when it is fetched; it mends what is damaged here.
         """
         if entry.size_bytes <= REHASH_LIMIT_BYTES:
-            return self.store.is_sound(entry)
+            return self.store.is_sound(entry) or self.store.mend(entry)
         stamp = self.store.stamp(entry.sha256)
         if not whole or stamp is None or self._was_read(entry):
             return self.store.has(entry)
-        is_sound = self.store.is_sound(entry)
-        if is_sound:
-            self._read[entry.sha256] = stamp
-        return is_sound
+        if not self.store.is_sound(entry):
+            return self.store.mend(entry)
+        self._read[entry.sha256] = stamp
+        return True
 
     def _was_read(self, entry: FileEntry) -> bool:
         """And has not changed since; small ones are read each time."""

@@ -80,7 +80,7 @@ class Store:
         return is_here and (self.remote is None or self.remote.has(entry))
 
     def stamp(self, sha256: str) -> tuple[int, ...] | None:
-        """Of the blob's file as the disk has it, another one after any change; None where it is not here."""
+        """Of the blob's file, another one after it was written to; None where it is not here."""
         try:
             found = self._place(sha256).stat()
         except OSError:

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Float32, Int64, Integer, UInt8
+from jaxtyping import Float, Float32, Int32, Int64, Integer, UInt8
 from torch import Tensor
 
 from quantizers.abstract_block_format import AbstractBlockFormat
 from quantizers.blocks import num_blocks, spread
 from quantizers.kernels.abstract_weight import MOST_FUSED_ROWS, AbstractKernelWeight, KernelFactors
 from quantizers.kernels.layout import from_planes, to_planes
-from quantizers.packing import pack, unpack
+from quantizers.packing import WORD_BITS, num_words, pack, unpack
+
+CODES_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class BlockWeight(AbstractKernelWeight):
         return BlockWeight(
             form,
             shape,
-            to_planes(unpack(stored["weight_packed"], form.bits, rows * columns).view(shape), form.bits),
+            _planes(stored["weight_packed"], form.bits, shape),
             unpack(stored["weight_scale_packed"], form.scale_bits, count).view(blocks),
             stored["weight_scale_step"],
             stored["weight_scale_offset"],
@@ -66,9 +68,8 @@ class BlockWeight(AbstractKernelWeight):
     def stored(self) -> dict[str, Tensor]:
         """See AbstractKernelWeight."""
         bits = self.form.bits
-        codes = from_planes(self.planes, bits, self.shape[1])
         packed = {
-            "weight_packed": pack(codes.view(-1), bits),
+            "weight_packed": _words(self.planes, bits, self.shape[1]),
             "weight_scale_packed": pack(self.scale_codes.view(-1), self.form.scale_bits),
         }
         if self.zeros is not None:
@@ -112,3 +113,29 @@ class BlockWeight(AbstractKernelWeight):
             y = torch.nn.functional.linear(x, self.dense(x.dtype))
             return y if factors is None else y + factors.product(x)
         return (matvec if x.shape[0] == 1 else matmul)(x, self, factors)
+
+
+def _some_rows(num_columns: int) -> int:
+    """Rows whose codes are unpacked at once: whole words, and never all codes of a head."""
+    return WORD_BITS * max(1, CODES_AT_ONCE // (WORD_BITS * num_columns))
+
+
+def _planes(
+    words: Int32[Tensor, " words"], bits: int, shape: tuple[int, int]
+) -> tuple[Integer[Tensor, "out super _ lane"], ...]:
+    """Of the dense packing."""
+    rows, columns = shape
+    parts = []
+    for start in range(0, rows, _some_rows(columns)):
+        count = min(_some_rows(columns), rows - start)
+        some = words[start * columns * bits // WORD_BITS :][: num_words(count * columns, bits)]
+        parts.append(to_planes(unpack(some, bits, count * columns).view(count, columns), bits))
+    return tuple(torch.cat(plane) for plane in zip(*parts, strict=True))
+
+
+def _words(
+    planes: tuple[Integer[Tensor, "out super _ lane"], ...], bits: int, num_columns: int
+) -> Int32[Tensor, " words"]:
+    """The dense packing again."""
+    parts = zip(*(plane.split(_some_rows(num_columns)) for plane in planes), strict=True)
+    return torch.cat([pack(from_planes(some, bits, num_columns).view(-1), bits) for some in parts])

@@ -23,8 +23,9 @@ from pipeline.errors import (
 from pipeline.planning import make_plan, make_plans
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
-from pipeline.sweep import Sweep, compress_budgets, prepare_parts
+from pipeline.sweep import Sweep, compress_budgets, prepare_parts, prepare_runs
 from registry import InvalidNameError, Registry
+from registry.store import hash_file
 from tests.pipeline.small import FLAGS, TEXTS, be_quick
 from tests.pipeline.test_compress import contents, run, small_recipe
 from tests.pipeline.test_kills import KILL_POINTS, find_owner
@@ -269,6 +270,29 @@ def test_a_dry_run_changes_nothing_in_a_registry(tiny_model_dir: Path, tmp_path:
         dry = make_plans(recipes(tiny_model_dir), root, dry_run=True)
         assert content(root) == before
         assert [made.plan for made in dry] == [made.plan for made in planned]
+
+
+def test_a_plan_with_a_cost_table_does_not_read_the_statistics(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model they are a hundred gigabytes."""
+    (recipe, *_) = recipes(tiny_model_dir)
+    root = tmp_path / "registry"
+    planned, hashed = make_plan(recipe, root), []
+    monkeypatch.setattr("registry.step.REHASH_LIMIT_BYTES", 0)
+    monkeypatch.setattr("registry.store.hash_file", lambda path: hashed.append(path) or hash_file(path))
+    assert make_plan(recipe, root).plan == planned.plan
+    assert hashed == []
+    (statistics,) = Registry(root).of_kind("statistics")
+    for entry in statistics.files.values():
+        blob = Registry(root).store.path(entry.sha256)
+        blob.chmod(0o644)
+        blob.write_bytes(bytes(entry.size_bytes))
+    assert make_plan(recipe, root).plan == planned.plan
+    (run,) = prepare_runs([recipe], Registry(root), device="cpu", resume=True, progress=SILENT)
+    assert run.statistics() == statistics  # whoever needs them reads them, and collects them anew
+    assert len(hashed) >= len(statistics.files)
+    assert Registry(root).store.is_sound(next(iter(statistics.files.values())))
 
 
 def _child(model: str, place: str, home: str, kill_point: str | None) -> None:

@@ -71,7 +71,7 @@ def test_large_files_are_read_again_by_whoever_uses_them_and_once(
     assert again.has_step("matrices", PARENTS, SETTINGS) == made
     assert hashed == []
     for _ in range(2):
-        assert again.has_step("matrices", PARENTS, SETTINGS, whole=True, progress=progress) == made
+        assert again.finished_step("matrices", PARENTS, SETTINGS, progress) == made
         assert step(again, Builder(), progress=progress) == made
     assert len(hashed) == len(made.files) == 3
     assert said == ["Reading 0.0 GB of matrices that are there already: are they whole?"]
@@ -80,7 +80,7 @@ def test_large_files_are_read_again_by_whoever_uses_them_and_once(
     blob.chmod(0o644)
     blob.write_bytes(b"x" * len(content))
     assert again.has_step("matrices", PARENTS, SETTINGS) == made, "of the right size"
-    assert again.has_step("matrices", PARENTS, SETTINGS, whole=True) is None
+    assert again.finished_step("matrices", PARENTS, SETTINGS) is None
     build = Builder()
     assert step(again, build) == made
     assert build.num_calls == 1

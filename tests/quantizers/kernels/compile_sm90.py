@@ -72,7 +72,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             elif kernel == "matmul":
                 constants = ours | low_rank | tile | {"DOT": DOT[dtype], "SPLITS": 1}
                 yield f"matmul, {name}", matmul_kernel, {**fused, "out": data, "M": "i32", **sizes}, constants, options
-    for bits, state_bits in itertools.product((1, 3, 5), (8, 12)):
+    for bits, state_bits in itertools.product(range(1, 6), (8, 12)):
         signature = {"out": "*bf16", "words": "*i32", "levels": "*fp32", "scale": "*fp32"}
         signature |= {"N": "i32", "K": "i32"}
         config = configs["trellis"]
@@ -88,6 +88,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             name = f"trellis_product, {bits} bits, states of {state_bits}, {dtype}"
             yield name, trellis_product_kernel, signature, constants, options
+            yield f"{name}, one row", trellis_product_kernel, signature, constants | {"M": 1}, options
         data = dict.fromkeys(("best", "targets", "roots", "negative_levels"), "*fp32")
         signature = {"symbols": "*u8", **data, "steps": "i32", "join": "i32"}
         constants, options = {"BITS": bits, "STATE_BITS": state_bits}, {"num_warps": num_warps(2**state_bits)}
@@ -113,6 +114,7 @@ def few() -> list:
         "3 bits, blocks of 32",
         "dequantize, 2 bits, blocks of 16, integers",
         "trellis, 3 bits, states of 8",
+        "trellis_product, 4 bits, states of 12, torch.bfloat16, one row",
         "trellis_product, 3 bits, states of 12, torch.bfloat16",
         "viterbi, 3 bits, states of 12",
         "scale_search, blocks of 16",

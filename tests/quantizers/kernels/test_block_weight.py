@@ -28,6 +28,19 @@ def test_what_it_replaces_comes_back(quantizer: AbstractQuantizer, shape: tuple[
         assert part.dtype == tensor.plain[name].dtype
 
 
+@for_quantizers
+def test_a_large_matrix_is_unpacked_some_rows_at_a_time(
+    quantizer: AbstractQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = quantized(quantizer, (70, 129))
+    at_once = block_weight(tensor)
+    monkeypatch.setattr("quantizers.kernels.block_weight.CODES_AT_ONCE", 40 * 129)
+    in_parts = block_weight(tensor)
+    for one, other in zip(at_once.planes, in_parts.planes, strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(in_parts.stored()["weight_packed"], tensor.plain["weight_packed"])
+
+
 def test_the_second_level_of_the_scales_is_shared() -> None:
     tensor = quantized(QUANTIZERS[0], (5, 129))
     weight = block_weight(tensor)
