@@ -22,6 +22,7 @@ from quantizers.kernel_holder import KernelHolder
 from quantizers.kernels.abstract_weight import MOST_FUSED_ROWS
 from quantizers.kernels.block_weight import BlockWeight
 from quantizers.linear import autocast_dtype
+from quantizers.packed_linear import is_traced, packed_linear
 from quantizers.quantized import QuantizedTensor
 from quantizers.rows import WEIGHTS_AT_ONCE, decode_rows, decode_runs, runs
 
@@ -58,6 +59,17 @@ class PackedRows(KernelHolder):
     def product(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
         """x Q^T in the dtype of `x`, or autocast's. The gradient goes to `x`."""
         return _ProductByRuns.apply(x, self)
+
+    def back(self, gradient: Float[Tensor, "... rows"]) -> Float[Tensor, "... columns"]:
+        """The gradient of `product`'s input: `gradient` Q."""
+        total = gradient.new_zeros(*gradient.shape[:-1], self.shape[1], dtype=torch.float32)
+        for run, part in self.parts():
+            total += gradient[..., run.start : run.stop] @ part.to(gradient.dtype)
+        return total.to(gradient.dtype)
+
+    def logits(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
+        """The product, as one operator under `torch.compile`."""
+        return packed_linear(x, self.number, self.shape[0]) if is_traced() else self.product(x)
 
     def kernel_product(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"] | None:
         """The same for few rows, by kernels and without a gradient; None where they do not serve."""
@@ -133,7 +145,7 @@ class QuantizedHead(PackedRows):
 
     def forward(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
         """The logits."""
-        return _plus(self.product(x), self.bias)
+        return _plus(self.logits(x), self.bias)
 
 
 class TiedHead(nn.Module):
@@ -153,7 +165,7 @@ class TiedHead(nn.Module):
     def forward(self, x: Float[Tensor, "... columns"]) -> Float[Tensor, "... rows"]:
         """The logits, on the device of `x`, wherever the embedding is."""
         source = self._source[0]
-        return _plus(source.product(x.to(source.like.device)).to(x.device), self.bias)
+        return _plus(source.logits(x.to(source.like.device)).to(x.device), self.bias)
 
 
 class TiedEmbedding(nn.Module):
@@ -202,8 +214,4 @@ class _ProductByRuns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        total = gradient.new_zeros(*gradient.shape[:-1], ctx.rows.shape[1], dtype=torch.float32)
-        for run, part in ctx.rows.parts():
-            total += gradient[..., run.start : run.stop] @ part.to(gradient.dtype)
-        return total.to(gradient.dtype), None
+        return ctx.rows.back(*gradients), None

@@ -5,6 +5,7 @@ stored (`quantized`, `state_dict`) gets it made anew, bit for bit, by a pass ove
 module goes back to the dense packing until the next product.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,15 +17,17 @@ from quantizers.format import StorageFormat
 from quantizers.kernels.abstract_weight import AbstractKernelWeight
 from quantizers.kernels.switch import KERNELS
 from quantizers.kernels.weights import KERNEL_WEIGHTS
+from quantizers.packed_linear import numbered
 from quantizers.quantized import QuantizedTensor
 
 
-class KernelHolder(nn.Module):
+class KernelHolder(nn.Module, ABC):
     """See the module; built empty, on whatever device is current, for a loader to fill.
 
     Attributes:
         shape: [out, in] of the matrix.
         levels: the codebook, None until `set_levels`, as levels are stored once a checkpoint.
+        number: by which `torch.compile` knows it, see packed_linear.py.
         cast_buffers: whose dtype follows the module's; all others keep theirs.
     """
 
@@ -39,6 +42,15 @@ class KernelHolder(nn.Module):
         self.levels: Tensor
         self.register_buffer("levels", None, persistent=False)
         self._kernel_weight: AbstractKernelWeight | None = None  # while it is there, what it replaces is None
+        self.number = numbered(self)
+
+    @abstractmethod
+    def product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """x W^T in the dtype of `x`."""
+
+    @abstractmethod
+    def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... in"]:
+        """The gradient of that product's input: `gradient` W."""
 
     def set_levels(self, levels: Float[Tensor, " levels"]) -> None:
         """Give the module its codebook, on the device of its codes."""
@@ -86,6 +98,11 @@ class KernelHolder(nn.Module):
         if self._kernel_weight is not None:
             self._buffers |= self._kernel_weight.stored()
             self._kernel_weight = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a module of its own."""
+        super().__setstate__(state)
+        self.number = numbered(self)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

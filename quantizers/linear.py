@@ -6,8 +6,6 @@ arXiv:2309.16119); so a model costs its packed size plus one dense matrix, also 
 On a GPU with Triton up to 16 rows are multiplied without a dense matrix, see kernel_holder.py.
 """
 
-from typing import Any
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 from quantizers.format import StorageFormat
 from quantizers.kernel_holder import KernelHolder
 from quantizers.kernels.abstract_weight import KernelFactors
-from quantizers.packed_linear import numbered, packed_linear
+from quantizers.packed_linear import is_traced, packed_linear
 from quantizers.quantized import LowRank, QuantizedTensor
 
 
@@ -54,7 +52,6 @@ class QuantizedLinear(KernelHolder):
         super().__init__(shape, form)
         self.out_features, self.in_features = shape
         self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype), requires_grad=False) if bias else None
-        self._number = numbered(self)
 
     @staticmethod
     def from_quantized(quantized: QuantizedTensor, bias: Float[Tensor, " out"] | None) -> "QuantizedLinear":
@@ -94,10 +91,7 @@ class QuantizedLinear(KernelHolder):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """The product in the dtype of `x`."""
-        # an exported program would hold a number that means nothing elsewhere; is_exporting() lies within
-        # torch.compile of torch 2.11
-        is_traced = torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag
-        y = packed_linear(x, self._number, self.out_features) if is_traced else self.product(x)
+        y = packed_linear(x, self.number, self.out_features) if is_traced() else self.product(x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -154,11 +148,6 @@ class QuantizedLinear(KernelHolder):
     def kernel_part(self, like: Tensor) -> Float[Tensor, "out in"] | None:
         """The same by kernels; None where they do not serve."""
         return self.by_kernels(like, lambda weight: weight.dense(like.dtype))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy is a layer of its own."""
-        super().__setstate__(state)
-        self._number = numbered(self)
 
     def extra_repr(self) -> str:
         """Shown in the module's repr."""

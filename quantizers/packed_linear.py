@@ -38,6 +38,11 @@ def numbered(layer: PackedLayer) -> int:
     return number
 
 
+def is_traced() -> bool:
+    """Is `torch.compile` at work, and not an export, whose program would hold a number that means nothing elsewhere?"""
+    return torch.compiler.is_compiling() and not torch.compiler._is_exporting_flag  # is_exporting() lies in torch 2.11
+
+
 @torch.library.custom_op("bitsmith::packed_linear", mutates_args=(), tags=TAGS)
 def packed_linear(x: Tensor, layer: int, out_features: int) -> Tensor:
     """x [..., in] -> x W^T [..., out] in the dtype of `x`; no autocast."""

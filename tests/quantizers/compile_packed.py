@@ -22,6 +22,7 @@ from quantizers import (
     QuantizedLinear,
     TrellisCoded,
 )
+from quantizers.embedding_swap import swap_in
 from quantizers.packed_linear import packed_linear
 from tests.pipeline.tiny_packed import packed_llama, random_windows
 from tests.quantizers.helpers import normal_weight, quantizer_id
@@ -59,7 +60,7 @@ def one_graph_with_the_eager_numbers(quantizer: AbstractQuantizer) -> None:
 def operator_is_what_it_says() -> None:
     layer = layer_of(QUANTIZERS[1])
     for x in (inputs(4).requires_grad_(), inputs(2, 3).bfloat16(), inputs(0)):
-        torch.library.opcheck(packed_linear, (x, layer._number, 24))
+        torch.library.opcheck(packed_linear, (x, layer.number, 24))
 
 
 def copy_is_a_layer_of_its_own() -> None:
@@ -86,8 +87,11 @@ def exported_program_has_the_weights_itself() -> None:
     torch.testing.assert_close(exported.module()(inputs(3)), layer(inputs(3)))
 
 
-def network_is_one_graph(label: str) -> None:
+def network_is_one_graph(label: str, *, has_packed_tables: bool = False) -> None:
     network, tokens = packed_llama(label), random_windows(2)
+    if has_packed_tables:
+        table = LloydMax(4).quantize(network.model.embed_tokens.weight)  # the head's, too
+        swap_in(network, "model.embed_tokens", table.shape, table.format).fill(table)
     compiled = torch.compile(network, fullgraph=True, backend="eager")
     with torch.no_grad():
         found = compiled(input_ids=tokens, use_cache=False).logits
@@ -114,6 +118,8 @@ def main() -> None:
         network_is_one_graph(label)
         held.append(f"network of {label}")
         torch._dynamo.reset()
+    network_is_one_graph("lloyd3-g32-s4", has_packed_tables=True)
+    held.append("network with packed embeddings and head")
     json.dump(held, sys.stdout)
 
 
