@@ -82,7 +82,7 @@ def load_packed(
                 folder,
                 config=config,
                 dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
-                device_map={"": device},  # tensor by tensor: the CPU never holds the model
+                device_map={"": device},  # tensor by tensor, with no copy of the model elsewhere first
                 local_files_only=True,
                 use_safetensors=True,
                 **options,
