@@ -43,6 +43,7 @@ from pipeline.packed import load_packed, load_tokenizer
 from pipeline.progress import SILENT, Progress
 from pipeline.structure import num_positions
 from pipeline.task import NextToken, task_of
+from pipeline.trainable import save_memory
 from pipeline.training import Lesson, Training, can_keep_activations, sha256_of
 from pipeline.training_state import TrainingState
 from quantizers.adapter import (
@@ -188,6 +189,10 @@ class Answers(Lesson):
             total += nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
             num_tokens += len(targets)
         return total / num_tokens
+
+    def save_memory(self) -> bool:
+        """See pipeline/trainable.py."""
+        return save_memory(self.network.get_base_model())
 
     def _predicted(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Logits [answers, vocab] for the answers' tokens, and those tokens [answers]."""

@@ -22,7 +22,7 @@ from pipeline.recovery_loss import hidden_error, mean_kl, next_token_loss
 from pipeline.recovery_settings import RecoverySettings
 from pipeline.task import Predictions, Task, task_of
 from pipeline.teacher import TeacherFeatures, TeacherWindow, TeacherWindows, head_inputs
-from pipeline.trainable import opened_for_training
+from pipeline.trainable import opened_for_training, save_memory
 from pipeline.training import AsStored, Lesson, Training, can_keep_activations, sha256_of
 from pipeline.training_state import Check, TrainingState
 from quantizers import QuantizedLinear
@@ -151,6 +151,10 @@ class _Recovery(Lesson):
         """The mean divergence from the original."""
         windows = (self.teacher.window(index, self.network.device) for index in indices)
         return sum(self.divergence(window).item() for window in windows) / len(indices)
+
+    def save_memory(self) -> bool:
+        """See pipeline/trainable.py."""
+        return save_memory(self.network)
 
     def rate_share(self, start_loss: float) -> float:
         """Adam's steps do not shrink with the gradient, and what their jitter costs grows with the rate's square."""

@@ -71,12 +71,28 @@ def opened_for_training(
             parameter.grad = None
             with torch.no_grad():
                 parameter.copy_(value)
-        if not keep_activations:
+        if _recomputes_activations(network):
             getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)()
         for parameter, required in requires_grad.items():
             parameter.requires_grad_(required)
         for module, was_training in training.items():
             module.training = was_training
+
+
+def save_memory(network: PreTrainedModel) -> bool:
+    """From now on dequantize for each product and compute activations again; False where both were so already."""
+    layers = [module for module in network.modules() if isinstance(module, TrainableLinear)]
+    had_copies = any(layer.dense is not None for layer in layers)
+    for layer in layers:
+        layer.dense = None
+    can_recompute = network.supports_gradient_checkpointing and not _recomputes_activations(network)
+    if can_recompute:
+        checkpoint_activations(network)
+    return had_copies or can_recompute
+
+
+def _recomputes_activations(network: PreTrainedModel) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
 
 
 def _parameters(

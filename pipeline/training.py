@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from pipeline.adam import adam_step
 from pipeline.errors import NonFiniteError
-from pipeline.memory import free_bytes
+from pipeline.memory import free_bytes, give_back, is_shortage
 from pipeline.progress import Progress
 from pipeline.training_settings import Compute, TrainingSettings
 from pipeline.training_state import Check, TrainingState
@@ -85,6 +86,10 @@ class Lesson(ABC):
     def held_out_loss(self, indices: range) -> float:
         """The mean over items that are not trained on; called without gradients."""
 
+    def save_memory(self) -> bool:
+        """Go on in less memory, to the same result; False where there is no way to, or none that is left."""
+        return False
+
     def rate_share(self, start_loss: float) -> float:
         """Of the learning rate, how much to take where `start_loss` was measured before any training."""
         return 1.0
@@ -128,7 +133,7 @@ class Training:
         for step in progress.track(steps, self.lesson.title, total=settings.steps, done=state.step):
             if self._has_stalled(step):
                 break
-            state.losses.append(self._add_gradients(step))
+            state.losses.append(self._twice_if_short(partial(self._add_gradients, step)))
             self._move(step)
             state.step = step + 1
             if state.step % settings.check_every == 0 or state.step == settings.steps:
@@ -157,6 +162,18 @@ class Training:
             loss.backward()
             total += loss.item()
         return total
+
+    def _twice_if_short(self, run: Callable[[], float]) -> float:
+        """What `run` gives; once more, in less memory, where that ran out."""
+        try:
+            return run()
+        except Exception as error:
+            if not is_shortage(error) or not self.lesson.save_memory():
+                raise
+        for parameter in self.live.values():
+            parameter.grad = None
+        give_back()  # here, where the failed attempt's tensors are gone
+        return run()
 
     def _items_of(self, step: int) -> list[int]:
         """The step's items: each epoch has them all in an order of its own, so no state is needed to go on."""
@@ -199,7 +216,8 @@ class Training:
     @torch.no_grad()
     def _held_out_loss(self) -> float:
         num_items = len(self.lesson)
-        loss = self.lesson.held_out_loss(range(num_items - self.settings.num_held_out(num_items), num_items))
+        held_out = range(num_items - self.settings.num_held_out(num_items), num_items)
+        loss = self._twice_if_short(partial(self.lesson.held_out_loss, held_out))
         if not math.isfinite(loss):
             raise self._diverged(f"The loss on what is held out is {loss}", self.state.step)
         return loss

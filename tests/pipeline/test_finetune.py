@@ -323,6 +323,23 @@ def test_gradients_do_not_depend_on_whether_activations_are_kept(checkpoint: Pat
         assert torch.equal(parameter.grad, gradients[name])
 
 
+def test_where_memory_runs_out_activations_are_computed_again(
+    finished: Finetuned, checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predicted, failures = Answers._predicted, []
+
+    def short(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        recomputes = any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules())
+        if torch.is_grad_enabled() and not recomputes:
+            failures.append(indices)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return predicted(self, indices)
+
+    monkeypatch.setattr(Answers, "_predicted", short)
+    assert run(checkpoint, dataset, tmp_path / "out").report == finished.report
+    assert len(failures) == 1
+
+
 def test_rank_zero_without_factors_has_nothing_to_train(checkpoint: Path, dataset: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="Nothing would be trained: the rank is 0"):
         run(checkpoint, dataset, tmp_path / "out", SETTINGS.model_copy(update={"rank": 0, "start": "zero"}))

@@ -218,6 +218,47 @@ def test_what_is_not_finite_stops_and_leaves_the_last_save(where: str, tmp_path:
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("passes", [0, 1, 7], ids=["first measurement", "first step", "later step"])
+def test_where_memory_runs_out_it_goes_on_without_copies_and_computes_activations_again(
+    passes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, lavish = recover_module._Recovery.answer, []
+
+    def short(self, tokens: Tensor) -> Tensor:
+        copies = [module for module in self.network.modules() if getattr(module, "dense", None) is not None]
+        if copies or not any(getattr(module, "gradient_checkpointing", False) for module in self.network.modules()):
+            lavish.append(len(copies))
+            if len(lavish) > passes:
+                raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+        return answer(self, tokens)
+
+    monkeypatch.setattr(recover_module, "can_keep_activations", lambda *_, **__: True)
+    whole = run(tmp_path / "whole")
+    network = packed_llama()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    monkeypatch.setattr(recover_module._Recovery, "answer", short)
+    found = run(tmp_path / "short", network=network, dense_bytes=2**30)
+    assert lavish == [14] * (passes + 1), "then it went on in less memory, and all the way"
+    assert [check.held_out_loss for check in found.checks] == pytest.approx(
+        [check.held_out_loss for check in whole.checks], rel=1e-3
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+
+
+def test_where_memory_runs_out_and_nothing_is_left_to_save_it_is_said(tmp_path: Path, monkeypatch) -> None:
+    calls = []
+
+    def short(self, tokens: Tensor) -> Tensor:
+        calls.append(tokens)
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(recover_module._Recovery, "answer", short)
+    with pytest.raises(MemoryError, match="no more"):
+        run(tmp_path, dense_bytes=2**30)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("tokens", [TOKENS[:1], TOKENS[0], TOKENS.float(), TOKENS[:, :1]], ids=lambda t: str(t.shape))
 def test_unusable_windows_are_refused(tokens: Tensor, tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match="held out"):
