@@ -3,7 +3,6 @@
 import copy
 import io
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,16 +33,9 @@ QUANTIZERS: list[AbstractQuantizer] = [
     KMeans(2),
     LowRankPlus(TrellisCoded(2), 2, max_iterations=1),
 ]
+pytestmark = pytest.mark.usefixtures("_kernels_on_the_cpu")
 for_quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=quantizer_id)
 WITH_LOW_RANK = QUANTIZERS[1]
-
-
-@pytest.fixture(autouse=True)
-def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(KERNELS, "device_types", ("cpu",))
-    monkeypatch.setattr(KERNELS, "failure", None)
-    yield
-    assert KERNELS.failure is None or "planned" in KERNELS.failure
 
 
 def layer_and_dense(quantizer: AbstractQuantizer, bias: Tensor | None = None) -> tuple[QuantizedLinear, Tensor]:

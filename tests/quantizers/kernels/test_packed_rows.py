@@ -1,7 +1,5 @@
 """Packed embeddings and heads with kernels, in the interpreter: the same products, rows, state and gradients."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from quantizers.base import AbstractQuantizer
 from quantizers.block_format import BlockFormat
 from quantizers.embedding import PackedRows, QuantizedEmbedding, QuantizedHead, TiedHead
 from quantizers.kernels import block_weight
-from quantizers.kernels.switch import KERNELS
 from quantizers.rows import decode_rows
 from tests.quantizers.helpers import normal_weight, quantizer_id
 from tests.quantizers.kernels.cases import QUANTIZERS as KINDS
@@ -19,15 +16,8 @@ from tests.quantizers.kernels.cases import assert_near, inputs, quantized
 
 SHAPE = (70, 100)
 QUANTIZERS: list[AbstractQuantizer] = [LloydMax(5, 64, 6), NormalFloat(3, 32, 5, 7, scale="absmax")]
+pytestmark = pytest.mark.usefixtures("_kernels_on_the_cpu")
 for_quantizers = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=quantizer_id)
-
-
-@pytest.fixture(autouse=True)
-def _kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(KERNELS, "device_types", ("cpu",))
-    monkeypatch.setattr(KERNELS, "failure", None)
-    yield
-    assert KERNELS.failure is None or "planned" in KERNELS.failure
 
 
 def filled(module: PackedRows, quantizer: AbstractQuantizer) -> PackedRows:
