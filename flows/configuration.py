@@ -157,7 +157,7 @@ def read_configuration(path: Path = FILE) -> tuple[Deployment, ...]:
             "package: remove the steps, or use `prefect deploy --all`."
         )
     if not file.deployments:
-        raise DeployError(f"{path} has no deployments. docs/operating.md has examples.")
+        raise DeployError(f"{path} has no deployments. prefect.yaml of this package's source is an example.")
     names = Counter(deployment.name for deployment in file.deployments)
     if twice := [name for name, number in names.items() if number > 1]:
         raise DeployError(f"{path} has several deployments called {', '.join(twice)}. Give each a name of its own.")

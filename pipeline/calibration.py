@@ -97,7 +97,7 @@ def token_windows(
     if num_there == 0:
         raise CalibrationError(
             f"{documents.source} has {len(stream.tokens)} tokens, but one window needs {seq_len}. Give more "
-            "text, or a smaller --seq-len."
+            "text, or a smaller --seq-len (--eval-seq-len where it is the evaluation's)."
         )
     windows = torch.from_numpy(stream.tokens[: num_there * text_len].reshape(num_there, text_len))
     tokens = windows[_choose(num_there, num_windows, seed)].clone()

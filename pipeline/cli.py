@@ -118,7 +118,7 @@ def inspect(
 def plan(
     model: ModelArgument,
     budget: BudgetOption,
-    dry_run: Annotated[bool, typer.Option(help="write nothing, neither into the registry nor elsewhere")] = False,
+    dry_run: Annotated[bool, typer.Option(help="keep no result, neither in the registry nor elsewhere")] = False,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     preset: Preset = "default",
@@ -388,7 +388,7 @@ def run_app(app: typer.Typer) -> None:
         if isinstance(error, PipelineError | RegistryError):
             _end(f"Error: {error}", 1)
         if is_shortage(error):
-            advice = "Use shorter windows (--seq-len), --device cpu instead of a GPU, or a larger machine."
+            advice = "Use shorter windows (--seq-len) or texts, --device cpu instead of a GPU, or a larger machine."
             _end(f"Error: out of memory ({first_line(error)[:200]}). {advice}", 1)
         if isinstance(error, OSError):
             _end(f"Error: {error}. Check the disk and the path, then run the command again.", 1)

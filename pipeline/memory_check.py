@@ -34,7 +34,7 @@ def check_memory(run: Run, stages: tuple[StageForecast, ...] | None = None) -> t
     def fits(other: Run) -> bool:
         return _first_short(other, tuple(each for each in forecast(other) if each.name in names)) is None
 
-    found = next((words for words, other in _smaller(run) if fits(other)), None)
+    found = next((words for words, other in _smaller(run, names) if fits(other)), None)
     advice = f"It fits with {found}." if found else "No setting makes it fit: take a machine with more."
     raise MemoryShortError(
         f"The stage `{stage}` takes about {human_bytes(needed)} of {where}, and {human_bytes(free)} are free. {advice} "
@@ -54,8 +54,8 @@ def _first_short(run: Run, stages: tuple[StageForecast, ...]) -> tuple[str, int,
     return None
 
 
-def _smaller(run: Run) -> Iterator[tuple[str, Run]]:
-    """Settings that take less, as they are typed, and the run with them; each with those before it."""
+def _smaller(run: Run, stages: set[str]) -> Iterator[tuple[str, Run]]:
+    """Settings with which these stages take less, as they are typed, and the run with them and those before."""
     words: list[str] = []
     texts = run.texts
     while max(_seq_len(texts.calibration), _seq_len(texts.recovery), _seq_len(texts.evaluation)) > SHORTEST:
@@ -69,7 +69,7 @@ def _smaller(run: Run) -> Iterator[tuple[str, Run]]:
         words = [f"--seq-len {halved} --eval-seq-len {halved}"]
         yield words[0], replace(run, texts=texts)
     run = replace(run, texts=texts)
-    if run.recipe.recover:
+    if run.recipe.recover and "recover" in stages:
         words.append("--no-recover")
         run = replace(
             run, recipe=run.recipe.model_copy(update={"recover": False}), texts=replace(run.texts, recovery=None)

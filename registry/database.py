@@ -232,7 +232,7 @@ def _checked(url: str | URL) -> URL:
     if found is None or found.get_backend_name() not in ("sqlite", "postgresql"):
         raise RegistryError(
             "The registry's database must be given as sqlite:///path or postgresql://user@host/name. Mend "
-            "BITSMITH_DATABASE, or unset it for a SQLite file in the registry's folder."
+            "--database, or the line in registry.toml; without it the index is a SQLite file in the registry's folder."
         )
     return found.set(drivername="postgresql+psycopg") if found.get_backend_name() == "postgresql" else found
 

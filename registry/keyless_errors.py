@@ -18,6 +18,7 @@ _TOKEN_FAULTS = {
     "MissingRequiredClaimError": "it lacks one of the claims aud, sub, iat, exp and iss",
 }
 _NEW_TOKEN = "Get a new one, for the audience sigstore, and run the same command again."
+_WITH_A_KEY = "with a key (--key, of `push` --sign-key)"
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, TUFError):
         return (
             "the trust root of the public Sigstore cannot be fetched. It needs the network; where there is none, sign "
-            "with a key (--key), or give the trust configuration of an instance that can be reached (--trust-config)."
+            f"{_WITH_A_KEY}, or give the trust configuration of an instance that can be reached (--trust-config)."
         )
     if isinstance(error, ExpiredIdentity):
         return f"the identity token cannot be used, since {_TOKEN_FAULTS['ExpiredSignatureError']}. {_NEW_TOKEN}"
@@ -66,7 +67,7 @@ def _why(error: Exception) -> str:
             return _refused(status, _host(cause))
         if isinstance(cause, UnreachableError | Timeout | NetworkError) and _host(cause):
             return f"{_host(cause)} cannot be reached. Check the network and run the same command again."
-    return f"the client of Sigstore gave up ({_said(error)}). Run the same command again, or sign with a key (--key)."
+    return f"the client of Sigstore gave up ({_said(error)}). Run the same command again, or sign {_WITH_A_KEY}."
 
 
 def _refused(status: int, host: str) -> str:
