@@ -192,7 +192,9 @@ class Answers(Lesson):
 
     def save_memory(self) -> bool:
         """See pipeline/trainable.py."""
-        return save_memory(self.network.get_base_model())
+        base = self.network.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        return save_memory(base)
 
     def _predicted(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Logits [answers, vocab] for the answers' tokens, and those tokens [answers]."""

@@ -93,7 +93,7 @@ def open_for_finetuning(
         for name, own in replaced.items():
             live[f"{PEFT_PREFIX}{name}.lora_A.default.weight"].copy_(own.into)
             live[f"{PEFT_PREFIX}{name}.lora_B.default.weight"].copy_(own.out)
-    if keep_activations:
+    if keep_activations or not network.supports_gradient_checkpointing:
         network.eval()
     else:
         checkpoint_activations(network)

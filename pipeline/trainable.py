@@ -16,11 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import RecipeError
+from pipeline.memory import give_back, is_shortage
 from pipeline.recovery_settings import Kind
 from quantizers import QuantizedLinear
 from quantizers.trainable import TrainableLinear
 
 GAIN = "weight_gain"
+FLAG = "gradient_checkpointing"  # of transformers' blocks; it counts in those that are in training
 
 
 @contextmanager
@@ -46,20 +48,20 @@ def opened_for_training(
         RecipeError: the network has nothing of these kinds.
     """
     requires_grad = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    flags = {module: module.gradient_checkpointing for module in network.modules() if hasattr(module, FLAG)}
     training = {module: module.training for module in network.modules()}
     packed = {name: module for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
     values: dict[nn.Parameter, torch.Tensor] = {}
     try:
         network.requires_grad_(False)
         for name, layer in packed.items():
-            copy_bytes = layer.out_features * layer.in_features * dense_dtype.itemsize
-            dense_bytes -= copy_bytes
-            network.set_submodule(name, TrainableLinear(layer, dense_dtype if dense_bytes >= 0 else None))
+            network.set_submodule(name, TrainableLinear(layer))
+        _keep_dense(network, dense_bytes, dense_dtype)
         chosen = _parameters(network, kinds, packed)
         values = {parameter: parameter.detach().clone() for parameter in chosen.values()}
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(name in chosen)
-        if keep_activations:
+        if keep_activations or not network.supports_gradient_checkpointing:
             network.eval()
         else:
             checkpoint_activations(network)
@@ -73,6 +75,8 @@ def opened_for_training(
                 parameter.copy_(value)
         if _recomputes_activations(network):
             getattr(network, "activation_checkpointing_disable", network.gradient_checkpointing_disable)()
+        for module, flag in flags.items():
+            setattr(module, FLAG, flag)
         for parameter, required in requires_grad.items():
             parameter.requires_grad_(required)
         for module, was_training in training.items():
@@ -81,10 +85,7 @@ def opened_for_training(
 
 def save_memory(network: PreTrainedModel) -> bool:
     """From now on dequantize for each product and compute activations again; False where both were so already."""
-    layers = [module for module in network.modules() if isinstance(module, TrainableLinear)]
-    had_copies = any(layer.dense is not None for layer in layers)
-    for layer in layers:
-        layer.dense = None
+    had_copies = _drop_dense(network)
     can_recompute = network.supports_gradient_checkpointing and not _recomputes_activations(network)
     if can_recompute:
         checkpoint_activations(network)
@@ -92,7 +93,33 @@ def save_memory(network: PreTrainedModel) -> bool:
 
 
 def _recomputes_activations(network: PreTrainedModel) -> bool:
-    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    return any(module.training and getattr(module, FLAG, False) for module in network.modules())
+
+
+def _keep_dense(network: PreTrainedModel, dense_bytes: int, dtype: torch.dtype) -> None:
+    """Copies for the layers that come first, within that many bytes; none at all where memory runs out before."""
+    try:
+        for layer in _layers(network):
+            dense_bytes -= layer.layer.out_features * layer.layer.in_features * dtype.itemsize
+            if dense_bytes >= 0:
+                layer.keep_dense(dtype)
+    except Exception as error:
+        if not is_shortage(error):
+            raise
+        _drop_dense(network)
+        give_back()
+
+
+def _drop_dense(network: PreTrainedModel) -> bool:
+    """Were there copies?"""
+    had_copies = any(layer.dense is not None for layer in _layers(network))
+    for layer in _layers(network):
+        layer.dense = None
+    return had_copies
+
+
+def _layers(network: PreTrainedModel) -> list[TrainableLinear]:
+    return [module for module in network.modules() if isinstance(module, TrainableLinear)]
 
 
 def _parameters(

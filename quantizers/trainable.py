@@ -27,14 +27,12 @@ class TrainableLinear(nn.Module):
 
     Args:
         layer: filled.
-        dense_dtype: keep Q dense in this dtype, the one in which the products are made, instead of dequantizing it
-            for every product: out * in * itemsize bytes for as long as this layer lives. None keeps it packed.
     """
 
     low_rank_out: nn.Parameter | None
     low_rank_in: nn.Parameter | None
 
-    def __init__(self, layer: QuantizedLinear, dense_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.layer = layer
         self.bias = layer.bias
@@ -44,9 +42,15 @@ class TrainableLinear(nn.Module):
         self.low_rank_in = None if factors is None else nn.Parameter(factors.into.contiguous().clone())
         has_scales = any(name in SCALES for name in quantized.plain)
         self.weight_gain = nn.Parameter(torch.ones(1, device=layer.levels.device)) if has_scales else None
-        dense = None if dense_dtype is None else quantized.quantized_part().to(dense_dtype)
         self.dense: Tensor | None
-        self.register_buffer("dense", dense, persistent=False)
+        self.register_buffer("dense", None, persistent=False)
+
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Keep Q dense in the dtype in which products are made, instead of dequantizing it for each of them.
+
+        That takes out * in * itemsize bytes for as long as this layer lives, or until `dense` is None again.
+        """
+        self.dense = self.layer.quantized().quantized_part().to(dtype)
 
     @property
     def weight(self) -> Float32[Tensor, "out in"]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RecipeError
-from pipeline.trainable import GAIN, opened_for_training
+from pipeline.trainable import GAIN, opened_for_training, save_memory
 from quantizers import QuantizedLinear
 from quantizers.trainable import TrainableLinear
 from tests.models import build_gpt2
@@ -110,6 +110,39 @@ def test_the_network_comes_back_as_it_was(fails: bool, keep_activations: bool) -
     assert after[1:] == before[1:]
     assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
     assert not network.is_gradient_checkpointing
+
+
+def test_where_copies_do_not_fit_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, kept = TrainableLinear.keep_dense, []
+
+    def short(self: TrainableLinear, dtype: torch.dtype) -> None:
+        if len(kept) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        kept.append(self)
+        keep(self, dtype)
+
+    monkeypatch.setattr(TrainableLinear, "keep_dense", short)
+    with opened(packed_llama(), ("factors",), 10**9) as live:
+        assert live
+        assert len(kept) == 3
+        assert not any(layer.dense is not None for layer in kept)
+
+
+def test_a_flag_of_the_config_is_no_recomputing_and_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = packed_llama()
+    network.gradient_checkpointing_enable()
+    with opened(network, ("factors",), keep_activations=True):
+        assert save_memory(network)
+        assert not save_memory(network)
+    assert network.is_gradient_checkpointing
+
+
+def test_a_network_that_cannot_recompute_is_trained_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(packed_llama()), "supports_gradient_checkpointing", False)
+    network = packed_llama()
+    with opened(network, ("factors",), keep_activations=False):
+        network(TOKENS, use_cache=False).logits.logsumexp(-1).sum().backward()
+        assert not save_memory(network)
 
 
 def test_no_dropout_while_activations_are_checkpointed() -> None:

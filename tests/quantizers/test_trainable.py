@@ -29,19 +29,26 @@ def inputs(*leading: int) -> Tensor:
     return torch.randn(*leading, 112, generator=torch.Generator().manual_seed(7))
 
 
+def trainable(layer: QuantizedLinear, dense_dtype: torch.dtype | None) -> TrainableLinear:
+    training = TrainableLinear(layer)
+    if dense_dtype is not None:
+        training.keep_dense(dense_dtype)
+    return training
+
+
 @for_dense
 @for_all
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_equals_the_packed_layer(quantizer: AbstractQuantizer, dense_dtype, bias: bool) -> None:
     """To the last bit; but a rotated weight that is kept dense was turned back, and of a packed one the inputs turn."""
     layer = packed_layer(quantizer, bias)
-    found, expected = TrainableLinear(layer, dense_dtype)(inputs(2, 5)), layer(inputs(2, 5))
+    found, expected = trainable(layer, dense_dtype)(inputs(2, 5)), layer(inputs(2, 5))
     is_rotated = dense_dtype is not None and isinstance(layer.format, AbstractRotatedFormat)
     torch.testing.assert_close(found, expected, rtol=1e-5 * is_rotated, atol=1e-5 * is_rotated)
 
 
 def test_a_gain_that_bfloat16_does_not_know_still_counts() -> None:
-    training = TrainableLinear(packed_layer(TRELLIS, bias=False), torch.bfloat16)
+    training = trainable(packed_layer(TRELLIS, bias=False), torch.bfloat16)
     assert training.weight_gain is not None
     x = inputs(200).bfloat16()
     plain = training(x).double()
@@ -56,7 +63,7 @@ def test_gradients_are_those_of_the_dense_computation(quantizer: AbstractQuantiz
     layer = packed_layer(quantizer)
     assert layer.bias is not None
     layer.bias.requires_grad_(True)
-    training = TrainableLinear(layer, dense_dtype)
+    training = trainable(layer, dense_dtype)
     ours, theirs = inputs(2, 3).requires_grad_(), inputs(2, 3).requires_grad_()
     upstream = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(8))
     training(ours).backward(upstream)
@@ -146,7 +153,7 @@ def test_nothing_trained_is_the_same_weight() -> None:
 @pytest.mark.parametrize("dense_dtype", [None, torch.bfloat16], ids=["packed", "dense"])
 def test_under_autocast(dense_dtype) -> None:
     layer = packed_layer(WITH_LOW_RANK)
-    training = TrainableLinear(layer, dense_dtype)
+    training = trainable(layer, dense_dtype)
     x = inputs(4).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = training(x)
