@@ -3,7 +3,7 @@
 A run sends a heartbeat every half a minute. After 90 seconds without one it is Crashed, which frees its slots, be it
 that it has sent none at all since it was Running. So is one that was taken 100 seconds ago and that has not begun: the
 worker, or `serve`, was killed before the run's process could speak. The webhook, where there is one, is called: nobody
-else is left to call it.
+else is left to call it. A run inside of another one goes with it and is not told of.
 
 Only processes have to begin so soon. A container may wait for a node, and its own worker watches over that.
 """
@@ -20,7 +20,7 @@ from pydantic import SecretStr
 
 from flows.notify import BLOCK
 from flows.states import GATED, SKIPPED
-from flows.version import SERVED, TAG
+from flows.version import SERVED, TAG, WITHIN
 
 ZOMBIES, SPEAKER = "bitsmith: runs without a heartbeat", "bitsmith: webhook for runs without a heartbeat"
 STILLBORN, SERVED_STILLBORN = "bitsmith: runs that did not begin", "bitsmith: served runs that did not begin"
@@ -28,6 +28,10 @@ SILENCE, TO_BEGIN = timedelta(seconds=90), timedelta(seconds=100)
 MESSAGE = "No heartbeat"
 
 _OURS = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
+_OURS_AND_WITHIN: dict[str, Any] = {
+    "prefect.resource.id": [f"prefect.tag.{TAG}", f"prefect.tag.{WITHIN}"],
+    "prefect.resource.role": "tag",
+}
 _SERVED = {"prefect.resource.id": f"prefect.tag.{SERVED}", "prefect.resource.role": "tag"}
 _IN_PROCESS = {"prefect.resource.role": "work-pool", "prefect.work-pool.type": "process"}
 _ALIVE = {"prefect.flow-run.heartbeat", "prefect.flow-run.Running"}
@@ -49,7 +53,7 @@ def make_automations(webhook: str | None, silence: timedelta = SILENCE, to_begin
         silence: without heartbeats, 10 s at least.
         to_begin: from when a worker or `serve` takes a run, 10 s at least.
     """
-    spoken = _silent(_ALIVE, _ALIVE | _ENDS, [_OURS], silence)
+    spoken = _silent(_ALIVE, _ALIVE | _ENDS, [_OURS_AND_WITHIN], silence)
     _keep(Automation(name=ZOMBIES, trigger=spoken, actions=[_crash(silence)]))
     begun = {f"prefect.flow-run.{name}" for name in _BEFORE} | _ALIVE | _ENDS
     for name, place in ((STILLBORN, _IN_PROCESS), (SERVED_STILLBORN, _SERVED)):
@@ -73,7 +77,7 @@ def make_automations(webhook: str | None, silence: timedelta = SILENCE, to_begin
     return [ZOMBIES, STILLBORN, SERVED_STILLBORN, SPEAKER]
 
 
-def _silent(after: set[str], expect: set[str], related: list[dict[str, str]], silence: timedelta) -> EventTrigger:
+def _silent(after: set[str], expect: set[str], related: list[dict[str, Any]], silence: timedelta) -> EventTrigger:
     return EventTrigger(
         after=after,
         expect=expect,

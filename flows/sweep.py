@@ -11,7 +11,7 @@ from flows.compress import compress
 from flows.notify import WATCHED
 from flows.states import failed
 from flows.steps import PLAIN
-from flows.version import check_version
+from flows.version import check_version, tags_within
 from pipeline.errors import RecipeError
 from pipeline.origin import model_name
 
@@ -43,7 +43,7 @@ def sweep(
         The versions; where a pair failed, the state Failed that names it, after all others were tried.
     """
     check_version()
-    with tags(*flow_run.tags):
+    with tags(*tags_within()):
         states = {
             pair["name"]: compress(
                 pair["recipe"], pair["out"], budgets, pair["name"], registry, device, runner, return_state=True

@@ -8,7 +8,8 @@ from prefect.runtime import flow_run
 from flows.errors import OtherVersionError
 from pipeline.version import VERSION
 
-TAG = "bitsmith"  # on every run, for the automations
+TAG = "bitsmith"  # on every run of a deployment, for the automations
+WITHIN = "bitsmith-within"  # in its place on the runs inside of that one: one message is enough where all are dead
 SERVED = "bitsmith-served"  # on those of `serve`, which have no work pool to be told by
 PREFIX = f"{TAG}=="
 
@@ -16,6 +17,11 @@ PREFIX = f"{TAG}=="
 def version_tag(version: str = VERSION) -> str:
     """`bitsmith==0.1.0`"""
     return f"{PREFIX}{version}"
+
+
+def tags_within() -> list[str]:
+    """For the runs inside of this one."""
+    return [WITHIN if tag == TAG else tag for tag in flow_run.tags or ()]
 
 
 def check_version() -> None:

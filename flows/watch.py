@@ -15,7 +15,7 @@ from flows import release
 from flows.compress import compress
 from flows.notify import WATCHED
 from flows.states import gated, skipped
-from flows.version import check_version
+from flows.version import check_version, tags_within
 
 
 def run_name() -> str:
@@ -58,7 +58,7 @@ def watch(
     if found["is_settled"]:
         return skipped(found["reason"])
     if found["is_new"]:
-        with tags(*flow_run.tags):
+        with tags(*tags_within()):
             compress(recipe, found["out"], budgets, name or Path(out).name, registry, device, runner)
     verdicts = release.judge(found["names"], gates or [], registry)
     for version in [verdict["version"] for verdict in verdicts if verdict["refusal"] is None]:
