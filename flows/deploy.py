@@ -40,16 +40,23 @@ def deploy(deployments: "Sequence[Deployment]") -> Deployed:
     """Make the deployments, or bring them up to date; all stay as they are if one is seen to be wrong here.
 
     Raises:
-        DeployError: no server, or no database behind it; a work pool that is not there; a registry on this machine
-            whose database does not answer; a deployment that the server refuses, which those before it outlive.
+        DeployError: no server, or no database behind it, or one that refuses us; a work pool that is not there; a
+            registry on this machine whose database does not answer; a deployment that the server refuses, which those
+            before it outlive.
     """
     check_server()
     check_registries(deployments)
-    with get_client(sync_client=True) as client:
-        check_pools(client, deployments)
-        for pool in (CPU_POOL, GPU_POOL):
-            make_pool(client, pool)
-    automations = make_automations(os.environ.get(VARIABLE))
+    try:
+        with get_client(sync_client=True) as client:
+            check_pools(client, deployments)
+            for pool in (CPU_POOL, GPU_POOL):
+                make_pool(client, pool)
+        automations = make_automations(os.environ.get(VARIABLE))
+    except PrefectHTTPStatusError as error:
+        raise DeployError(
+            f"The server refuses to make work pools or automations ({_reason(error)}). Ask whoever runs it, then run "
+            "the same command again."
+        ) from error
     made = [runner_deployment(deployment) for deployment in deployments]
     for number, deployment in enumerate(deployments):
         try:
@@ -144,5 +151,8 @@ def _with_settings(job_variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason(error: Exception) -> str:
-    answer = error.response.json() if isinstance(error, PrefectHTTPStatusError) else {}
-    return " ".join(str(answer.get("detail") or error).split())
+    try:
+        said = error.response.json()["detail"] if isinstance(error, PrefectHTTPStatusError) else error
+    except (ValueError, LookupError, TypeError):  # a proxy between answers as it likes
+        said = error
+    return " ".join(str(said or error).split())

@@ -13,7 +13,7 @@ from flows.progress import RunProgress
 from flows.runner import Runner
 from pipeline.disk_space import check_disk, disk_may_fill
 from pipeline.errors import RecipeChangedError
-from pipeline.home import home
+from pipeline.home import expanded, home, output_path
 from pipeline.output import OutputFolder
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -72,7 +72,7 @@ class Outcome(TypedDict):
 
 def registry_folder(registry: str | None) -> Path:
     """What a flow's parameter means: that folder, or the user's own."""
-    return Path(registry).expanduser() if registry else home() / "registry"
+    return expanded(registry) if registry else home() / "registry"
 
 
 def prepare_job(
@@ -98,7 +98,7 @@ def prepare_job(
             log=log,
             progress=RunProgress(),
         )
-        output = OutputFolder(Path(out).expanduser(), run.facts)
+        output = OutputFolder(output_path(out), run.facts)
         if not output.is_finished():
             check_disk([run], output.path)
             log.forecasts = checked_forecast(run, where)
@@ -131,7 +131,7 @@ def prepare_jobs(
     parts = prepare_parts(
         [Recipe.from_json(recipe) for recipe in recipes],
         Registry(Path(registry)),
-        Path(out).expanduser(),
+        output_path(out),
         name=name,
         device=device,
         resume=resume,

@@ -42,10 +42,14 @@ def start_server(api_url: str, log: Path) -> subprocess.Popen[bytes]:
     """
     process = _launch(api_url, log)
     give_up_at = time.monotonic() + START_SECONDS
-    while time.monotonic() < give_up_at and process.poll() is None:
-        if is_answering(api_url):
-            return process
-        time.sleep(0.2)
+    try:
+        while time.monotonic() < give_up_at and process.poll() is None:
+            if is_answering(api_url):
+                return process
+            time.sleep(0.2)
+    except BaseException:  # a signal, too
+        process.kill()
+        raise
     process.kill()
     raise DeployError(
         f"The Prefect server at {api_url} did not start. {log} tells why; is the port in use by something else? "
@@ -80,7 +84,10 @@ def kept_server(api_url: str, log: Path) -> Iterator[None]:
         is_over.set()
         keeper.join()
         process.terminate()
-        process.wait(60)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _launch(api_url: str, log: Path) -> subprocess.Popen[bytes]:

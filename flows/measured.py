@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import GateError
+from pipeline.home import expanded
 from pipeline.sources import DEMO
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check_measured(gates: Iterable[str], recipe: "Recipe", folder: Path) -> None
 
 def check_measured_here(gates: Iterable[str], recipe: "Recipe") -> None:
     """The same as far as it can be told without the Hub, and without running a model's own code."""
-    folder = Path(recipe.model).expanduser()
+    folder = expanded(recipe.model)
     is_here = (folder / "config.json").is_file() and not recipe.trust_remote_code
     if is_here or _is_made_from_gguf(recipe):
         check_measured(gates, recipe, folder)

@@ -18,6 +18,7 @@ def check_server() -> str:
     try:
         with get_client(sync_client=True) as client:
             status = client._client.get("/ready", timeout=20).status_code
+            client.read_work_pools(limit=1)  # which wants the credentials that `/ready` does without
     except PrefectHTTPStatusError as error:
         status = error.response.status_code
     except Exception as error:  # whatever a network does
@@ -25,6 +26,11 @@ def check_server() -> str:
             f"No Prefect server answers at {url} ({type(error).__name__}). Check PREFECT_API_URL, and that `prefect "
             "server start` runs there."
         ) from error
+    if status in (401, 403):
+        raise DeployError(
+            f"The Prefect server at {url} refuses the credentials of this machine (HTTP {status}). Set "
+            "PREFECT_API_AUTH_STRING, or PREFECT_API_KEY where it is Prefect Cloud."
+        )
     if status != 200:
         raise DeployError(
             f"The Prefect server at {url} answers, but is not ready (HTTP {status}): most likely it cannot reach its "

@@ -11,6 +11,7 @@ import json
 import os
 import time
 import urllib.request
+from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 from prefect.blocks.webhook import Webhook
@@ -72,7 +73,7 @@ def send(url: str, content: dict[str, Any]) -> bool:
             request = urllib.request.Request(url, body, headers, method="POST")
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):
                 return True
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:  # an InvalidURL says the whole of it: not told
             problem = f"{type(error).__name__} {getattr(error, 'code', '')}".strip()
     get_logger("flows").warning("The webhook did not take the message about %s (%s).", content.get("run"), problem)
     return False

@@ -1,7 +1,6 @@
 """Evaluation outside a compression, as a task; the work is done in a child process."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from flows.release import open_registry
 from flows.steps import OPENING
 from flows.summary import artifact_key
 from pipeline.eval_report import EvalReport
+from pipeline.home import expanded
 from pipeline.output import base_of
 from pipeline.version_documents import read_recipe
 from pipeline.version_facts import RECIPE, figures_of_quality
@@ -33,7 +33,7 @@ class Asked(NamedTuple):
 @task(**OPENING)
 def original_of(what: str, registry: str | None) -> str:
     """The model that a version, or a folder, was made from."""
-    if (folder := Path(what).expanduser()).is_dir():
+    if (folder := expanded(what)).is_dir():
         return base_of(folder)[0]
     store = open_registry(registry)
     version = store.version(what)

@@ -15,6 +15,7 @@ from flows.steps import OPENING, PLAIN
 from flows.summary import artifact_key, show_beside_last
 from pipeline.budget import Budget
 from pipeline.gate import Requirement
+from pipeline.home import output_path
 from pipeline.recipe import Recipe
 from registry import Registry, Version
 
@@ -84,7 +85,7 @@ def look(
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
         names=names,
-        out=str(Path(out).expanduser() / news.key),
+        out=str(output_path(out) / news.key),
         is_new=bool(news.changes),
         is_settled=not news.changes and not unsettled,
         reason=f"{reason}.",

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
@@ -19,6 +18,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from pipeline.errors import RecipeError
+from pipeline.home import expanded
 from pipeline.sources import DEMO
 
 LEASE_SECONDS = 60.0
@@ -75,7 +75,7 @@ def _make(name: str) -> None:
 
 
 def _slug(model: str) -> str:
-    path = Path(model).expanduser()
+    path = expanded(model)
     if model != DEMO and path.exists():  # which has more than one name
         model = str(path.resolve())
     word = re.sub(r"[^a-z0-9]+", "-", model.lower().rstrip("/").rpartition("/")[2]).strip("-")

@@ -18,6 +18,7 @@ from flows.job import Done, Job, Outcome, prepare_job, prepare_jobs, read_outcom
 from flows.progress import RunProgress
 from flows.stage import do
 from flows.summary import artifact_key, show_beside_last, summary
+from pipeline.home import output_path
 from registry import Registry
 
 keep_known_errors_short()
@@ -120,7 +121,7 @@ def compare_budgets(out: str) -> None:
     """The page, the picture and the figures of all checkpoints below `out`."""
     from pipeline.pareto import write_pareto
 
-    write_pareto(Path(out).expanduser(), progress=RunProgress())
+    write_pareto(output_path(out), progress=RunProgress())
 
 
 @task(**PLAIN)

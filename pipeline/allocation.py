@@ -172,6 +172,19 @@ def offered_choices(matrices: Sequence[Matrix], labels: list[str], overrides: di
     return offered
 
 
+def check_shared_choices(matrices: Sequence[Matrix], offered: dict[str, list[str]]) -> None:
+    """Raise RecipeError where matrices that must agree have nothing to agree on."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for matrix in matrices:
+        groups[matrix.group].append(matrix.name)
+    for group, members in groups.items():
+        if not set.intersection(*(set(offered[name]) for name in members)):
+            raise RecipeError(
+                f"--share-groups wants one choice for {group}, and none is on offer for all of {', '.join(members)}. "
+                "Let the overrides match all of them, or none."
+            )
+
+
 def allocate(
     table: CostTable,
     budget_bits: int,

@@ -17,7 +17,7 @@ from pipeline.devices import device_of
 from pipeline.display import ERRORS, RESULTS
 from pipeline.errors import PipelineError, RecipeError
 from pipeline.finetune_cli import finetune
-from pipeline.home import home
+from pipeline.home import home, output_path
 from pipeline.hub_cli import pull, push
 from pipeline.memory import is_shortage
 from pipeline.options import (
@@ -235,7 +235,7 @@ def compress_and_show(arguments: dict[str, Any], engine: "Callable[..., Compress
         PipelineError, RegistryError: see `run_app`.
     """
     recipes = recipes_of(arguments)
-    output, quiet = arguments["output"].expanduser(), arguments["quiet"]
+    output, quiet = output_path(arguments["output"]), arguments["quiet"]
     (check_free if len(recipes) == 1 else check_sweep_folder)(output)
     _check_model(arguments["model"], arguments["revision"], quiet)
     done = engine(

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from pipeline.atomic import write_json
 from pipeline.degraded import say_if_degraded
-from pipeline.idle_experts import with_others_scales
 from pipeline.layered import Network, matrices_of
-from pipeline.layered_pass import there_and_back
+from pipeline.layered_pass import on_gradient, there_and_back
 from pipeline.model import Matrix, Model
 from pipeline.progress import Progress
 from pipeline.tail import tail_of
+from pipeline.unreached import with_others_scales
 from quantizers import LayerStatistics, TrellisCoded
 from quantizers.hadamard import unrotate
 
@@ -124,12 +124,12 @@ def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[s
 
 
 def _probing(out: Tensor, into: Tensor, response: Tensor):
-    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         along = inputs[0].detach().double().reshape(-1, len(into)) @ into
 
         def on_backward(gradient: Tensor) -> None:
             response.add_(((gradient.double().reshape(-1, len(out)) @ out) * along).sum(dim=0))
 
-        output.register_hook(on_backward)
+        return on_gradient(output, on_backward)
 
     return on_forward

@@ -20,6 +20,7 @@ window is one sample for `sequence` and hundreds for `kronecker`, which neglects
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from quantizers import LayerStatistics
@@ -53,6 +54,14 @@ class Sums(ABC):
         """Add one window's x [tokens, in] and g [tokens, out]."""
 
     @abstractmethod
+    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
+        """Of a matrix's sums: what errors cost of which none counts more than another, on average over its weights."""
+
+    @abstractmethod
+    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """Sums of that level in which all errors count alike."""
+
+    @abstractmethod
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """The metric, scaled so that a weighted error estimates the divergence from the original in nats a token."""
 
@@ -71,6 +80,14 @@ class FisherSums(Sums):
         """See Sums."""
         G = g.T @ x
         held["fisher_diag"].addcmul_(G, G)
+
+    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
+        """See Sums."""
+        return float(held["fisher_diag"].double().mean())
+
+    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """See Sums."""
+        return {"fisher_diag": torch.full(shape, level)}
 
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """See Sums: the second-order term is half of the curvature."""
@@ -93,6 +110,18 @@ class FactoredSums(Sums):
         held["fisher_rows"].add_(F.sum(dim=1, keepdim=True))
         held["fisher_columns"].add_(F.sum(dim=0, keepdim=True))
 
+    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
+        """See Sums."""
+        return float(held["fisher_rows"].double().sum()) / (shape[0] * shape[1])
+
+    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """See Sums."""
+        (rows, columns), shapes = shape, self.shapes(shape)
+        return {
+            "fisher_rows": torch.full(shapes["fisher_rows"], level * columns),
+            "fisher_columns": torch.full(shapes["fisher_columns"], level * rows),
+        }
+
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """See Sums: the matrix of rank one that has these sums of rows and columns."""
         rows, columns = held["fisher_rows"], held["fisher_columns"]
@@ -113,6 +142,14 @@ class InputSums(Sums):
     def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
         """See Sums."""
         held["input_curvature"].addmm_(x.T, x)
+
+    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
+        """See Sums."""
+        return float(held["input_curvature"].double().trace()) / shape[1]
+
+    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """See Sums."""
+        return {"input_curvature": level * torch.eye(shape[1])}
 
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """See Sums."""
@@ -141,6 +178,18 @@ class KroneckerSums(Sums):
         weighted_g = g * x.norm(dim=1, keepdim=True)
         held["input_curvature"].addmm_(weighted_x.T, weighted_x)
         held["output_curvature"].addmm_(weighted_g.T, weighted_g)
+
+    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
+        """See Sums: both traces are that of the whole curvature."""
+        return float(held["input_curvature"].double().trace()) / (shape[0] * shape[1])
+
+    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """See Sums."""
+        rows, columns = shape
+        return {
+            "input_curvature": level * rows * torch.eye(columns),
+            "output_curvature": level * columns * torch.eye(rows),
+        }
 
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """See Sums: both sums have the trace of the whole curvature, which may count only once."""

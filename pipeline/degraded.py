@@ -1,4 +1,4 @@
-"""Say of which matrices the statistics tell too little, and what becomes of them: no gradient, a singular curvature."""
+"""Say of which matrices the curvature is singular, and what becomes of them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -30,15 +30,9 @@ def say_if_degraded(name: str, side: str, factor: Triangular, say: Say) -> None:
 
 
 def say_all_degraded(matrices: Iterable[Matrix], statistics_of: Callable[[Matrix], LayerStatistics], say: Say) -> None:
-    """`say_if_degraded` for both sides of all matrices with curvatures; of a Fisher diagonal, where it is all zero."""
+    """`say_if_degraded` for both sides of all matrices with curvatures."""
     for matrix in matrices:
         learnt = statistics_of(matrix)
-        if learnt.fisher_diag is not None and not learnt.fisher_diag.any():
-            say(
-                f"{matrix.name}: no gradient reaches it, so its errors count as nothing and it gets the fewest bits. "
-                "That is right where the rest of the model takes no notice of it. If it does, have all errors count: "
-                "--sensitivity none."
-            )
         for side, curvature in (("inputs", learnt.input_curvature), ("outputs", learnt.output_curvature)):
             if curvature is not None:
                 say_if_degraded(matrix.name, side, factorize(curvature), say)

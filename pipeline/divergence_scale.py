@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.atomic import write_json
-from pipeline.idle_experts import with_others_scales
 from pipeline.layered import Network, matrices_of
 from pipeline.layered_pass import forward, hidden_file, read_windows
 from pipeline.model import Matrix, Model
 from pipeline.progress import Progress
+from pipeline.unreached import with_others_scales
 from quantizers import LayerStatistics, weighted_error
 
 ERROR_SHARE = 0.1  # of the weight's root mean square: about what four bits leave

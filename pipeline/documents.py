@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import CalibrationError
+from pipeline.home import expanded
 from pipeline.hub_failures import hub_failures
 from pipeline.quiet import first_line
+from registry.hub_client import limit_waits
 
 Messages = list[dict[str, str]]
 Document = str | Messages
@@ -70,7 +72,7 @@ def read_instructions(source: str | None, *, revision: str | None) -> Documents:
 
 
 def _documents(source: str, split: str, revision: str | None, prepared: Callable[[Row], Row]) -> Documents:
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return Documents(_file_documents(path, prepared), path.name, None)
     if not _HUB_ID.fullmatch(source) or path.is_dir() or path.suffix in SUFFIXES:
@@ -165,6 +167,7 @@ def _hub_rows(source: str, split: str, revision: str | None) -> _HubRows:
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
 
+    limit_waits()
     dataset_id, _, config = source.partition(":")
     offline = is_offline_mode()
     with _hub_errors(source, split):
@@ -204,14 +207,19 @@ def _row_documents(source: str, rows: Iterable[Row]) -> Iterator[Document]:
 def _row_document(source: str, number: int, row: Row) -> Document:
     """One row as text or as a chat; `number` counts rows from 1 for error messages."""
     if "text" in row and (row["text"] is None or isinstance(row["text"], str)):
-        return row["text"] or ""
+        return _whole(row["text"] or "")
     for field in CHAT_FIELDS:
         if row.get(field) is not None:
             return _messages(source, number, row[field])
     for question, answer in TURN_FIELDS:
+        more = row.get("input")
         if isinstance(row.get(question), str) and isinstance(row.get(answer), str):
-            asked = "\n\n".join(filter(None, [row[question], row.get("input")]))
-            return [{"role": "user", "content": asked}, {"role": "assistant", "content": row[answer]}]
+            if not (more is None or isinstance(more, str)):
+                raise CalibrationError(
+                    f"{source}, row {number} has an `input` that is a {type(more).__name__}. Expected a string or null."
+                )
+            asked = "\n\n".join(filter(None, [row[question], more]))
+            return [{"role": "user", "content": _whole(asked)}, {"role": "assistant", "content": _whole(row[answer])}]
     pairs = ", ".join(f"{question}/{answer}" for question, answer in TURN_FIELDS)
     raise CalibrationError(
         f"{source}, row {number} has none of the known fields: text, {', '.join(CHAT_FIELDS)}, {pairs}. "
@@ -234,7 +242,12 @@ def _messages(source: str, number: int, turns: Any) -> Messages:
             f"{source}, row {number} is not a conversation that can be read ({error}). Expected a list of "
             '{"role": ..., "content": ...} or {"from": ..., "value": ...} with strings.'
         ) from error
-    return messages
+    return [message | {"content": _whole(message["content"])} for message in messages]
+
+
+def _whole(text: str) -> str:
+    """Without halves of characters (JSON may hold a lone surrogate), which no tokenizer takes."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _nonempty(source: str, documents: Iterable[Document]) -> Iterator[Document]:

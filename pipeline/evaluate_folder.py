@@ -10,6 +10,7 @@ import torch
 from pipeline.calibration import check_fits, token_windows
 from pipeline.eval_report import EvalReport
 from pipeline.evaluate import evaluate
+from pipeline.home import expanded
 from pipeline.model import open_model
 from pipeline.output import check_compressed, read_recipe
 from pipeline.packed import load_with_adapter
@@ -71,7 +72,7 @@ def checkpoint_folder(registry: Registry, what: str) -> Iterator[Path]:
         CheckpointError: the folder is no compressed checkpoint.
         RegistryError: there is no such version, or its files are damaged.
     """
-    if (folder := Path(what).expanduser()).is_dir():
+    if (folder := expanded(what)).is_dir():
         check_compressed(folder)
         yield folder
         return

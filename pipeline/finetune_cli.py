@@ -11,6 +11,7 @@ from pipeline.devices import device_of
 from pipeline.display import ERRORS, RESULTS, new_table
 from pipeline.errors import RecipeError
 from pipeline.finetune_settings import FinetuneSettings
+from pipeline.home import expanded
 from pipeline.options import AsJson, DatasetRevision, Device, FolderArgument, Quiet, TrustRemoteCode
 from pipeline.output import check_compressed
 
@@ -82,7 +83,7 @@ def finetune(
         raise _wrong(error) from None
     check_compressed(folder)
     folder = folder.resolve()
-    output = (output or folder.with_name(f"{folder.name}-adapter")).expanduser().absolute()
+    output = expanded(output or folder.with_name(f"{folder.name}-adapter")).absolute()
     target = device_of(device)
     _require_peft()
     from pipeline.finetune import finetune
@@ -91,7 +92,7 @@ def finetune(
     from pipeline.training import compute_of
 
     if merged is not None:
-        merged = merged.expanduser().absolute()
+        merged = expanded(merged).absolute()
         if merged == output:
             raise RecipeError("The adapter and the merged model need a folder each: give --merged another one than -o.")
         if trust_remote_code and names_code(folder):

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from pipeline.errors import CheckpointError
+from pipeline.calibration import rendered
+from pipeline.errors import CheckpointError, RecipeError
 from pipeline.packed import load_tokenizer, load_with_adapter
 from pipeline.quiet import quiet_transformers
+from pipeline.structure import num_positions
 from pipeline.task import task_of
 
 
@@ -29,9 +31,15 @@ def stream_text(
         adapter: folder that `finetune` wrote for this model.
         trust_remote_code: run the code that the original brings; see pipeline/own_code.py.
     Raises:
+        CalibrationError: the chat template refuses the prompt.
         CheckpointError: `folder` is not a sound compressed checkpoint, or an encoder's, or the adapter is another
-            model's.
+            model's; or it has no chat template.
+        RecipeError: the prompt is no text, or with what is asked for longer than the model's positions.
     """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(f"The prompt is not UTF-8 ({error}). Give it as UTF-8 text.") from error
     network: Any = load_with_adapter(folder, adapter, device, trust_remote_code=trust_remote_code)
     if not task_of(network.config).generates:
         raise CheckpointError(
@@ -39,10 +47,14 @@ def stream_text(
             "and its report say how to load it."
         )
     tokenizer: Any = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    if chat and tokenizer.chat_template is None:
+        raise CheckpointError(
+            f"The model in {folder} has no chat template. Leave --chat out, to go on with the prompt."
+        )
     if chat:
-        turns = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+        prompt = rendered([{"role": "user", "content": prompt}], tokenizer, asks=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(network.device)
+    _check_length(inputs["input_ids"].shape[1], max_new_tokens, num_positions(network))
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     with torch.inference_mode(), quiet_transformers():
         network.generate(
@@ -54,4 +66,14 @@ def stream_text(
             top_k=None,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )
+
+
+def _check_length(num_read: int, max_new_tokens: int, positions: int | None) -> None:
+    if num_read == 0:
+        raise RecipeError("The prompt has no token to go on from. Give a few words.")
+    if positions is not None and num_read + max_new_tokens > positions:
+        raise RecipeError(
+            f"The prompt has {num_read} tokens, which with --max-new-tokens {max_new_tokens} is more than the "
+            f"{positions} positions of this model. Give --max-new-tokens {max(0, positions - num_read)} or less."
         )

@@ -16,20 +16,22 @@ import io
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.disk_space import disk_may_fill_up
 from pipeline.errors import ModelError
 from pipeline.home import home
 from pipeline.progress import Progress
 from pipeline.quiet import quiet_transformers
+from registry.lock import exclusive
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
     from transformers import PreTrainedTokenizerBase
 
 GGUF_MAGIC = b"GGUF"
+BYTES_A_PARAM = 2  # of bfloat16
 # vocabularies that split numbers into single digits before byte-level BPE; transformers splits as GPT-2 does
 SINGLE_DIGIT_VOCABULARIES = ("smollm", "starcoder", "refact", "command-r")
 
@@ -50,16 +52,21 @@ def convert_gguf(path: Path, progress: Progress) -> Path:
     target = home() / "converted" / sha256
     if target.is_dir():
         return target
-    progress.say(f"Converting {path.name} to safetensors, once, into {target}")
-    reader = _read(path)
-    _refuse_unreadable_types(path, reader)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{sha256[:16]}-", dir=target.parent))
-    try:
-        _write(path, sha256, reader, work)
-        _publish(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    work = target.with_name(f".{sha256[:16]}")
+    with exclusive(work.with_suffix(".lock"), lambda: progress.say(f"Another process converts {path.name}")):
+        if target.is_dir():
+            return target
+        progress.say(f"Converting {path.name} to safetensors, once, into {target}")
+        reader = _read(path)
+        _refuse_unreadable_types(path, reader)
+        shutil.rmtree(work, ignore_errors=True)  # left by a kill
+        try:
+            with disk_may_fill_up(target.parent, BYTES_A_PARAM * sum(int(each.n_elements) for each in reader.tensors)):
+                _write(path, sha256, reader, work)
+                _publish(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return target
 
 
@@ -117,6 +124,7 @@ def _write(path: Path, sha256: str, reader: "GGUFReader", folder: Path) -> None:
         ) from error
     _repair_tokenizer(tokenizer, reader, getattr(model.config, "max_position_embeddings", None))
     _forget_gguf(model)
+    folder.mkdir()
     with quiet_transformers():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -168,8 +176,4 @@ def _publish(work: Path, target: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    try:
-        work.rename(target)
-    except OSError:
-        if not target.is_dir():  # another process has finished the same conversion: its folder is as good
-            raise
+    work.rename(target)

@@ -9,6 +9,7 @@ import typer
 from pipeline.console import open_registry, print_json, progress_of, quiet_hub, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
+from pipeline.home import expanded, output_path
 from pipeline.options import (
     AsJson,
     Identity,
@@ -132,12 +133,12 @@ def pull(
         revision=revision or None,
         offline=offline,
         verifier=verifier,
-        lock_file=lock.expanduser() if lock else None,
+        lock_file=expanded(lock) if lock else None,
         progress=progress_of(quiet),
     )
     version = pulled.version
     if output is not None:
-        store.materialize(store.get(version.digest), output.expanduser())
+        store.materialize(store.get(version.digest), output_path(output))
     if as_json:
         rest = {key: value for key, value in asdict(pulled).items() if key != "version"}
         print_json(version_json(version) | rest)

@@ -138,6 +138,20 @@ def _back_through(
     _write(folder / gradient_file(blocks.start), gradients)
 
 
+def on_gradient(output: Tensor, seen: Callable[[Tensor], None]) -> Tensor | None:
+    """For a hook on a layer: have `seen` called with the gradient of its output; what the hook is to return.
+
+    Weights take no gradients here, so an output does only if what the layer reads does; a table of parameters does not.
+    What a network computes without gradients has none.
+    """
+    if not torch.is_grad_enabled():
+        return None
+    if not output.requires_grad:
+        output = output + output.new_zeros((), requires_grad=True)
+    output.register_hook(seen)
+    return output
+
+
 def hidden_file(index: int) -> str:
     """Name of the file with what block `index` reads."""
     return f"hidden-{index:03d}.safetensors"

@@ -23,13 +23,14 @@ from transformers import AutoTokenizer
 from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
 from pipeline.experts import PiecedTensor, expert_tensors
+from pipeline.extra_files import check_extra_files, extra_files
 from pipeline.model_config import read_config
 from pipeline.own_code import TRUST_ADVICE, code_files, forget_code, names_code, refuse_code_elsewhere
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.safetensors_file import DTYPES
 from pipeline.shards import TensorInfo, read_folder
-from pipeline.sources import EXTRA_FILES, find_source
+from pipeline.sources import find_source
 from pipeline.stored_names import StoredNames, match_names
 from pipeline.structure import Embedding, Structure, build_skeleton, read_structure
 from pipeline.task import Task, auto_class, settle_architecture, task_of
@@ -127,7 +128,9 @@ class Model:
 
         Reads every byte once (a second per GB or so), hence not part of opening.
         """
-        names = {"config.json", *self._code_files()} | {file for info in self.tensors.values() for file in info.files}
+        names = {"config.json"} | {file for info in self.tensors.values() for file in info.files}
+        if self.trust_remote_code:
+            names.update(code_files(self.path))
         return {name: _file_sha256(self.path / name) for name in sorted(names)}
 
     @cached_property
@@ -252,12 +255,7 @@ class Model:
 
         Code of its own is among them where it is on this disk alone.
         """
-        paths = {path for pattern in EXTRA_FILES for path in self.path.glob(pattern) if path.is_file()}
-        code = [] if self.revision else self._code_files()
-        return sorted({*(path.relative_to(self.path).as_posix() for path in paths), *code})
-
-    def _code_files(self) -> list[str]:
-        return code_files(self.path) if self.trust_remote_code else []
+        return extra_files(self.path, with_code=self.trust_remote_code and not self.revision)
 
 
 def open_model(
@@ -296,6 +294,7 @@ def open_model(
             "blocks that is stored as one 2-D tensor. Choose a transformer that reads text."
         )
     _check_dtypes(tensors)
+    check_extra_files(source.path, extra_files(source.path, with_code=is_trusted))
     return Model(
         spec=spec,
         path=source.path,

@@ -31,7 +31,7 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedCo
         )
     try:
         raw = json.loads(config_path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{config_path} is not JSON ({error}). Download the model again.") from error
     if not isinstance(raw, dict):
         raise ModelError(f"{config_path} is not a JSON object. Download the model again.")
@@ -51,7 +51,8 @@ def read_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedCo
                 f"The code that {config_path} names {'is missing' if is_missing else 'does not run'}: "
                 f"{type(error).__name__}: {first_line(error)} {'Download the model again.' if is_missing else advice}"
             ) from error
-        if not isinstance(error, OSError | ValueError | KeyError | TypeError | AttributeError | ImportError):
+        mistakes = ValueError | LookupError | TypeError | AttributeError | ArithmeticError | AssertionError
+        if not isinstance(error, OSError | ImportError | mistakes):
             raise
         raise ModelError(
             f"transformers does not know the architecture in {config_path} (model_type "

@@ -9,13 +9,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
+from pipeline.home import expanded
 from pipeline.origin import hub_id, without_local_folders
 from pipeline.progress import SILENT, Progress
 from pipeline.recipe import Recipe, default_of
 from pipeline.sources import DEMO, demo_gguf
+from pipeline.version_documents import read_document
 from pipeline.watch import ask_hub
 from registry import NotFoundError, Registry, RegistryError, Version
 
@@ -92,12 +93,11 @@ def _is_local(recipe: Recipe) -> bool:
     """As pipeline.sources.find_source decides."""
     if recipe.model == DEMO:
         return recipe.revision is None and demo_gguf() is not None
-    return Path(recipe.model).expanduser().exists()
+    return expanded(recipe.model).exists()
 
 
 def _recipe_of(registry: Registry, version: Version) -> dict[str, Any]:
     artifact = registry.get(version.digest)
     if "recipe.json" not in artifact.files:
         return {}
-    stored: dict[str, Any] = json.loads(registry.path(artifact, "recipe.json").read_text(encoding="utf-8"))
-    return stored
+    return read_document(registry.path(artifact, "recipe.json"), f"recipe.json of {version}")

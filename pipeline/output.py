@@ -8,6 +8,8 @@ OUT/report/                added after the evaluation
 
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pipeline.errors import CheckpointError, OutputExistsError
 from pipeline.recipe import refuse_changes
 from pipeline.sweep_folder import is_sweep_folder
 from registry import Artifact, Registry
+from registry.lock import exclusive
 from registry.store import hash_file
 
 
@@ -34,13 +37,18 @@ class OutputFolder:
             RecipeChangedError: it was started or made with another recipe.
         """
         self.check_claim(resume=resume)
-        if not _is_empty(self.path):
-            shutil.rmtree(self.partial, ignore_errors=True)  # left where a kill came right after the rename
-            return
-        if self.partial.exists() and not resume:
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
-        write_json(self.partial / "recipe.json", self.recipe)
+        if not _is_empty(self.path) and not self.partial.exists():
+            return  # which may be where nobody can write
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.alone():
+            self.check_claim(resume=resume)
+            if not _is_empty(self.path):
+                shutil.rmtree(self.partial, ignore_errors=True)  # left where a kill came right after the rename
+                return
+            if self.partial.exists() and not resume:
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(exist_ok=True)
+            write_json(self.partial / "recipe.json", self.recipe)
 
     def check_claim(self, *, resume: bool) -> None:
         """Raise what `claim` would raise, and change nothing."""
@@ -58,6 +66,14 @@ class OutputFolder:
                 f"{self.partial} is in the way: unfinished work goes there, and it holds something else. Move it, or "
                 "choose another output folder with -o."
             )
+
+    def alone(self, on_wait: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+        """With no other process that writes the folder; what was true before may not be any more.
+
+        Args:
+            on_wait: called once where there is one, before waiting for it.
+        """
+        return exclusive(self.path.with_name(f".{self.path.name}.lock"), on_wait)
 
     def is_finished(self) -> bool:
         """Is the checkpoint in its place?"""
@@ -97,12 +113,20 @@ class OutputFolder:
     def add_report(self, registry: Registry, report: Artifact) -> None:
         """Put the report into the finished folder, unless it is there."""
         target, temporary = self.path / "report", self.path / ".report.tmp"
-        if all((target / name).is_file() and hash_file(target / name) == entry for name, entry in report.files.items()):
+
+        def is_there() -> bool:
+            files = ((target / name, entry) for name, entry in report.files.items())
+            return all(path.is_file() and hash_file(path) == entry for path, entry in files)
+
+        if is_there():
             return
-        shutil.rmtree(temporary, ignore_errors=True)
-        registry.materialize(report, temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        with self.alone():
+            if is_there():
+                return
+            shutil.rmtree(temporary, ignore_errors=True)
+            registry.materialize(report, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
 
     def _check_finished(self, resume: bool) -> None:
         check_free(self.path)
@@ -126,7 +150,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
         recipe = json.loads(note.read_text(encoding="utf-8"))
         if not isinstance(recipe, dict):
             raise ValueError(f"it holds a {type(recipe).__name__}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{note} cannot be read ({error}); it says what {folder} was made from. Move the folder away and make it "
             "again, or pull it from where it was pushed."

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import CheckpointError, ModelError
 from pipeline.hub_failures import hub_failures
+from registry.hub_client import limit_waits
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -93,6 +94,7 @@ def loading_options(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         )
     from huggingface_hub import snapshot_download
 
+    limit_waits()
     try:
         snapshot_download(repos.pop(), revision=commit, allow_patterns=CODE_FILES)
     except hub_failures(ValueError) as error:

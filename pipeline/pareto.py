@@ -7,7 +7,6 @@
 Every finished checkpoint in the folder takes part, also those of earlier commands.
 """
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +21,7 @@ from pipeline.pareto_chart import draw_pareto
 from pipeline.progress import SILENT, Progress
 from pipeline.report import data_url, render
 from pipeline.sweep_folder import COMPARISON, finished_folders
+from pipeline.version_documents import read_document, reading
 
 FORMAT_VERSION = 1
 
@@ -45,10 +45,14 @@ def write_pareto(out: Path, *, progress: Progress = SILENT) -> None:
 
 def compare(out: Path) -> dict[str, Any]:
     """pareto.json. Quality is None for all where the recipe asks for no evaluation."""
-    reports = {
-        folder.name: json.loads((folder / "report" / "report.json").read_text()) for folder in finished_folders(out)
-    }
-    points = [_point(name, report) for name, report in reports.items()]
+    reports = {}
+    for folder in finished_folders(out):
+        path = folder / "report" / "report.json"
+        reports[folder.name] = read_document(path, str(path))
+    points = []
+    for name, report in reports.items():
+        with reading(f"report.json of {out / name}"):
+            points.append(_point(name, report))
     points.sort(key=lambda point: (point["bits_per_param"], point["size_bytes"], point["folder"]))
     first = next(iter(reports.values()))
     budgets = ",".join(point["budget"] for point in points)

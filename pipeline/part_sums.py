@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pipeline.curvature_sums import Sums
 from pipeline.errors import NonFiniteError
 from pipeline.layered import Network, matrices_of
-from pipeline.layered_pass import forward, there_and_back
+from pipeline.layered_pass import forward, on_gradient, there_and_back
 from pipeline.memory import give_back, is_shortage
 from pipeline.model import Matrix, Model
 from pipeline.summed_parts import owner_of, sum_bytes
@@ -86,12 +86,7 @@ def _collecting(
         for matrix in matrices
         for name, shape in kind.shapes(matrix.shape).items()
     }
-    now = [first]  # the window under way
-
-    def window_is_done() -> None:
-        now[0] += 1
-
-    with _hooks(network.network, matrices, kind, held, now):
+    with _collectors(network.network, matrices, kind, held, first) as window_is_done:
         yield window_is_done
     for layer in {matrix.layer for matrix in matrices}:
         owners = {owner_of(matrix, kind) for matrix in matrices if matrix.layer == layer}
@@ -99,42 +94,61 @@ def _collecting(
 
 
 @contextmanager
-def _hooks(
-    network: nn.Module, matrices: Iterable[Matrix], kind: Sums, held: dict[str, Tensor], now: list[int]
-) -> Iterator[None]:
-    seen: set[str] = set()
+def _collectors(
+    network: nn.Module, matrices: Iterable[Matrix], kind: Sums, held: dict[str, Tensor], first: int
+) -> Iterator[Callable[[], None]]:
+    collectors: dict[str, _Collector] = {}
+
+    def window_is_done() -> None:
+        for each in collectors.values():
+            each.window_is_done()
+
     with ExitStack() as stack:
         for matrix in matrices:
             owner = owner_of(matrix, kind)
-            if owner in seen:
+            if owner in collectors:
                 continue
-            seen.add(owner)
             of_matrix = {name: held[f"{owner}.{name}"] for name in kind.shapes(matrix.shape)}
-            hook = _layer_hook(matrix, kind, of_matrix, now)
-            stack.callback(network.get_submodule(matrix.module).register_forward_hook(hook).remove)
-        yield
+            collectors[owner] = each = _Collector(matrix, kind, of_matrix, first)
+            layer = network.get_submodule(matrix.module)
+            stack.callback(layer.register_forward_hook(each.on_forward).remove)
+        yield window_is_done
 
 
-def _layer_hook(matrix: Matrix, kind: Sums, held: dict[str, Tensor], now: list[int]):
-    def check(tensor: Tensor, what: str) -> None:
+class _Collector:
+    """The hook on one layer. Calls of it in the same window are one sample: their gradients add up."""
+
+    def __init__(self, matrix: Matrix, kind: Sums, held: dict[str, Tensor], first: int) -> None:
+        self.matrix, self.kind, self.held, self.window = matrix, kind, held, first
+        self.num_calls = 0
+        self.of_calls: list[tuple[Tensor, Tensor]] = []  # where there are several
+
+    def on_forward(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        x = inputs[0].detach().float().reshape(-1, self.matrix.shape[1])
+        self._check(x, "input")
+        if self.kind.of_input_alone:
+            self.kind.add(self.held, x, x.new_empty(0))
+            return None
+        self.num_calls += 1
+        return on_gradient(output, lambda gradient: self._add(x, gradient.float().reshape(-1, self.matrix.shape[0])))
+
+    def window_is_done(self) -> None:
+        if self.of_calls:
+            x, g = zip(*self.of_calls, strict=True)
+            self.kind.add(self.held, torch.cat(x), torch.cat(g))
+        self.num_calls, self.of_calls = 0, []
+        self.window += 1
+
+    def _add(self, x: Tensor, g: Tensor) -> None:
+        self._check(g, "gradient")
+        if self.num_calls == 1:
+            self.kind.add(self.held, x, g)
+        else:
+            self.of_calls.append((x, g))
+
+    def _check(self, tensor: Tensor, what: str) -> None:
         if not math.isfinite(tensor.sum().item()):  # one pass; a NaN or an infinity survives a sum
             raise NonFiniteError(
-                f"The {what} of {matrix.module} has a NaN or an infinity in calibration window {now[0]}. "
+                f"The {what} of {self.matrix.module} has a NaN or an infinity in calibration window {self.window}. "
                 "Check the model with its own text, or try other calibration text."
             )
-
-    def on_forward(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach().float().reshape(-1, matrix.shape[1])
-        check(x, "input")
-        if kind.of_input_alone:
-            kind.add(held, x, x.new_empty(0))
-            return
-
-        def on_backward(gradient: Tensor) -> None:
-            g = gradient.float().reshape(-1, matrix.shape[0])
-            check(g, "gradient")
-            kind.add(held, x, g)
-
-        output.register_hook(on_backward)
-
-    return on_forward

@@ -40,7 +40,7 @@ class Recipe(BaseModel):
     dataset_revision: str | None = Field(None, description="commit of a dataset on the Hub")
     num_samples: int = Field(ge=1, description="calibration windows for statistics")
     seq_len: int = Field(512, ge=2, description="tokens of a window")
-    seed: int = Field(0, ge=0, description="of every random draw")
+    seed: int = Field(0, ge=0, lt=2**42, description="of every random draw")
     sensitivity: Literal["kronecker", "sequence", "kl", "input", "fisher", "factored", "none"] = Field(
         description="metric of the error, see pipeline/curvature_sums.py; `none` needs no text"
     )
@@ -57,10 +57,16 @@ class Recipe(BaseModel):
     recover: bool = Field(description="train what is stored beside the codes until it answers like the original")
     recover_samples: int = Field(ge=2, description="windows of the calibration text to train on and to check with")
     recover_steps: int = Field(ge=1, description="of the optimizer, at most")
-    recover_learning_rate: float = Field(1e-3, gt=0, description="of AdamW, at its height; less where little is left")
-    recover_kl_weight: float = Field(1.0, ge=0, description="in its loss, of the divergence from the original")
-    recover_hidden_weight: float = Field(0.0, ge=0, description="of the relative error of what the head reads")
-    recover_ce_weight: float = Field(0.0, ge=0, description="of the next token's cross-entropy")
+    recover_learning_rate: float = Field(
+        1e-3, gt=0, allow_inf_nan=False, description="of AdamW, at its height; less where little is left"
+    )
+    recover_kl_weight: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="in its loss, of the divergence from the original"
+    )
+    recover_hidden_weight: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="of the relative error of what the head reads"
+    )
+    recover_ce_weight: float = Field(0.0, ge=0, allow_inf_nan=False, description="of the next token's cross-entropy")
     recover_train: tuple[Kind, ...] = Field(
         ("factors", "norms", "scales"), min_length=1, description="what is trained; `biases` too, where there are some"
     )

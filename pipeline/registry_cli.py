@@ -12,7 +12,7 @@ from pipeline.budget import human_bytes
 from pipeline.console import open_registry, print_json, progress_of, version_json
 from pipeline.display import RESULTS
 from pipeline.errors import RecipeError
-from pipeline.home import home
+from pipeline.home import expanded, home
 from pipeline.options import (
     AsJson,
     Identity,
@@ -47,9 +47,12 @@ def init(
     ] = None,
 ) -> None:
     """Make the registry: its index in SQLite or PostgreSQL, its files beside it or at any URL that fsspec knows."""
+    from registry.database import checked_url
     from registry.remote import RemoteBlobs
     from registry.settings import RegistrySettings
 
+    if database is not None:
+        checked_url(database)
     root, settings = home() / "registry", RegistrySettings(database, store)
     before = RegistrySettings.read(root)
     if (root / "index.sqlite").exists() and settings != before:
@@ -294,7 +297,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a version into one file: its files, its report, and the descriptions of all that it was made from."""
-    exported = export_version(open_registry(), name, file.expanduser(), progress=progress_of(quiet))
+    exported = export_version(open_registry(), name, expanded(file), progress=progress_of(quiet))
     if as_json:
         print_json(version_json(exported.version) | {"file": str(file), "size_bytes": exported.size_bytes})
     elif not quiet:
@@ -313,7 +316,7 @@ def import_file(
     quiet: Quiet = False,
 ) -> None:
     """Take in an exported version, every byte checked, and publish it under the next number."""
-    version = import_version(open_registry(), file.expanduser(), name=name, progress=progress_of(quiet))
+    version = import_version(open_registry(), expanded(file), name=name, progress=progress_of(quiet))
     if as_json:
         print_json(version_json(version))
     elif not quiet:

@@ -42,4 +42,5 @@ def rival_of(plan: Plan, table: CostTable) -> Plan | None:
             size_bits, expected = int(table.size_bits[row, column]), float(table.cost[row, column])
             matrices[name] = PlannedMatrix(label, table.shapes[row], size_bits, expected)
     status = f"uniform {label}, measured better than the program's answer"
-    return replace(plan, matrices=matrices, predicted_cost=cost, status=status)
+    gap = (cost - plan.lower_bound) / cost if cost else 0.0
+    return replace(plan, matrices=matrices, predicted_cost=cost, gap=gap, status=status)

@@ -20,6 +20,7 @@ from pipeline.allocation import (
     Offered,
     Plan,
     allocate_to_budget,
+    check_shared_choices,
     free_to_choose,
     offered_choices,
 )
@@ -115,6 +116,8 @@ class Run:
         overrides = dict(recipe.overrides)
         labels = choices_of(recipe.candidates, recipe.ranks, recipe.factor_bits)
         offered = offered_choices(model.matrices, labels, overrides)
+        if recipe.share_groups:
+            check_shared_choices(model.matrices, offered)
         texts = Texts.of(recipe, model, progress)
         return Run(recipe, model, registry, device, resume, texts, offered, log, progress)
 
@@ -377,9 +380,14 @@ class Run:
 
     def deliver(self, checkpoint: Artifact, plan: Artifact, matrices: Artifact, output: OutputFolder) -> None:
         """Put the checkpoint into its place once it has passed its audit in a fresh process."""
-        if output.is_finished():
-            output.check_unchanged(self.registry, checkpoint)
-            return
+        if not output.is_finished():
+            with output.alone(lambda: self.progress.say(f"Another process writes {output.path}; waiting for it")):
+                if not output.is_finished():
+                    self._write_audited(checkpoint, plan, matrices, output)
+                    return
+        output.check_unchanged(self.registry, checkpoint)
+
+    def _write_audited(self, checkpoint: Artifact, plan: Artifact, matrices: Artifact, output: OutputFolder) -> None:
         with disk_may_fill(self, output.path.parent):
             staged = output.stage(self.registry, checkpoint)
         for _ in self.progress.track(["audit"], "Audit in a fresh process", total=1):

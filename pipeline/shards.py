@@ -126,7 +126,7 @@ def read_header(path: Path) -> list[TensorInfo]:
         header.pop("__metadata__", None)
         entries = [(name, _offsets(entry), entry) for name, entry in header.items()]
         tensors = [_tensor_info(path, *entry) for entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from error
     num_expected_bytes = 8 + num_header_bytes + max((end for _, (_, end), _ in entries), default=0)
     if num_file_bytes < num_expected_bytes:
@@ -152,7 +152,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, "it is not JSON with a weight_map") from error
     outside = sorted(str(file) for file in files if not isinstance(file, str) or Path(file).name != file)
     if outside:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pipeline.console import read_secret
 from pipeline.errors import RecipeError
+from pipeline.home import expanded
 from registry import IdentityVerifier, KeylessSigner, KeySigner, KeyVerifier, Signer, Verifier
 
 
@@ -29,7 +30,7 @@ def signer_of(
     of_keyless = {"--identity-token-variable": token_variable, "--trust-config": trust_config}
     _only_with(keyless_option, is_keyless, of_keyless)
     if path is not None:
-        return KeySigner(path.expanduser(), read_secret(password_variable, "the key's password"))
+        return KeySigner(expanded(path), read_secret(password_variable, "the key's password"))
     if is_keyless:
         token = read_secret(token_variable, "the identity token")
         return KeylessSigner(token and token.strip(), _expanded(trust_config))
@@ -54,7 +55,7 @@ def verifier_of(
         )
     _only_with("--identity", identity is not None, {"--trust-config": trust_config})
     if public_key is not None:
-        return KeyVerifier(public_key.expanduser())
+        return KeyVerifier(expanded(public_key))
     if identity is not None and issuer is not None:
         return IdentityVerifier(identity, issuer, _expanded(trust_config))
     return None
@@ -67,4 +68,4 @@ def _only_with(option: str, is_given: bool, others: Mapping[str, object]) -> Non
 
 
 def _expanded(path: Path | None) -> Path | None:
-    return path.expanduser() if path is not None else None
+    return expanded(path) if path is not None else None

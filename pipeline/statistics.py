@@ -22,12 +22,12 @@ from pipeline.curvature_scale import measure_scales
 from pipeline.curvature_sums import Metric, Sums, sums_of
 from pipeline.degraded import say_all_degraded
 from pipeline.divergence_scale import measure_divergences
-from pipeline.idle_experts import fill_idle
 from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
 from pipeline.part_sums import collect_part, num_steps
 from pipeline.progress import SILENT, Progress
 from pipeline.summed_parts import PART_WINDOWS, SummedParts, layer_file, layers_of, owner_of, parts_of
+from pipeline.unreached import fill_unreached
 from quantizers import LayerStatistics
 
 CHECKED_SHARE = 1 / 8  # of the windows, the last ones, only check the scale of what the others say
@@ -103,7 +103,7 @@ def collect_statistics(
     }
     write_json(work / "out" / "statistics.json", facts)
     found = Statistics.open(lambda name: work / "out" / name)
-    fill_idle(model.matrices, work / "out", sums, progress.say)
+    fill_unreached(model.matrices, work / "out", sums, progress.say)
     measure = measure_divergences if sums.scaled_by_divergence else measure_scales
     if measure is measure_divergences or not num_checked:
         say_all_degraded(model.matrices, found.of, progress.say)

@@ -106,7 +106,8 @@ def build_skeleton(config: "PretrainedConfig", *, experts_apart: bool = False) -
                 config, dtype=torch.bfloat16, attn_implementation="eager", trust_remote_code=brings_code(config)
             )
     except Exception as error:  # a model's own code may raise anything
-        known = ValueError | KeyError | TypeError | AttributeError | ImportError | RuntimeError
+        mistakes = ValueError | LookupError | TypeError | AttributeError | ArithmeticError | AssertionError
+        known = mistakes | ImportError | RuntimeError
         if not isinstance(error, known) and not brings_code(config):
             raise
         advice = "Check config.json, or update transformers."

@@ -4,12 +4,12 @@ A folder is one if it holds nothing but checkpoints of ours (BUDGET/, BUDGET.par
 Hidden files do not count.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputExistsError
 from pipeline.recipe import refuse_changes
+from pipeline.version_documents import read_document
 
 COMPARISON = ("index.html", "pareto.json", "pareto.png")
 
@@ -50,7 +50,7 @@ def check_same_recipe(path: Path, recipe: dict[str, Any]) -> None:
         note = entry / "recipe.json"
         if note.is_file() and not entry.name.endswith(".partial"):
             advice = "Results of different recipes are not compared: choose another output folder with -o."
-            before = json.loads(note.read_text()) | {"budget": ""}
+            before = read_document(note, str(note)) | {"budget": ""}
             refuse_changes(before, recipe | {"budget": ""}, f"The finished checkpoint in {entry}", advice)
 
 

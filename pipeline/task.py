@@ -35,6 +35,7 @@ from pipeline.own_code import brings_code
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+LARGEST_CHANGE = 80.0  # nats, of whose exponential float32 holds thousands
 GENERATING_CLASSES: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForImageTextToText)
 ENCODER_CLASSES: tuple[Any, ...] = (
     AutoModelForMaskedLM,
@@ -131,6 +132,9 @@ class Predictions(Task):
         """See Task. With d = after - before less its mean under the first prediction p, log(1 + sum of p (e^d - 1))."""
         p, change = before.softmax(dim=-1), after - before
         change -= (p * change).sum(dim=-1, keepdim=True, dtype=torch.float64).float()
+        if float(change.max()) > LARGEST_CHANGE:
+            log_p, log_q = (logits.double().log_softmax(dim=-1) for logits in (before, after))
+            return (log_p.exp() * (log_p - log_q)).sum(dim=-1)
         return (p * change.expm1_()).sum(dim=-1, dtype=torch.float64).log1p()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.origin import base_model_of
 from pipeline.sources import HUB_TIMEOUT_SECONDS
 from registry import HubNotFoundError, Registry, RegistryError, Version, checked_name
+from registry.hub_client import limit_waits
 from registry.hub_errors import hub_errors
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def ask_hub(
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
+    limit_waits()
     try:
         with hub_errors(base, "read", token, folder):
             api = HfApi(endpoint=endpoint, token=token, library_name="bitsmith")

@@ -20,6 +20,7 @@ import os
 import shutil
 import time
 from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -147,8 +148,11 @@ def _file_system_seconds(root: Path) -> float:
 
 def _newest(path: Path) -> float:
     """When the newest file in or below `path` was changed, in seconds since 1970."""
-    inside = path.rglob("*") if path.is_dir() else ()
-    return max((os.lstat(each).st_mtime for each in (path, *inside)), default=0.0)
+    newest = 0.0
+    for each in (path, *(path.rglob("*") if path.is_dir() else ())):
+        with suppress(FileNotFoundError):  # whoever wrote it has just removed it
+            newest = max(newest, os.lstat(each).st_mtime)
+    return newest
 
 
 def _size_bytes(path: Path) -> int:

@@ -50,7 +50,7 @@ class Database:
     """
 
     def __init__(self, url: str | URL, *, may_be_made: bool = True) -> None:
-        self._url = _checked(url)
+        self._url = checked_url(url)
         self._held = threading.local()
         self.is_sqlite = self._url.get_backend_name() == "sqlite"
         patience = {} if self.is_sqlite else {name: PATIENCE[name] for name in PATIENCE.keys() - self._url.query.keys()}
@@ -220,11 +220,12 @@ def sqlite_url(path: Path) -> URL:
 
 def sqlite_path(url: str | URL) -> Path | None:
     """The file of a SQLite database; None for another kind."""
-    found = _checked(url)
+    found = checked_url(url)
     return Path(str(found.database)) if found.get_backend_name() == "sqlite" else None
 
 
-def _checked(url: str | URL) -> URL:
+def checked_url(url: str | URL) -> URL:
+    """The URL with the driver that is used. Raises RegistryError: it is none of an index, or shows a secret."""
     try:
         found = make_url(url)
     except ArgumentError:
@@ -233,6 +234,11 @@ def _checked(url: str | URL) -> URL:
         raise RegistryError(
             "The registry's database must be given as sqlite:///path or postgresql://user@host/name. Mend "
             "--database, or the line in registry.toml; without it the index is a SQLite file in the registry's folder."
+        )
+    if secrets := sorted({"password", "sslpassword"} & set(found.query)):
+        raise RegistryError(
+            f"The URL of the registry's database has {' and '.join(secrets)} behind the question mark, which would be "
+            "shown in messages. Write postgresql://user:password@host/name, or leave it to PGPASSWORD or ~/.pgpass."
         )
     return found.set(drivername="postgresql+psycopg") if found.get_backend_name() == "postgresql" else found
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from registry.hub_client import limit_waits
 from registry.hub_errors import hub_errors
 from registry.patience import Patience
 from registry.progress import SILENT, Progress
@@ -31,6 +32,7 @@ def add_to_collection(
     from huggingface_hub import HfApi, get_token
 
     token = token or get_token()
+    limit_waits()
     api = HfApi(endpoint=endpoint, token=token, library_name="bitsmith")
 
     def attempt() -> str:

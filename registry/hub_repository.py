@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from registry.artifact import FileEntry
 from registry.errors import (
@@ -19,6 +19,7 @@ from registry.errors import (
     UnsafeFileError,
     UnsafePathError,
 )
+from registry.hub_client import limit_waits
 from registry.hub_errors import hub_errors
 from registry.publication import CARD, MANIFEST, MOST_MANIFEST_BYTES, SIGNATURE, Content, Manifest
 from registry.store import disk_errors, hash_file
@@ -26,8 +27,6 @@ from registry.store import disk_errors, hash_file
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, RepoFile
 
-SECONDS_TO_CONNECT = 10.0
-MOST_SECONDS_SILENT = 55.0  # a commit of many files takes the server some time; two tries take less than two minutes
 STAGING = "bitsmith-staging-"
 _HUB_OWN_FILES = {".gitattributes", CARD}
 _PULL_ADVICE = "Nothing was published here. Pull a tag, or ask the repository's owner to push again."
@@ -49,26 +48,9 @@ def open_repository(
     with disk_errors(downloads):
         downloads.mkdir(parents=True, exist_ok=True)
     token = (token or get_token() or "").strip() or None
-    _limit_waits()
+    limit_waits()
     with hub_errors(repo_id, right, token, downloads):
         yield HubRepository(HfApi(endpoint=endpoint, token=token, library_name="bitsmith"), repo_id, downloads)
-
-
-def _limit_waits() -> None:
-    """The client, which is one for a process, would wait for a silent server for good."""
-    from huggingface_hub import get_session
-
-    client = get_session()
-    hooks = client.event_hooks
-    if _limit_wait not in hooks["request"]:
-        client.event_hooks = {**hooks, "request": [*hooks["request"], _limit_wait]}
-
-
-def _limit_wait(request: Any) -> None:
-    """Of what was sent without a limit; the client's own calls say so one by one, hence no default of the client."""
-    limits = {"connect": SECONDS_TO_CONNECT} | dict.fromkeys(("read", "write", "pool"), MOST_SECONDS_SILENT)
-    asked = {name: seconds for name, seconds in request.extensions.get("timeout", {}).items() if seconds is not None}
-    request.extensions["timeout"] = limits | asked
 
 
 @dataclass(frozen=True)

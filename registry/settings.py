@@ -52,7 +52,7 @@ class RegistrySettings:
         if self.database is None:
             return f"index.sqlite in {root.resolve()} on {socket.gethostname()}"
         parts = urlsplit(self.database)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
     def write(self, root: Path) -> None:
         """For the registry in the folder `root`."""

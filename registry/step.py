@@ -8,6 +8,7 @@ steps/<key>.lock     held by the process that builds
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,11 @@ class Steps:
 
     def work_bytes(self, kind: str, parents: Iterable[str], settings: Settings) -> int:
         """See `Registry.step_work_bytes`."""
-        files = (self.folder / step_key(kind, tuple(parents), settings)).rglob("*")
-        return sum(path.stat().st_size for path in files if path.is_file())
+        total = 0
+        for path in (self.folder / step_key(kind, tuple(parents), settings)).rglob("*"):
+            with suppress(FileNotFoundError):  # another process may be at work there
+                total += path.stat().st_size * path.is_file()
+        return total
 
     def keep(self, key: str, artifact: Artifact) -> bool:
         """Note that the result is used, so that nobody collects it; False if somebody just has."""

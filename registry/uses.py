@@ -52,7 +52,10 @@ def digests_in_use(folder: Path) -> set[str]:
     found: set[str] = set()
     with disk_errors(folder):
         for path in folder.glob("*"):
-            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # its process has ended just now
+                continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)

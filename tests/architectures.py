@@ -151,6 +151,9 @@ _SMALL_BART: dict[str, Any] = {
     "decoder_ffn_dim": 48, "max_position_embeddings": 128, "pad_token_id": 2, "bos_token_id": 0,
     "eos_token_id": 1, "decoder_start_token_id": 2, "forced_eos_token_id": 1,
 }  # fmt: skip
+_RELATIVE: dict[str, Any] = {
+    "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0,
+}  # fmt: skip
 CAUSAL |= {
     "bert": ("BertConfig", "BertForMaskedLM", _WIDTHS),
     "roberta": ("RobertaConfig", "RobertaModel", _WIDTHS),
@@ -164,6 +167,13 @@ CAUSAL |= {
         "ModernBertConfig",
         "ModernBertForMaskedLM",
         _WIDTHS | {"cls_token_id": 0, "sep_token_id": 1, "local_attention": 8},
+    ),
+    "albert": ("AlbertConfig", "AlbertModel", _WIDTHS | {"embedding_size": 16}),
+    "deberta": ("DebertaConfig", "DebertaModel", _WIDTHS | _RELATIVE),
+    "deberta-v2": (
+        "DebertaV2Config",
+        "DebertaV2ForMaskedLM",
+        _WIDTHS | _RELATIVE | {"position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm"},
     ),
     "electra": ("ElectraConfig", "ElectraModel", _WIDTHS | {"embedding_size": 16}),
     "t5": ("T5Config", "T5ForConditionalGeneration", _SMALL_T5 | {"num_layers": 2}),

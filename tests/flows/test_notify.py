@@ -79,7 +79,7 @@ def test_a_busy_webhook_is_tried_again(webhook: WebhookServer) -> None:
     assert webhook.received == [{"run": "tonight"}]
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/T0PS3CRET", "no url T0PS3CRET"])
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/T0PS3CRET", "no url T0PS3CRET", "http://127.0.0.1:9/T0PS3CRET 2"])
 def test_one_that_is_gone_stops_nobody_and_its_url_is_not_logged(
     webhook: WebhookServer, url: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

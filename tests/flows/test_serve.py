@@ -75,6 +75,21 @@ def test_a_server_that_is_gone_is_started_again_until_the_end(tmp_path: Path, mo
     assert started[2].returncode == -signal.SIGTERM
 
 
+def test_a_server_whose_start_is_broken_off_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import local_server
+
+    process = subprocess.Popen(["sleep", "600"])
+
+    def stopped(api_url: str) -> bool:
+        raise SystemExit(143)
+
+    monkeypatch.setattr(local_server, "_launch", lambda *_: process)
+    monkeypatch.setattr(local_server, "is_answering", stopped)
+    with pytest.raises(SystemExit):
+        local_server.start_server("http://127.0.0.1:9/api", tmp_path / "log")
+    assert process.wait(30) == -signal.SIGKILL
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What `serve` gives to Prefect, which then finds no server for a while, and gives up in its own way."""

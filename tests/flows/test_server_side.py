@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -79,6 +80,7 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
     from prefect.states import Running
 
     from flows.automations import MESSAGE, make_automations
+    from flows.version import WITHIN
 
     @flow(name="vanishing")
     def vanishing() -> None:
@@ -87,10 +89,11 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
     with WebhookServer() as webhook, get_client(sync_client=True) as client:
         make_automations(webhook.url, silence=timedelta(seconds=10))
         assert make_automations(None, silence=timedelta(seconds=10)) == make_automations(None, timedelta(seconds=10))
+        inside = client.create_flow_run(vanishing, tags=[WITHIN], state=Running())
         run = client.create_flow_run(vanishing, tags=["bitsmith"], state=Running())
         foreign = client.create_flow_run(vanishing, state=Running())
         time.sleep(2)  # the automations' service hears of new ones
-        for each in (run, foreign):
+        for each in (inside, run, foreign):  # the inner one is crashed first
             tags = [{"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"} for tag in each.tags]
             emit_event(
                 "prefect.flow-run.heartbeat",
@@ -102,7 +105,8 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
         give_up_at = time.monotonic() + 180
         while time.monotonic() < give_up_at and len(webhook.received) < 2:
             time.sleep(0.5)
-        ended, other = [client.read_flow_run(each.id) for each in (run, mute)], client.read_flow_run(foreign.id)
+        ended = [client.read_flow_run(each.id) for each in (run, mute)]
+        within, other = (client.read_flow_run(each.id) for each in (inside, foreign))
     told = {message["run"]: message for message in webhook.received}
     for each in ended:
         assert each.state.is_crashed()
@@ -112,6 +116,7 @@ def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
         assert message["message"] == each.state.message
         assert str(each.id) in message["url"]
     assert len(webhook.received) == 2
+    assert within.state.is_crashed()
     assert other.state.is_running()  # one that is not ours
 
 
@@ -184,13 +189,17 @@ def test_a_registry_whose_database_does_not_answer_is_told(server: str, tmp_path
         serve([Deployment.model_validate(entry)], port=9, limit=1)
 
 
-@pytest.fixture
-def without_database() -> Iterator[str]:
-    """As a server answers that has lost its database."""
+@contextmanager
+def answering(status_of: Callable[[str], int]) -> Iterator[str]:
+    """The URL of a server that answers each path with a status, and nothing else."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
-            self.send_response(503)
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send_response(status_of(self.path))
             self.send_header("Content-Length", "0")
             self.send_header("Retry-After", "0")
             self.end_headers()
@@ -205,7 +214,21 @@ def without_database() -> Iterator[str]:
     listening.server_close()
 
 
-def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database: str) -> None:
+@pytest.fixture
+def without_database() -> Iterator[str]:
+    """As a server answers that has lost its database."""
+    with answering(lambda path: 503) as url:
+        yield url
+
+
+@pytest.fixture
+def locked() -> Iterator[str]:
+    """As a server answers that wants credentials: `/ready` is for all."""
+    with answering(lambda path: 200 if path.endswith("/ready") else 401) as url:
+        yield url
+
+
+def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database: str, locked: str) -> None:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     from flows.errors import DeployError
@@ -214,6 +237,7 @@ def test_a_server_that_does_not_answer_and_none_at_all_are_told(without_database
     cases: dict[Any, str] = {
         None: "PREFECT_API_URL names none",
         "http://127.0.0.1:9/api": "No Prefect server answers at http://127.0.0.1:9/api",
+        locked: r"refuses the credentials of this machine \(HTTP 401\)\. Set PREFECT_API_AUTH_STRING",
         without_database: r"not ready \(HTTP 503\): most likely it cannot reach its database",
     }
     for url, expected in cases.items():
@@ -266,6 +290,20 @@ def test_a_worker_of_another_version_refuses(server: str) -> None:
     assert checking() == "ran"  # no deployment's
     with tags("bitsmith", version_tag("9.9")), pytest.raises(OtherVersionError, match=r"Install bitsmith==9\.9 where"):
         checking()
+
+
+def test_runs_inside_of_another_one_are_told_apart(server: str) -> None:
+    from prefect import flow, tags
+
+    from flows.version import TAG, WITHIN, tags_within
+
+    @flow(name="outer")
+    def outer() -> list[str]:
+        return sorted(tags_within())
+
+    with tags(TAG, "nightly"):
+        assert outer() == [WITHIN, "nightly"]
+    assert outer() == []
 
 
 def test_deployed_again_a_deployment_has_what_the_file_says_now(server: str) -> None:

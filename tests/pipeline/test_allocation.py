@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.allocation import Plan, allocate, allocate_to_budget, offered_choices
+from pipeline.allocation import Plan, allocate, allocate_to_budget, check_shared_choices, offered_choices
 from pipeline.budget import Budget
 from pipeline.costs import CostTable, cost_table
 from pipeline.errors import BudgetError, RecipeError
@@ -88,6 +88,14 @@ def test_overrides(tiny_model_dir: Path) -> None:
         offered_choices(matrices, LABELS, {"(": "nf4"})
     with pytest.raises(RecipeError, match="cannot be offered"):
         offered_choices(matrices, LABELS, {"down": "q4"})
+
+
+def test_groups_that_an_override_divides_are_told(tiny_model_dir: Path) -> None:
+    matrices = open_model(str(tiny_model_dir)).matrices
+    labels = ["lloyd2-g32-s4", "lloyd4-g32-s4"]
+    check_shared_choices(matrices, offered_choices(matrices, labels, {"down_proj": "nf4-g64-s8"}))
+    with pytest.raises(RecipeError, match=r"one choice for .*q_proj\+k_proj\+v_proj, and none is on offer for all of"):
+        check_shared_choices(matrices, offered_choices(matrices, labels, {"layers.1.*q_proj": "nf4-g64-s8"}))
 
 
 def test_a_small_matrix_is_not_offered_a_rank_that_it_cannot_have(tiny_model_dir: Path) -> None:

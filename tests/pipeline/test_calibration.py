@@ -182,6 +182,17 @@ def test_instruction_with_input(tmp_path: Path, tiny_tokenizer: PreTrainedTokeni
     assert first_window(source, tiny_tokenizer, len(ids)) == ids
 
 
+def test_half_of_a_character_is_replaced(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    source = write(tmp_path / "a.jsonl", '{"text": "hello \\ud83d world"}\n')
+    ids = tiny_tokenizer("hello ? world").input_ids
+    assert first_window(source, tiny_tokenizer, len(ids)) == ids
+
+
+def test_an_input_that_is_no_text_is_named(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    source = write_rows(tmp_path / "a.jsonl", {"instruction": "Say it", "input": {"a": 1}, "output": "hello"})
+    assert "row 1 has an `input` that is a dict" in message_of(source, tiny_tokenizer)
+
+
 def test_chat_without_a_template_is_joined_plainly(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None

@@ -115,6 +115,26 @@ def test_evaluate_and_generate(bitsmith, compressed: Path, tiny_model_dir: Path)
     assert written.out.startswith("Once upon a time")
 
 
+def test_what_generate_cannot_do_is_one_paragraph(
+    bitsmith, compressed: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    silent = Path(shutil.copytree(compressed, tmp_path / "silent"))
+    (silent / "chat_template.jinja").unlink()
+    assert bitsmith("compress", tiny_gpt2_dir, "-o", tmp_path / "gpt2", "-q", *FLAGS).code == 0
+    cases = {
+        (silent, "hello", "--chat"): "has no chat template. Leave --chat out",
+        (tmp_path / "gpt2", "hello there", "--max-new-tokens", "99999"): r"more than the \d+ positions of this model",
+        (compressed, "hello \udcff"): "is not UTF-8",
+    }
+    for arguments, expected in cases.items():
+        answer = bitsmith("generate", *arguments)
+        assert answer.code == 1, (arguments, answer.err)
+        assert re.search(expected, answer.err), (arguments, answer.err)
+        assert len(answer.err.strip().splitlines()) == 1, answer.err
+
+
 MISTAKES = {
     "unknown model": (
         ["compress", "no/such/folder", "-b", "3bpw", "-o", "OUT"],
@@ -135,6 +155,15 @@ MISTAKES = {
     "pickle only": (["inspect", "PICKLE"], "pickle"),
     "not compressed": (["generate", "MODEL", "x"], "is not a compressed checkpoint"),
     "nothing to evaluate": (["evaluate", "OUT", "--base", "MODEL"], "is not a compressed checkpoint"),
+    "seed beyond all numbers": (
+        ["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--seed", str(10**20)],
+        "seed: .*less",
+    ),
+    "infinite rate": (
+        ["compress", "MODEL", "-b", "3bpw", "-o", "OUT", "--recover-learning-rate", "inf"],
+        "recover_learning_rate: .*finite",
+    ),
+    "home of nobody": (["inspect", "~nosuchuser/model"], "home folder of nobody"),
     "empty prompt": (["generate", "OUT", " "], "prompt is empty"),
 }
 

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.calibration import TokenWindows
 from pipeline.errors import ModelError
-from pipeline.idle_experts import with_others_scales
 from pipeline.model import open_model
 from pipeline.statistics import Statistics, collect_statistics
+from pipeline.unreached import with_others_scales
 from quantizers.experts import fused_experts, set_experts_apart
 from tests.architectures import MIXTURES, build_causal
 from tests.models import VOCAB_SIZE, save_model
@@ -118,5 +118,6 @@ def test_a_scale_of_nothing_is_that_of_others() -> None:
         "a.q": 0.0,
         "b.experts.0.up": 0.0,
     }
-    filled = scales | {"a.experts.1.down": 3.0, "b.experts.0.up": 1.0}
+    filled = scales | {"a.experts.1.down": 3.0, "a.q": 3.0, "b.experts.0.up": 3.0}
+    assert with_others_scales({"a.q": 0.0}) == {"a.q": 1.0}
     assert with_others_scales(scales) == filled

@@ -15,11 +15,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MixtralConfig
 
 from pipeline import gguf_source, sources
-from pipeline.errors import ModelError, NonFiniteError
+from pipeline.errors import DiskSpaceError, ModelError, NonFiniteError, RecipeError
 from pipeline.model import Matrix, open_model
 from pipeline.progress import SILENT
 from pipeline.shards import TensorInfo, read_header
@@ -285,6 +286,37 @@ def test_extra_files_in_folders_keep_their_places(copied: Path) -> None:
     assert "config.json" not in names
 
 
+@pytest.mark.parametrize("name", ["LICENSE", "additional_chat_templates"])
+def test_what_a_link_leads_to_elsewhere_does_not_become_part_of_a_checkpoint(name: str, copied: Path) -> None:
+    elsewhere = copied.parent / "private"
+    elsewhere.mkdir()
+    (elsewhere / "key").write_text("secret")
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(elsewhere / "key" if name == "LICENSE" else elsewhere)
+    message = message_of(copied)
+    assert f"{name}" in message
+    assert "is a link to" in message
+    assert "copy" in message
+
+
+def test_links_within_the_folder_and_those_of_the_hub_s_cache_are_followed(copied: Path) -> None:
+    (copied / "NOTICE").symlink_to(copied / "LICENSE")
+    assert "NOTICE" in open_model(str(copied)).extra_files()
+    snapshot, blobs = copied.parent / "cache" / "snapshots" / "c0ffee", copied.parent / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in copied.iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert open_model(str(snapshot)).digest == open_model(str(copied)).digest
+
+
+@pytest.mark.parametrize("text", ["", "version https://git-lfs.github.com/spec/v1", "[]", "[" * 200_000])
+def test_a_damaged_file_that_is_to_be_rewritten_is_told_before_the_work(text: str, copied: Path) -> None:
+    (copied / "preprocessor_config.json").write_text(text)
+    assert "preprocessor_config.json is no JSON object" in message_of(copied)
+
+
 def test_tokenizer_round_trip_and_template(tiny_model_dir: Path) -> None:
     tokenizer = open_model(str(tiny_model_dir)).tokenizer()
     assert tokenizer.decode(tokenizer("Größe 12, naïve").input_ids) == "Größe 12, naïve"
@@ -323,6 +355,12 @@ def test_truncated_shard(copied: Path) -> None:
     os.truncate(path, size - 1000)
     message = message_of(copied)
     assert all(fact in message for fact in (str(path), "truncated", str(size), str(size - 1000), "again"))
+
+
+def test_a_header_that_nests_without_end(copied: Path) -> None:
+    header = b"[" * 200_000
+    (copied / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "header cannot be read" in message_of(copied)
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 40], ids=["empty", "in the length", "in the header"])
@@ -472,6 +510,16 @@ def test_unknown_architecture(copied: Path) -> None:
     assert "Update transformers" in message
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"pad_token_id": 9999}, {"num_attention_heads": 0}, {"num_key_value_heads": 0}, {"head_dim": 0}],
+    ids=str,
+)
+def test_config_values_that_no_network_can_have(changes: dict[str, int], copied: Path) -> None:
+    edit_config(copied, **changes)
+    assert message_of(copied)
+
+
 def test_no_language_model(copied: Path) -> None:
     edit_config(copied, model_type="vit", architectures=["ViTModel"])
     assert "cannot build a language model" in message_of(copied)
@@ -488,6 +536,11 @@ def test_no_compressible_matrix(monkeypatch: pytest.MonkeyPatch, tiny_model_dir:
 @pytest.mark.parametrize("spec", ["./nowhere", "/no/such/folder", "a/b/c", "model.gguf"])
 def test_unknown_path(spec: str) -> None:
     assert "no such folder or file" in message_of(spec)
+
+
+def test_a_home_folder_of_nobody() -> None:
+    with pytest.raises(RecipeError, match="home folder of nobody"):
+        open_model("~nosuchuser/model")
 
 
 def test_file_that_is_no_model(copied: Path) -> None:
@@ -654,6 +707,31 @@ def test_interrupted_conversion_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         open_model(str(gguf_file))
     assert list((tmp_path / "converted").iterdir()) == []
+
+
+def test_what_a_killed_conversion_left_goes_with_the_next_one(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path))
+    sha256 = hashlib.sha256(gguf_file.read_bytes()).hexdigest()
+    left = tmp_path / "converted" / f".{sha256[:16]}"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    assert open_model(str(gguf_file)).path.name == sha256
+    assert [path.name for path in left.parent.iterdir()] == [sha256]
+
+
+def test_a_conversion_on_a_full_disk_is_one_paragraph(
+    gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path))
+
+    def full(*args: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(gguf_source, "_repair_tokenizer", full)
+    with pytest.raises(DiskSpaceError, match=r"The disk of .* is full"):
+        open_model(str(gguf_file))
 
 
 @pytest.mark.parametrize("num_bytes", [3, 100, 9_000, -1_000], ids=str)

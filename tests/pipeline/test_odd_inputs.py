@@ -11,10 +11,10 @@ from pipeline.calibration import token_windows
 from pipeline.compress import Compressed, compress
 from pipeline.curvature_sums import Metric
 from pipeline.errors import BudgetError
-from pipeline.model import open_model
+from pipeline.model import Matrix, open_model
 from pipeline.packed import load_packed
 from pipeline.recipe import PRESETS, Recipe
-from pipeline.statistics import collect_statistics
+from pipeline.statistics import Statistics, collect_statistics
 from registry import Registry
 from tests.pipeline.notes import Notes
 from tests.pipeline.small import SMALL
@@ -66,9 +66,9 @@ def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path)
     assert done.plan.bits_per_param <= 5
 
 
-@pytest.mark.parametrize("metric", ["kronecker", "sequence", "kl", "input"])
+@pytest.mark.parametrize("metric", ["kronecker", "sequence", "kl", "input", "fisher", "factored"])
 @pytest.mark.parametrize("num_samples", [1, 4], ids="{} windows".format)
-def test_inputs_that_are_always_zero_are_told_of(
+def test_errors_of_which_the_text_tells_nothing_count_like_others(
     metric: Metric, num_samples: int, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     folder = changed(tiny_model_dir, tmp_path / "m", torch.zeros_like, "model.layers.0.self_attn.v_proj.weight")
@@ -76,23 +76,20 @@ def test_inputs_that_are_always_zero_are_told_of(
     windows = token_windows(SMALL["dataset"], model.tokenizer(), num_windows=num_samples, seq_len=32, seed=0)
     (tmp_path / "work").mkdir()
     collect_statistics(model, windows, metric, tmp_path / "work", seed=0, device="cpu", progress=notes)
-    told = [note.partition(": ")[0] for note in notes.said if "tells nothing about its inputs" in note]
-    attention = "model.layers.0.self_attn"
-    idle = (
-        [] if metric in ("input", "kl") else [f"{attention}.q_proj.weight", f"{attention}.k_proj.weight"]
-    )  # no gradient
-    assert told == [*idle, f"{attention}.o_proj.weight"]
+    without_gradient = [] if metric in ("input", "kl") else ["q", "k"]
+    names = [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in (*without_gradient, "o")]
+    (told,) = [note for note in notes.said if "tells nothing about" in note]
+    assert told.partition(" about ")[2].partition(":")[0] == ", ".join(names)
+    statistics = Statistics.open(lambda name: tmp_path / "work" / "out" / name)
+    levels = {matrix.name: importance_of(statistics, matrix) for matrix in model.matrices}
+    others = [float(level.mean()) for name, level in levels.items() if name not in names]
+    for name in names:
+        torch.testing.assert_close(levels[name], levels[name].mean().expand_as(levels[name]))
+        assert min(others) < float(levels[name].mean()) < max(others)
 
 
-@pytest.mark.parametrize("metric", ["fisher", "factored"])
-def test_matrices_without_a_gradient_are_told_of(metric: Metric, tiny_model_dir: Path, tmp_path: Path) -> None:
-    folder = changed(tiny_model_dir, tmp_path / "m", torch.zeros_like, "model.layers.0.self_attn.v_proj.weight")
-    model, notes = open_model(str(folder)), Notes()
-    windows = token_windows(SMALL["dataset"], model.tokenizer(), num_windows=2, seq_len=32, seed=0)
-    (tmp_path / "work").mkdir()
-    collect_statistics(model, windows, metric, tmp_path / "work", seed=0, device="cpu", progress=notes)
-    told = [note.partition(": ")[0] for note in notes.said if "no gradient reaches it" in note]
-    assert told == [f"model.layers.0.self_attn.{kind}_proj.weight" for kind in ("q", "k", "o")]
+def importance_of(statistics: Statistics, matrix: Matrix) -> torch.Tensor:
+    return statistics.of(matrix).importance(matrix.shape[0])
 
 
 def test_a_text_of_one_repeated_token(tiny_model_dir: Path, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_the_rival_is_the_best_uniform_choice_that_fits() -> None:
     assert rival is not None
     assert {matrix.label for matrix in rival.matrices.values()} == {LABELS[1]}
     assert rival.predicted_cost == pytest.approx(1.02)
+    assert rival.gap == pytest.approx((1.02 - plan.lower_bound) / 1.02)
     assert rival.size_bits == 2 * SIZES[1] <= plan.size_bits
     assert "lloyd3-g32-s4" in rival.status
 

@@ -17,6 +17,7 @@ from pipeline.model import Matrix, Model, open_model
 from pipeline.statistics import Statistics, collect_statistics
 from pipeline.task import NextToken, drawn_labels
 from quantizers import weighted_error
+from tests.architectures import build_causal
 from tests.models import build_llama, save_model
 from tests.pipeline.small import SMALL
 
@@ -93,6 +94,26 @@ def test_sums_equal_plain_autograd(folder: str, metric: Metric, request, tmp_pat
                 scale = float(wanted[name].abs().max())
                 torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-5 * scale)
                 assert float((value - wanted[name]).norm() / wanted[name].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["albert", "deberta-v2"])
+@pytest.mark.parametrize("metric", ["fisher", "factored", "sequence"])
+def test_calls_of_one_layer_in_a_window_are_one_sample(model_type: str, metric: Metric, tmp_path: Path) -> None:
+    """ALBERT passes its one block several times; DeBERTa's keys read positions, that are parameters, too."""
+    model = open_model(str(save_model(build_causal(model_type), tmp_path / "model")))
+    found = collect(model, tmp_path / "work", metric)
+    network, trace = model.load(), dict.fromkeys((matrix.name for matrix in model.matrices), 0.0)
+    windows = windows_of(model).tokens[: 2 if metric == "sequence" else 3]
+    for index, tokens in enumerate(windows):
+        network.zero_grad()
+        answer = model.task.answer(network, model.task.inputs(tokens[None]))[0]
+        model.task.loss(answer, tokens, index + 7 * (metric == "sequence"), metric == "sequence").backward()
+        for name in trace:
+            trace[name] += float(network.get_parameter(name).grad.square().sum())
+    for matrix in model.matrices:
+        level = float(found.of(matrix).importance(matrix.shape[0]).sum()) / found.scales.get(matrix.name, 1.0)
+        expected = trace[matrix.name] / (2 * len(windows) * model.task.num_scored(windows.shape[1]))
+        assert level == pytest.approx(expected, rel=1e-4)
 
 
 def test_scales_are_what_probes_do_to_the_last_window(tiny_model_dir: Path, tmp_path: Path, monkeypatch) -> None:

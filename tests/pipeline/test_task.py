@@ -69,6 +69,15 @@ def test_an_encoder_decoder_reads_half_and_predicts_half() -> None:
     assert task.targets(tokens).tolist() == [[3, 4, 5, 6]]
 
 
+@pytest.mark.parametrize("change", [1e-3, 60.0, 200.0, 1e6])
+def test_divergences_of_any_size_are_those_of_float64(change: float) -> None:
+    before = torch.tensor([[0.0, -change], [change, 0.0], [1.0, 2.0]])
+    after = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0 + 1e-4, 2.0]])
+    log_p, log_q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(NextToken().divergences(before, after), expected, rtol=1e-4, atol=1e-9)
+
+
 def test_drawn_features_have_the_curvature_of_the_divergence() -> None:
     """The mean of squared slopes, halved, is the divergence of a small step."""
     generator = torch.Generator().manual_seed(0)

@@ -160,6 +160,18 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(tmp_path: P
     assert "secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["password", "sslpassword"])
+def test_a_password_in_the_query_is_refused_and_not_repeated(name: str) -> None:
+    with pytest.raises(RegistryError, match=rf"has {name} behind the question mark") as refused:
+        Database(f"postgresql://127.0.0.1:1/models?user=ann&{name}=s3cret")
+    assert "s3cret" not in str(refused.value)
+
+
+def test_the_name_of_an_index_shows_nothing_of_how_it_is_reached(tmp_path: Path) -> None:
+    settings = RegistrySettings("postgresql://ann:secret@host/models?sslkey=private")
+    assert settings.index_name(tmp_path) == "postgresql://host/models"
+
+
 @pytest.mark.parametrize("url", ["mysql://host/models", "models.sqlite", ""])
 def test_other_databases_are_refused(url: str) -> None:
     with pytest.raises(RegistryError, match="must be given as sqlite"):

@@ -24,6 +24,7 @@ from registry import (
     Version,
     push,
 )
+from registry.hub_client import limit_waits
 from registry.patience import ONCE
 from registry.publication import MANIFEST
 
@@ -242,7 +243,7 @@ def test_patience_ends(local: Registry, hub: HubServer, patient: Patience, waits
 def test_a_server_that_is_silent_is_given_up(local: Registry, hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import close_session
 
-    monkeypatch.setattr("registry.hub_repository.MOST_SECONDS_SILENT", 0.2)
+    monkeypatch.setattr("registry.hub_client.MOST_SECONDS_SILENT", 0.2)
     close_session()
     try:
         with silent_server() as server:
@@ -252,6 +253,18 @@ def test_a_server_that_is_silent_is_given_up(local: Registry, hub: HubServer, mo
     finally:
         close_session()
     assert len(server.taken) == 2
+
+
+def test_the_limit_outlives_a_client_that_is_closed_after_a_refused_connection() -> None:
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import http_backoff
+
+    limit_waits()
+    before = get_session()
+    with pytest.raises(Exception, match="refused"):
+        http_backoff("GET", "http://127.0.0.1:9/nothing", max_retries=1, base_wait_time=0.01)
+    assert get_session() is not before
+    assert [hook.__name__ for hook in get_session().event_hooks["request"]][-1] == "_limit_wait"
 
 
 def test_no_try_begins_long_after_the_first_where_the_server_asks_for_none(waits: list[float]) -> None:
