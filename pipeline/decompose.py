@@ -33,8 +33,8 @@ def decompose(
 ) -> None:
     """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
 
-    Always on the CPU's cores, so that the bytes do not depend on the device: error feedback is a chain of small
-    operations, for which a core takes less time than a large GPU (LOG.md).
+    Always on the CPU's cores, so that the bytes do not depend on the device. Error feedback is a chain of small
+    operations, most of whose time a GPU would wait; `benchmarks.gpu_model` measures what one takes, once there is one.
 
     The achieved weighted error goes into each file's metadata as `error`, rounded like the costs: the last bits of
     its sum are not the same from run to run.

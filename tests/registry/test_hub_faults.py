@@ -255,10 +255,11 @@ def test_a_server_that_is_silent_is_given_up(local: Registry, hub: HubServer, mo
     assert len(server.taken) == 2
 
 
-def test_the_limit_outlives_a_client_that_is_closed_after_a_refused_connection() -> None:
-    from huggingface_hub import get_session
+def test_the_limit_outlives_a_client_that_is_closed_after_a_refused_connection(monkeypatch) -> None:
+    from huggingface_hub import constants, get_session
     from huggingface_hub.utils import http_backoff
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     limit_waits()
     before = get_session()
     with pytest.raises(Exception, match="refused"):
