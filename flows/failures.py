@@ -4,14 +4,13 @@ An error that the user can mend is one paragraph, which the run's state holds; a
 """
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from pipeline.errors import PipelineError, WorkerError
 from registry import RegistryError
+from registry.hub_client import causes, is_for_now
 
 KNOWN = (PipelineError, RegistryError)
-_STATUS_OF_A_BAD_DAY = (408, 429, 500, 502, 503, 504)
 
 
 def is_network_failure(error: BaseException) -> bool:
@@ -22,13 +21,13 @@ def is_network_failure(error: BaseException) -> bool:
     """
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
-    causes = list(_causes(error))
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+    found = list(causes(error))
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in found):
         return False
-    for cause in causes:
+    for cause in found:
         if isinstance(cause, HfHubHTTPError):
-            return cause.response.status_code in _STATUS_OF_A_BAD_DAY
-    return any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in causes)
+            return is_for_now(cause.response.status_code)
+    return any(isinstance(cause, HTTPError | ConnectionError | TimeoutError) for cause in found)
 
 
 def only_network_failures(_task: Any, _task_run: Any, state: Any) -> bool:
@@ -51,9 +50,3 @@ def keep_known_errors_short() -> None:
 
 def _is_no_known_error(record: logging.LogRecord) -> bool:
     return not (record.exc_info and isinstance(record.exc_info[1], KNOWN))
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

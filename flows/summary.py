@@ -20,6 +20,7 @@ def summary(done: "Compressed") -> str:
     result = [
         ("bits per parameter", f"{plan.bits_per_param:.4f} (budget {plan.budget})"),
         ("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}"),
+        *([("embeddings", plan.embeddings_label)] if plan.embeddings else []),
         ("allocation", f"{plan.status}, gap {plan.gap:.1e}, {plan.solver}"),
         *([("recovery", done.recovery.meaning)] if done.recovery else []),
         ("folder", f"`{done.folder}`"),

@@ -96,6 +96,11 @@ class Plan:
         return {**self.matrices, **self.embeddings}
 
     @property
+    def embeddings_label(self) -> str:
+        """How embeddings are packed, in a word or two."""
+        return ", ".join(dict.fromkeys(each.label for each in self.embeddings.values())) or "as stored"
+
+    @property
     def expected_cost(self) -> float:
         """Of matrices and embeddings together."""
         return self.predicted_cost + sum(each.cost or 0.0 for each in self.embeddings.values())
@@ -287,7 +292,7 @@ def allocate_to_budget(
         assert budget.bits_per_param is not None
         return solved(int(budget.bits_per_param * int(table.num_params.sum())))
     free = free_to_choose(embeddings or {})
-    smallest_bits = _smallest_bits(table, share_groups)
+    smallest_bits = smallest_bits_of(table, share_groups)
     smallest_bits += sum(min(each.size_bits for each in choices) for choices in free.values())
     smallest = solved(smallest_bits)
     around_bytes = folder_bytes(smallest) - -(-smallest_bits // 8)
@@ -328,7 +333,8 @@ def _size_bits(plan: Plan, module: str, choices: tuple[PlannedEmbedding, ...]) -
     return next(each.size_bits for each in choices if each.label == AS_STORED)
 
 
-def _smallest_bits(table: CostTable, share_groups: bool) -> int:
+def smallest_bits_of(table: CostTable, share_groups: bool) -> int:
+    """Below which no plan for the matrices can be."""
     sizes = np.where(np.isfinite(table.cost), table.size_bits, np.iinfo(np.int64).max // 2**20)
     if not share_groups:
         return int(sizes.min(axis=1).sum())

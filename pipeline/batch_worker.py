@@ -63,11 +63,9 @@ def make_batch(batch: Batch, say: Callable[[str], None] = lambda text: None) -> 
     return made
 
 
-def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) -> dict[str, Blob]:
+def make_part(batch: PartBatch) -> dict[str, Blob]:
     """Collect the sums over a part of the calibration windows.
 
-    Args:
-        say: told after each layer which it was.
     Returns:
         name of a layer's file (summed_parts.py) -> the file, which is in the store.
     Raises:
@@ -79,8 +77,7 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
     model, _, store = _opened(batch["registry"], batch["store"], _Frozen(batch["model"]), _Frozen(None))
     for name in {file for info in model.tensors.values() for file in info.files}:
         _check_file(model.path / name, batch["model"]["files"][name])
-    say("statistics, opening the model")
-    sums, network = sums_of(batch["metric"]), open_network(model, batch["device"], say)
+    sums, network = sums_of(batch["metric"]), open_network(model, batch["device"], lambda text: None)
     made: dict[str, Blob] = {}
     with tempfile.TemporaryDirectory(dir=_scratch(), prefix="part-") as folder:
         tokens = torch.tensor(batch["tokens"], device=batch["device"])
@@ -91,7 +88,6 @@ def make_part(batch: PartBatch, say: Callable[[str], None] = lambda text: None) 
             made[path.name] = to_blob(store.add(path))
             path.unlink()
 
-        say("statistics")
         for _ in collect_part(network, model, tokens, batch["first"], sums, Path(folder), keep, seed=batch["seed"]):
             pass
     return made

@@ -99,7 +99,7 @@ def draw_heat_map(figures: dict[str, Any], theme: Theme) -> "Figure":
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(length=0)
     if (WIDTH_INCHES - 2.2) / num_layers >= NARROWEST_ANNOTATED_INCHES:
-        _annotate(axes, bits, image, theme)
+        _annotate(axes, bits, image)
     return figure
 
 
@@ -200,7 +200,7 @@ def _coordinates(points: list[dict[str, Any]]) -> tuple[list[float], list[float]
     return [point["bits_per_param"] for point in points], [point["cost"] for point in points]
 
 
-def _annotate(axes: "Axes", bits: np.ndarray, image: Any, theme: Theme) -> None:
+def _annotate(axes: "Axes", bits: np.ndarray, image: Any) -> None:
     for (row, column), value in np.ndenumerate(bits):
         if np.isnan(value):
             continue

@@ -9,20 +9,20 @@ from pipeline.recipe import PRESETS, Recipe
 _REPEATED_FLAGS = {"candidates": "--candidate", "overrides": "--override", "ranks": "--rank"}
 
 
-def compress_command(recipe: dict[str, Any], output: str = "OUT") -> str:
+def compress_command(recipe: dict[str, Any]) -> str:
     """`bitsmith compress ...` for a recipe.json; facts in it that are no settings are left out."""
     settings = {key: value for key, value in recipe.items() if key in Recipe.model_fields}
     preset = min(PRESETS, key=lambda name: (len(_changes(settings, name)), name != "default"))
-    words = ["bitsmith", "compress", settings["model"], "--budget", settings["budget"], "-o", output]
+    words = ["bitsmith", "compress", settings["model"], "--budget", settings["budget"], "-o", "OUT"]
     words += ["--preset", preset] * (preset != "default")
     for key, value in _changes(settings, preset).items():
         words += _flag(key, value)
     return " ".join(shlex.quote(str(word)) for word in words)
 
 
-def evaluate_command(recipe: dict[str, Any], folder: str = "OUT") -> str:
+def evaluate_command(recipe: dict[str, Any]) -> str:
     """`bitsmith evaluate ...` that measures what the run of a recipe.json measured."""
-    words = ["bitsmith", "evaluate", folder, "--base", recipe["model"]]
+    words = ["bitsmith", "evaluate", "OUT", "--base", recipe["model"]]
     commit = recipe.get("model_commit") or recipe.get("revision")
     flags = {
         "--base-revision": commit,

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from pipeline.allocation import Plan
     from pipeline.calibration import TokenWindows
     from pipeline.compress import Compressed
     from pipeline.eval_report import EvalReport
@@ -218,13 +217,7 @@ def _reused(is_there: bool) -> str:
 
 def smallest_plan(run: "Run") -> str:
     """Bits per parameter below which no budget may be."""
-    from quantizers import quantizer_from_label
-
-    bits = sum(
-        min(quantizer_from_label(label).size_bits(matrix.shape) for label in run.offered[matrix.name])
-        for matrix in run.model.matrices
-    )
-    return f"{bits / run.model.num_matrix_params:.3f} bits per parameter"
+    return f"{run.smallest_bits / run.model.num_matrix_params:.3f} bits per parameter"
 
 
 def show_result(done: "Compressed") -> None:
@@ -244,7 +237,7 @@ def show_result(done: "Compressed") -> None:
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")
     table.add_row("size", f"{human_bytes(done.original_bytes)} -> {human_bytes(done.size_bytes)}")
     if done.plan.embeddings:
-        table.add_row("embeddings", embeddings_of(done.plan))
+        table.add_row("embeddings", done.plan.embeddings_label)
     table.add_row("allocation", f"{done.plan.status}, gap {done.plan.gap:.1e}, {done.plan.solver}")
     if done.recovery is not None:
         table.add_row("recovery", done.recovery.meaning)
@@ -252,11 +245,6 @@ def show_result(done: "Compressed") -> None:
     table.add_row("report", str(done.folder / "report" / "index.html"))
     table.add_row("registry", f"{done.version} ({done.version.digest[:12]})")
     RESULTS.print(table)
-
-
-def embeddings_of(plan: "Plan") -> str:
-    """How they are packed, in a word or two."""
-    return ", ".join(dict.fromkeys(each.label for each in plan.embeddings.values())) or "as stored"
 
 
 def show_plan(made: "Planned") -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.budget import human_bytes
 from pipeline.disk_space import checkpoint_disk_bytes, shared_disk_bytes
-from pipeline.display import ERRORS, RESULTS, add_run_rows, embeddings_of, new_table, show_forecast, smallest_plan
+from pipeline.display import ERRORS, RESULTS, add_run_rows, new_table, show_forecast, smallest_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,7 @@ def show_sweep(sweep: "Sweep") -> None:
         )
         seconds = sum(stage.seconds for stage in done.stages)
         cost, gap = f"{plan.expected_cost:.5g}", f"{plan.gap:.1e}"
-        work.add_row(plan.budget, embeddings_of(plan), cost, gap, f"{seconds:.1f}", str(done.version))
+        work.add_row(plan.budget, plan.embeddings_label, cost, gap, f"{seconds:.1f}", str(done.version))
     quality.add_row("original", "", human_bytes(first.original_bytes), *(measure.original for measure in measures))
     RESULTS.print(quality)
     RESULTS.print(work)
@@ -84,7 +84,7 @@ def show_plans(planned: "Sequence[Planned]") -> None:
             f"{plan.bits_per_param:.4f}",
             f"{made.size_bytes:,}",
             f"{made.size_bytes / original_bytes:.1%}",
-            embeddings_of(plan),
+            plan.embeddings_label,
             f"{plan.expected_cost:.6g}",
             f"{plan.gap:.1e}",
         )

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.base_logits import SLICE_TOKENS, BaseFeatures, BaseLogits, BaseWindow
-from pipeline.calibration import tokens_sha256
+from pipeline.calibration import rendered, tokens_sha256
 from pipeline.errors import CheckpointError
 from pipeline.eval_report import Estimate, EvalReport
 from pipeline.memory import give_back, is_shortage
@@ -117,26 +117,18 @@ def score_features(features: Tensor, base: BaseFeatures, task: Features) -> Toke
     }
 
 
-def sample_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    max_new_tokens: int = 64,
-    *,
-    chat: bool = True,
-) -> str:
+def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int) -> str:
     """What `model` says after `prompt`, without it: greedy, so the same on every call.
 
-    Args:
-        chat: put the prompt into the tokenizer's chat template as the user's turn, if there is one.
+    The prompt is the user's turn in the tokenizer's chat template, if there is one.
+
+    Raises:
+        CalibrationError: the template refuses it.
     """
-    if chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        inputs: Any = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    has_template = bool(tokenizer.chat_template)
+    if has_template:
+        prompt = rendered([{"role": "user", "content": prompt}], tokenizer, asks=True)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not has_template)
     input_ids = inputs["input_ids"].to(model.device)
     pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with inference_only(model):

@@ -28,7 +28,7 @@ from pipeline.statistics import most_windows_at_once
 from pipeline.summed_parts import PART_WINDOWS, sum_bytes
 from pipeline.tail import tail_room, tail_within
 from pipeline.training import FREE_SHARE, KEPT_A_FEATURE
-from pipeline.unloaded import WHOLE_SHARE
+from pipeline.unloaded import is_whole
 from pipeline.working_memory import LOOPS_BYTES, PROCESS_BYTES, costs_bytes, quantize_bytes
 from quantizers import quantizer_from_label
 from quantizers.compiled import loads_for
@@ -267,8 +267,7 @@ class _Facts:
     @property
     def _is_whole(self) -> bool:
         """See pipeline.unloaded.is_whole."""
-        free = min(free_bytes(self.device), free_bytes(torch.device("cpu")))
-        return self.memory.weight_bytes <= WHOLE_SHARE * free or not self.memory.block_bytes
+        return is_whole(self.run.model, self.run.device) or not self.memory.block_bytes
 
     @property
     def _loaded(self) -> int:

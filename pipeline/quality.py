@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pipeline.base_logits import BaseLogits, base_log_probs, cache_key
 from pipeline.calibration import TokenWindows
+from pipeline.errors import CalibrationError
 from pipeline.evaluate import evaluate, sample_text
 from pipeline.home import home
 from pipeline.memory import give_back
@@ -59,6 +60,9 @@ def measured(model: Model, folder: Path, windows: TokenWindows, device: str, pro
 def _sample(label: str, model: Model, network: PreTrainedModel, progress: Progress) -> str | None:
     if not hasattr(network, "generate"):  # not all code that comes with models can
         return None
-    for _ in progress.track([label], f"Sample text, {label}", total=1):
-        text = sample_text(network, model.tokenizer(), SAMPLE_PROMPT, SAMPLE_TOKENS)
-    return text
+    try:
+        for _ in progress.track([label], f"Sample text, {label}", total=1):
+            return sample_text(network, model.tokenizer(), SAMPLE_PROMPT, SAMPLE_TOKENS)
+    except CalibrationError as error:  # of a template that wants more than a user's turn
+        progress.say(f"No sample text: {error}")
+    return None

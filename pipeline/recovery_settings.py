@@ -12,7 +12,7 @@ Kind = Literal["factors", "norms", "scales", "biases"]
 class RecoverySettings(TrainingSettings):
     """See the fields; the items of TrainingSettings are windows of the calibration text."""
 
-    train: tuple[Kind, ...] = Field(("factors", "norms"), min_length=1, description="see pipeline/trainable.py")
+    train: tuple[Kind, ...] = Field(min_length=1, description="see pipeline/trainable.py")
     batch_windows: int = Field(2, ge=1, description="windows a step, one forward and backward pass each")
     kl_weight: float = Field(1.0, ge=0, description="of the divergence from the original")
     hidden_weight: float = Field(0.0, ge=0, description="of the relative error of what the head reads")

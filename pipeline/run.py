@@ -23,6 +23,7 @@ from pipeline.allocation import (
     check_shared_choices,
     free_to_choose,
     offered_choices,
+    smallest_bits_of,
 )
 from pipeline.atomic import replace_file, write_json
 from pipeline.audit import audit, fixed_answer
@@ -160,8 +161,17 @@ class Run:
 
     def smallest_plan(self) -> Plan:
         """Any plan within the budget, by sizes alone; raises BudgetError if there is none."""
-        sizes = cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
-        return self._allocate(sizes, self.embeddings)
+        return self._allocate(self._without_costs, self.embeddings)
+
+    @property
+    def smallest_bits(self) -> int:
+        """Of the matrices: no plan takes less."""
+        return smallest_bits_of(self._without_costs, self.recipe.share_groups)
+
+    @cached_property
+    def _without_costs(self) -> CostTable:
+        """All sizes, and no errors."""
+        return cost_table(self.model.matrices, self.offered, cost=lambda name, label: 0.0)
 
     @cached_property
     def sizes(self) -> PackedSizes:

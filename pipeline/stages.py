@@ -48,7 +48,7 @@ class StageLog:
         self.workers_peak_bytes = 0
 
     @contextmanager
-    def stage(self, name: str) -> Iterator["StageLog"]:
+    def stage(self, name: str) -> Iterator[None]:
         """Measure the block.
 
         Raises:
@@ -58,7 +58,7 @@ class StageLog:
         self._reused, self.workers_peak_bytes = False, 0
         started = time.monotonic()
         try:
-            yield self
+            yield
         except Exception as error:
             if not is_shortage(error) or isinstance(error, MemoryShortError):
                 raise

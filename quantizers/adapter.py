@@ -147,7 +147,7 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+def attach_adapter(network: PreTrainedModel, folder: str | Path) -> PeftModel:
     """`network` with the adapter that `bitsmith finetune` wrote into `folder`; PEFT changes the network in place.
 
     Args:
@@ -173,4 +173,4 @@ def attach_adapter(network: PreTrainedModel, folder: str | Path, *, is_trainable
         )
     config = for_packed(LoraConfig.from_pretrained(str(folder)))
     with quiet_peft():
-        return PeftModel.from_pretrained(network, str(folder), config=config, is_trainable=is_trainable)
+        return PeftModel.from_pretrained(network, str(folder), config=config)

@@ -66,13 +66,13 @@ class Triangular:
         return errors * self.pivots.sqrt() if self.inner is None else errors @ self.inner
 
 
-def factorize(curvature: Float[Tensor, "n n"], damping: float = DAMPING) -> Triangular:
+def factorize(curvature: Float[Tensor, "n n"]) -> Triangular:
     """Factorize a symmetric positive semidefinite matrix with as much damping as it takes.
 
     A matrix without any curvature (all zeros, or not finite) gives the identity, and its `damping` tells so.
     """
     # The factor of the reversed matrix, reversed again, is upper triangular.
-    found = _cholesky(curvature.flip(0, 1), damping)
+    found = _cholesky(curvature.flip(0, 1))
     if found is None:
         return Triangular.identity(len(curvature), curvature.device, float("inf"))
     lower, damping = found
@@ -81,18 +81,19 @@ def factorize(curvature: Float[Tensor, "n n"], damping: float = DAMPING) -> Tria
     return Triangular((upper / scale).float(), scale.square().float(), damping)
 
 
-def lower_factor(curvature: Float[Tensor, "n n"], damping: float = DAMPING) -> Float32[Tensor, "n n"]:
+def lower_factor(curvature: Float[Tensor, "n n"]) -> Float32[Tensor, "n n"]:
     """A lower triangular with H = A A^T, damped like `factorize`'s; the identity for a matrix without any curvature."""
-    found = _cholesky(curvature, damping)
+    found = _cholesky(curvature)
     return torch.eye(len(curvature), device=curvature.device) if found is None else found[0].float()
 
 
-def _cholesky(curvature: Tensor, damping: float) -> tuple[Float64[Tensor, "n n"], float] | None:
+def _cholesky(curvature: Tensor) -> tuple[Float64[Tensor, "n n"], float] | None:
     """The lower Cholesky factor in float64 and the damping that it took, tenfold more after each failure."""
     wide = curvature.double()
     mean = float(wide.diagonal().mean())
     if not 0 < mean < float("inf") or not torch.isfinite(wide).all():
         return None
+    damping = DAMPING
     while damping <= MOST_DAMPING:
         damped = wide / mean
         damped.diagonal().add_(damping)

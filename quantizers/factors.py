@@ -62,24 +62,15 @@ class FactorFormat:
         return sum(8 * dtype.itemsize * math.prod(spec) for spec, dtype in self.tensor_specs(shape, rank).values())
 
 
-def quantize_factors(
-    factors: Factors,
-    form: FactorFormat,
-    *,
-    row_weights: Float32[Tensor, " out"] | None = None,
-    column_weights: Float32[Tensor, " in"] | None = None,
-) -> dict[str, Tensor]:
+def quantize_factors(factors: Factors, form: FactorFormat) -> dict[str, Tensor]:
     """Round both factors, each by itself; `refit_factors` in factor_refit.py lets one make up for the other.
 
-    Args:
-        row_weights: what an error in a row of L1 weighs, non-negative; only their ratios matter.
-        column_weights: what an error in a column of L2 weighs.
     Returns:
         Tensors as in `FactorFormat.tensor_specs`.
     Raises:
         ValueError: a factor has a NaN or an infinity.
     """
-    return quantize_out(factors.out, form, row_weights) | quantize_into(factors.into, form, column_weights)
+    return quantize_out(factors.out, form) | quantize_into(factors.into, form)
 
 
 def quantize_out(

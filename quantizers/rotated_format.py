@@ -81,13 +81,9 @@ class AbstractRotatedFormat(StorageFormat):
         return unrotate(unrotate(rotated, self.seed + 1), self.seed, dim=0)
 
     @staticmethod
-    def rotate_rows(matrix: Float32[Tensor, "rows n"], seed: int) -> Float32[Tensor, "rows n"]:
-        """Each row in the rotated basis."""
-        return rotate(matrix, seed)
-
-    def rotate_curvature(self, curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
+    def rotate_curvature(curvature: Float32[Tensor, "n n"], seed: int) -> Float32[Tensor, "n n"]:
         """The same quadratic form in the rotated basis."""
-        return rotate(self.rotate_rows(curvature, seed), seed, dim=0)
+        return rotate(rotate(curvature, seed), seed, dim=0)
 
 
 def _wide(x: Tensor) -> Tensor:

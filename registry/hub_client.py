@@ -6,10 +6,23 @@ client and make another: so it is the factory of clients that is changed.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 SECONDS_TO_CONNECT = 10.0
 MOST_SECONDS_SILENT = 55.0  # a commit of many files takes the server some time; two tries take less than two minutes
+
+
+def is_for_now(status: int) -> bool:
+    """Does a server that answers so mean: not now, perhaps in a minute?"""
+    return status in (408, 429) or status >= 500
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from or while, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from registry.errors import (
     HubUnavailableError,
     RegistryError,
 )
+from registry.hub_client import causes, is_for_now
 from registry.store import disk_error
 
 _TRY_AGAIN = "Nothing is half-done there: check the network, wait a little, run the same command again."
@@ -52,7 +53,7 @@ def _invalid_url() -> type[Exception]:
 def _translated(error: Exception, repo_id: str, right: str, token: str | None, folder: Path) -> RegistryError:
     from huggingface_hub import errors as hf
 
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, hf.HfHubHTTPError):
             said = _blotted(cause.server_message or str(cause), token)
             return _refused(cause, cause.response.status_code, said, repo_id, right, has_token=token is not None)
@@ -105,7 +106,7 @@ def _refused(cause: Exception, status: int, said: str, repo_id: str, right: str,
             f"The Hub finds a file too large for {repo_id} (413: {said}). Nothing was published. Make a smaller "
             "version, or ask the server's owner for its limits."
         )
-    if status in (408, 429) or status >= 500:
+    if is_for_now(status):
         answer = f"The Hub did not do it for now ({status}: {said}). {_TRY_AGAIN}"
         return HubUnavailableError(answer, _retry_after_seconds(cause))
     return HubError(f"The Hub refused to {right} {repo_id} ({status}: {said}). Mend what it names and try again.")
@@ -136,12 +137,6 @@ def _moment(text: str) -> datetime | None:
 
 def _log_in(repo_id: str, right: str) -> str:
     return f"Log in with `hf auth login`, or set HF_TOKEN to a token with the right to {right} {repo_id}."
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__
 
 
 def _blotted(text: str, token: str | None) -> str:

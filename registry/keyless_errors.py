@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from registry.errors import RegistryError, SignatureError
+from registry.hub_client import causes, is_for_now
 
 # what is wrong with a token, by the name of the JWT library's error
 _TOKEN_FAULTS = {
@@ -46,7 +47,7 @@ def _why(error: Exception) -> str:
     from sigstore.errors import NetworkError, TUFError
     from sigstore.oidc import ExpiredIdentity, IdentityError
 
-    causes = list(_causes(error))
+    found = list(causes(error))
     if isinstance(error, TUFError):
         return (
             "the trust root of the public Sigstore cannot be fetched. It needs the network; where there is none, sign "
@@ -55,14 +56,14 @@ def _why(error: Exception) -> str:
     if isinstance(error, ExpiredIdentity):
         return f"the identity token cannot be used, since {_TOKEN_FAULTS['ExpiredSignatureError']}. {_NEW_TOKEN}"
     if isinstance(error, IdentityError):
-        faults = [_TOKEN_FAULTS[name] for name in (type(each).__name__ for each in causes) if name in _TOKEN_FAULTS]
+        faults = [_TOKEN_FAULTS[name] for name in (type(each).__name__ for each in found) if name in _TOKEN_FAULTS]
         return f"the identity token cannot be used, since {faults[0] if faults else _said(error)}. {_NEW_TOKEN}"
     if isinstance(error, EOFError):
         return (
             "nobody is there to sign in with a browser. Give a token (--identity-token-variable), or run it where the "
             "CI gives its jobs one."
         )
-    for cause in causes:
+    for cause in found:
         if (status := getattr(getattr(cause, "response", None), "status_code", None)) is not None:
             return _refused(status, _host(cause))
         if isinstance(cause, UnreachableError | Timeout | NetworkError) and _host(cause):
@@ -76,7 +77,7 @@ def _refused(status: int, host: str) -> str:
             f"{host} refuses the identity token (HTTP {status}): it has expired, or is from an issuer that this "
             f"Sigstore does not know. {_NEW_TOKEN}"
         )
-    again = "Wait a little and run" if status in (408, 429) or status >= 500 else "Check its address and run"
+    again = "Wait a little and run" if is_for_now(status) else "Check its address and run"
     return f"{host} answers with HTTP {status}. {again} the same command again."
 
 
@@ -89,9 +90,3 @@ def _host(cause: Any) -> str:
 def _said(error: Exception) -> str:
     """One line; what a server sent, which may repeat what it got, is left out."""
     return " ".join(str(error).partition(", body=")[0].split())[:200].rstrip(".") or type(error).__name__
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

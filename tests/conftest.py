@@ -13,7 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Read when huggingface_hub is first imported. Run the tests marked `network` with HF_HUB_OFFLINE=0.
+# Read when huggingface_hub is first imported.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

@@ -15,11 +15,14 @@ def _caused(error: Exception, cause: Exception) -> Exception:
 
 
 def _hub_error(status: int) -> Exception:
-    import httpx2  # what huggingface_hub speaks
+    import sys
+
+    from huggingface_hub import get_session
     from huggingface_hub.errors import HfHubHTTPError
 
-    request = httpx2.Request("GET", "https://hub.example/api")
-    return HfHubHTTPError(f"{status}", response=httpx2.Response(status, request=request))
+    spoken: Any = sys.modules[type(get_session()).__module__.partition(".")[0]]  # httpx or httpx2
+    request = spoken.Request("GET", "https://hub.example/api")
+    return HfHubHTTPError(f"{status}", response=spoken.Response(status, request=request))
 
 
 def _offline() -> Exception:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import struct
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,14 +120,10 @@ def test_bundled_texts_differ_and_are_named(tiny_tokenizer: PreTrainedTokenizerF
     assert calibration.sha256 != evaluation.sha256
 
 
-def test_bundled_megabyte_takes_seconds_and_says_nothing(
-    tiny_model_dir: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_the_bundled_megabyte_says_nothing(tiny_model_dir: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = 256
-    start = time.monotonic()
     token_windows(None, tokenizer, num_windows=10**6, seq_len=512, seed=0)
-    assert time.monotonic() - start < 20
     captured = capfd.readouterr()
     assert "longer than" not in captured.out + captured.err
 

@@ -481,12 +481,13 @@ def test_sample_is_greedy_and_leaves_the_prompt_out(model, tokenizer):
     assert text == tokenizer.decode(greedy(model, [5, 6, 7], 6))
 
 
-def test_sample_uses_the_chat_template_on_request(model, tokenizer):
+def test_sample_uses_the_chat_template_where_there_is_one(model, tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = "{% for m in messages %}<user> {{ m['content'] }} {% endfor %}w9"
     with_template = sample_text(model, chatty, "w5 w6", max_new_tokens=6)
     assert with_template == tokenizer.decode(greedy(model, [VOCAB_SIZE - 2, 5, 6, 9], 6))
-    assert sample_text(model, chatty, "w5 w6", 6, chat=False) == tokenizer.decode(greedy(model, [5, 6], 6))
+    chatty.chat_template = None
+    assert sample_text(model, chatty, "w5 w6", 6) == tokenizer.decode(greedy(model, [5, 6], 6))
 
 
 @pytest.mark.parametrize("module", [quality, evaluate_folder], ids=["run", "command"])

@@ -82,7 +82,7 @@ def test_a_wrong_setting_is_one_paragraph(flags, said: str, bitsmith, checkpoint
 def test_a_folder_that_is_no_checkpoint(bitsmith, tmp_path: Path) -> None:
     done = bitsmith("finetune", tmp_path)
     assert done.code == 1
-    assert "was not made by bitsmith" in done.err or "compress" in done.err
+    assert "is not a compressed checkpoint: it has no plan.json" in done.err
 
 
 def test_a_merged_folder_that_is_not_empty_is_refused_before_the_work(

@@ -29,7 +29,7 @@ def test_the_first_error_ends_it() -> None:
         return job
 
     with pytest.raises(ValueError, match="matrix 3"):
-        list(map_in_order(work, range(1000)))
+        list(map_in_order(work, range(1000), 4))
     assert len(done) < 20
 
 
@@ -41,7 +41,7 @@ def test_jobs_are_taken_as_results_are_read() -> None:
             taken.append(job)
             yield job
 
-    results = map_in_order(lambda job: job, jobs())
+    results = map_in_order(lambda job: job, jobs(), 4)
     assert next(results) == 0
     assert len(taken) < 20
     results.close()

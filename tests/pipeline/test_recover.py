@@ -20,7 +20,10 @@ from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.training import AsStored, Training, compute_of
 from tests.pipeline.tiny_packed import original_llama, packed_llama, random_windows
 
-SETTINGS = RecoverySettings(steps=6, batch_windows=2, check_every=2, num_top=16, compute="float32", learning_rate=3e-3)
+TRAINED = ("factors", "norms", "scales")
+SETTINGS = RecoverySettings(
+    train=TRAINED, steps=6, batch_windows=2, check_every=2, num_top=16, compute="float32", learning_rate=3e-3
+)
 TOKENS = random_windows(8)
 
 
@@ -135,18 +138,18 @@ def test_the_held_out_windows_are_never_trained_on(tmp_path: Path, monkeypatch) 
 @pytest.mark.parametrize("num_windows", [2, 7, 8, 64, 512])
 @pytest.mark.parametrize("share", [0.01, 0.125, 0.99])
 def test_there_is_always_something_to_train_and_to_measure_on(num_windows: int, share: float) -> None:
-    held_out = RecoverySettings(held_out_share=share).num_held_out(num_windows)
+    held_out = RecoverySettings(train=TRAINED, held_out_share=share).num_held_out(num_windows)
     assert 1 <= held_out < num_windows
     assert held_out <= 16
 
 
 def test_the_rate_rises_and_falls() -> None:
-    settings = RecoverySettings(steps=20)
+    settings = RecoverySettings(train=TRAINED, steps=20)
     rates = [settings.rate(step) for step in range(20)]
     assert rates[0] < rates[1] == settings.learning_rate
     assert rates[1:] == sorted(rates[1:], reverse=True)
     assert min(rates) > 0
-    assert RecoverySettings(warmup_share=0, steps=1).rate(0) == RecoverySettings().learning_rate
+    assert RecoverySettings(train=TRAINED, warmup_share=0, steps=1).rate(0) == settings.learning_rate
 
 
 @pytest.mark.parametrize("stopped_at", [0, 1, 4, 5])
@@ -270,7 +273,7 @@ def test_unusable_windows_are_refused(tokens: Tensor, tmp_path: Path) -> None:
 )
 def test_wrong_settings_are_named(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
-        RecoverySettings(**wrong)
+        RecoverySettings(**({"train": TRAINED} | wrong))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,18 +10,19 @@ from pipeline.stages import StageLog
 
 def test_a_stage_knows_its_own_peak() -> None:
     log = StageLog()
+    with log.stage("idle"):
+        pass
     with log.stage("large"):
-        block = np.ones(64 * 2**20, dtype=np.uint8)
+        block = np.ones(256 * 2**20, dtype=np.uint8)
         del block
     with log.stage("small"):
         log.reused()
-    large, small = log.stages
-    assert (large.name, small.name) == ("large", "small")
-    assert small.reused
-    assert not large.reused
-    assert large.seconds >= 0
-    assert large.peak_memory_bytes > 64 * 2**20
-    assert small.peak_memory_bytes <= large.peak_memory_bytes
+    idle, large, small = log.stages
+    assert [stage.name for stage in log.stages] == ["idle", "large", "small"]
+    assert [stage.reused for stage in log.stages] == [False, False, True]
+    assert large.peak_memory_bytes > idle.peak_memory_bytes + 128 * 2**20
+    if sys.platform == "linux":  # elsewhere a process does not forget its peak
+        assert small.peak_memory_bytes < large.peak_memory_bytes - 128 * 2**20
 
 
 def an_exabyte() -> None:

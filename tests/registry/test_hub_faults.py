@@ -257,12 +257,13 @@ def test_a_server_that_is_silent_is_given_up(local: Registry, hub: HubServer, mo
 
 def test_the_limit_outlives_a_client_that_is_closed_after_a_refused_connection(monkeypatch) -> None:
     from huggingface_hub import constants, get_session
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
     from huggingface_hub.utils import http_backoff
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     limit_waits()
     before = get_session()
-    with pytest.raises(Exception, match="refused"):
+    with pytest.raises(HTTPError, match="refused"):
         http_backoff("GET", "http://127.0.0.1:9/nothing", max_retries=1, base_wait_time=0.01)
     assert get_session() is not before
     assert [hook.__name__ for hook in get_session().event_hooks["request"]][-1] == "_limit_wait"

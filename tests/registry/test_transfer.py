@@ -156,6 +156,8 @@ def test_what_is_no_export_is_refused(exported: Path, other: Registry, tmp_path:
         "a shorter blob": members | {weights: members[weights][:-1]},
         "another description": members | {description: members[description].replace(b"seed", b"need", 1) + b" "},
     }
+    unchanged = Registry(tmp_path / "unchanged")
+    assert unchanged.verify(str(import_version(unchanged, write(tmp_path / "same.tar", members)))).ok
     for what, content in cases.items():
         case = write(tmp_path / "case.tar", content)
         with pytest.raises(RegistryError):
