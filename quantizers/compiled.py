@@ -121,29 +121,24 @@ def tile_product(
 
 
 def closed_paths(
-    targets: Float32[Tensor, "sequence step"],
-    roots: Float32[Tensor, "sequence step"],
-    levels: Float32[Tensor, " state"],
-    bits: int,
-    join: int,
+    values: Float32[Tensor, "sequence step"], levels: Float32[Tensor, " state"], bits: int, join: int
 ) -> UInt8[Tensor, "sequence step"] | None:
     """Symbols of the shortest closed paths through a trellis, the same as torch's (see trellis.py).
 
     Args:
-        targets: values times `roots`, the roots of their weights.
         join: steps on either side of a sequence's ends that decide how the ends join.
     """
-    costs = targets.numel() * len(levels)
-    loops = _loops_serving(targets, roots, levels) if _searched.pays(costs) else None
+    costs = values.numel() * len(levels)
+    loops = _loops_serving(values, levels) if _searched.pays(costs) else None
     if loops is None:
         return None
     from quantizers import cpu_viterbi
 
-    symbols = torch.empty(targets.shape, dtype=torch.uint8, device="cpu")
-    lanes = cpu_viterbi.num_lanes(len(targets), targets.shape[1], len(levels) >> bits)
-    arguments = (_array(targets), _array(roots), _array(-levels), join, lanes, symbols.numpy())
+    symbols = torch.empty(values.shape, dtype=torch.uint8, device="cpu")
+    lanes = cpu_viterbi.num_lanes(len(values), values.shape[1], len(levels) >> bits)
+    arguments = (_array(values), _array(levels), join, lanes, symbols.numpy())
     loop = functools.partial(cpu_viterbi.SEARCHES[bits], *arguments)
-    return symbols if _over_rows(-(-len(targets) // lanes), costs // COSTS_A_WEIGHT, loop) else None
+    return symbols if _over_rows(-(-len(values) // lanes), costs // COSTS_A_WEIGHT, loop) else None
 
 
 def _tiles(

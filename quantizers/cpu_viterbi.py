@@ -38,26 +38,24 @@ def _closed_paths(bits: int) -> Any:
     mask = fanout - 1
 
     def closed_paths(
-        all_targets: np.ndarray,
-        all_roots: np.ndarray,
-        negative_levels: np.ndarray,
+        all_values: np.ndarray,
+        levels: np.ndarray,
         join: int,
         symbols: np.ndarray,
         best: np.ndarray,
         first: int,
         stop: int,
     ) -> None:
-        num_sequences, num_steps = all_targets.shape
+        num_sequences, num_steps = all_values.shape
         num_overlaps, lanes = best.shape[1:]
-        targets, roots = np.empty((num_steps, lanes), np.float32), np.empty((num_steps, lanes), np.float32)
+        values = np.empty((num_steps, lanes), np.float32)
         overlaps = np.zeros(lanes, np.int64)
         for group in range(first, stop):
             begin = group * lanes
             for lane in range(lanes):  # those to spare search for the last sequence's, too
                 sequence = min(begin + lane, num_sequences - 1)
                 for step in range(num_steps):
-                    targets[step, lane] = all_targets[sequence, step]
-                    roots[step, lane] = all_roots[sequence, step]
+                    values[step, lane] = all_values[sequence, step]
             for turn in range(2):  # around the place where the ends join, then from and to the overlap found there
                 start, count, least_place = (num_steps - join, 2 * join, join) if turn == 0 else (0, num_steps, 0)
                 best[0] = np.inf if turn else 0
@@ -74,7 +72,7 @@ def _closed_paths(bits: int) -> Any:
                                 least = best[place + 1, overlap, lane]
                                 for head in range(unrolled):
                                     state = (part * unrolled + head) * num_overlaps + overlap
-                                    error = targets[step, lane] + roots[step, lane] * negative_levels[state]
+                                    error = values[step, lane] - levels[state]
                                     cost = best[place, state >> bits, lane] + error * error
                                     least = cost if cost < least else least
                                 best[place + 1, overlap, lane] = least
@@ -90,7 +88,7 @@ def _closed_paths(bits: int) -> Any:
                         chosen, least = 0, np.float32(np.inf)
                         for head in range(fanout):
                             state = head * num_overlaps + overlaps[lane]
-                            error = targets[step, lane] + roots[step, lane] * negative_levels[state]
+                            error = values[step, lane] - levels[state]
                             cost = best[place, state >> bits, lane] + error * error
                             if cost < least:
                                 chosen, least = state, cost
@@ -117,25 +115,23 @@ def num_lanes(num_sequences: int, num_steps: int, num_overlaps: int) -> int:
 
 def _search(bits: int) -> Callable[..., None]:
     def search(
-        targets: np.ndarray,
-        roots: np.ndarray,
-        negative_levels: np.ndarray,
+        values: np.ndarray,
+        levels: np.ndarray,
         join: int,
         lanes: int,
         symbols: np.ndarray,
         first: int,
         stop: int,
     ) -> None:
-        shape = (targets.shape[1] + 1, negative_levels.size >> bits, lanes)
+        shape = (values.shape[1] + 1, levels.size >> bits, lanes)
         size = int(np.prod(shape))
         if getattr(_scratch, "best", np.empty(0)).size < size:
             _scratch.best = np.empty(size, np.float32)
         best = _scratch.best[:size].reshape(shape)  # least costs of reaching an overlap
-        _CLOSED_PATHS[bits](targets, roots, negative_levels, join, symbols, best, first, stop)
+        _CLOSED_PATHS[bits](values, levels, join, symbols, best, first, stop)
 
     return search
 
 
-# By bits of a symbol: symbols [n, steps] of the groups `first` to `stop` of `lanes` sequences, whose targets are values
-# times roots of weights; `join` as in trellis.py.
+# By bits of a symbol: symbols [n, steps] of the groups `first` to `stop` of `lanes` sequences; `join` as in trellis.py.
 SEARCHES = {bits: _search(bits) for bits in range(1, 6)}

@@ -32,7 +32,7 @@ STATE_BITS = range(6, 13)
 LEVELS_FILE = Path(__file__).parent / "data" / "trellis_levels.safetensors"
 ERRORS_KEY = "mean_squared_errors"  # of its metadata
 
-# Weights whose targets and roots are in memory at once.
+# Weights that are searched for at once.
 _SOME_WEIGHTS = 2**22
 # Costs of a chunk of sequences, 1 MiB of float32: larger leaves the cache, smaller is lost in calls.
 _CHUNK_COSTS = 2**18
@@ -92,9 +92,8 @@ def encode(
     values: Float32[Tensor, "sequence step"],
     levels: Float32[Tensor, " state"],
     bits: int,
-    weights: Float32[Tensor, "sequence step"] | None = None,
 ) -> UInt8[Tensor, "sequence step"]:
-    """The symbols whose decoded values have the least sum of weights * (value - decoded)**2, sequence by sequence.
+    """The symbols whose decoded values have the least sum of (value - decoded)**2, sequence by sequence.
 
     The Viterbi algorithm, twice: once around the place where the ends join, to find the bits that they share, once
     over the sequence from and to these bits (QTIP, algorithm 4). With trained levels the error is on average 0.3% above
@@ -104,48 +103,42 @@ def encode(
         values: about standard normal for `trellis_levels`; not modified.
         levels: value of each state; their number sets L.
         bits: bits a weight, 1 to 5.
-        weights: not negative; None for equal ones.
     Returns:
         Symbols below 2**bits, one a weight, on the device of `values`.
     Raises:
-        ValueError: a setting is out of range, or a value, weight or level is not finite, too large or negative.
+        ValueError: a setting is out of range, or a value or level is not finite or too large.
     """
     _check_settings(values.shape[1], levels, bits)
-    _check_values(values, weights)
+    _check_values(values)
     if not bool(levels.isfinite().all()):
         raise ValueError("the levels hold NaN or infinity; take the ones of trellis_levels, or train them again")
     symbols = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     some_sequences = math.ceil(_SOME_WEIGHTS / values.shape[1])
     for start in range(0, len(values), some_sequences):
         some = slice(start, start + some_sequences)
-        roots = torch.ones_like(values[some]) if weights is None else _relative_roots(weights[some])
-        symbols[some] = _closed_paths(values[some] * roots, roots, levels.to(values.device), bits)
+        symbols[some] = _closed_paths(values[some], levels.to(values.device), bits)
     return symbols
 
 
 def _closed_paths(
-    targets: Float32[Tensor, "sequence step"],
-    roots: Float32[Tensor, "sequence step"],
-    levels: Float32[Tensor, " state"],
-    bits: int,
+    values: Float32[Tensor, "sequence step"], levels: Float32[Tensor, " state"], bits: int
 ) -> UInt8[Tensor, "sequence step"]:
-    join = _join(targets.shape[1], len(levels), bits)
-    found = compiled_paths(targets, roots, levels, bits, join)
-    if found is None and KERNELS.serves(targets):
-        found = KERNELS.attempt(lambda: _kernel_paths(targets, roots, levels, bits, join))
+    join = _join(values.shape[1], len(levels), bits)
+    found = compiled_paths(values, levels, bits, join)
+    if found is None and KERNELS.serves(values):
+        found = KERNELS.attempt(lambda: _kernel_paths(values, levels, bits, join))
     if found is not None:
         return found
-    num_chunks = math.ceil(len(targets) * len(levels) / _CHUNK_COSTS)
-    chunk = math.ceil(len(targets) / num_chunks)
-    viterbi = _Viterbi(levels, bits, targets.shape[1], chunk, join)
-    parts = zip(targets.split(chunk), roots.split(chunk), strict=True)
-    return torch.cat([viterbi.closed_path(*(x.T.contiguous() for x in part)) for part in parts], dim=1).T
+    num_chunks = math.ceil(len(values) * len(levels) / _CHUNK_COSTS)
+    chunk = math.ceil(len(values) / num_chunks)
+    viterbi = _Viterbi(levels, bits, values.shape[1], chunk, join)
+    return torch.cat([viterbi.closed_path(part.T.contiguous()) for part in values.split(chunk)], dim=1).T
 
 
-def _kernel_paths(targets: Tensor, roots: Tensor, levels: Tensor, bits: int, join: int) -> Tensor:
+def _kernel_paths(values: Tensor, levels: Tensor, bits: int, join: int) -> Tensor:
     from quantizers.kernels.viterbi import closed_paths  # it imports Triton
 
-    return closed_paths(targets, roots, levels, bits, join)
+    return closed_paths(values, levels, bits, join)
 
 
 def search_seconds(state_bits: int) -> float:
@@ -195,30 +188,24 @@ class _Viterbi:
         self.bits = bits
         self.fanout = 2**bits
         self.num_overlaps = len(levels) >> bits
-        self.negative_levels = -levels
+        self.levels = levels
         self.heads = torch.arange(self.fanout, device=levels.device)[:, None] * self.num_overlaps
         self.costs = levels.new_empty(len(levels), num_sequences)
         self.best = levels.new_empty(num_steps + 1, self.num_overlaps, num_sequences)
         self.join = join
 
-    def closed_path(
-        self, targets: Float32[Tensor, "step sequence"], roots: Float32[Tensor, "step sequence"]
-    ) -> UInt8[Tensor, "step sequence"]:
-        """Symbols of a path that ends in the overlap in which it begins.
+    def closed_path(self, values: Float32[Tensor, "step sequence"]) -> UInt8[Tensor, "step sequence"]:
+        """Symbols of a path that ends in the overlap in which it begins."""
+        ends = values.roll(self.join, 0)[: 2 * self.join]
+        self._forward(ends, first=None)
+        last = self.best[2 * self.join, :, : values.shape[1]].min(0).indices  # argmin is ten times slower
+        overlap = self._backward(ends, last, stop=self.join)[self.join] >> self.bits
+        self._forward(values, first=overlap)
+        return (self._backward(values, overlap, stop=0) & (self.fanout - 1)).to(torch.uint8)
 
-        Args:
-            targets: values times the roots of their weights.
-        """
-        end_targets, end_roots = (x.roll(self.join, 0)[: 2 * self.join] for x in (targets, roots))
-        self._forward(end_targets, end_roots, first=None)
-        last = self.best[2 * self.join, :, : targets.shape[1]].min(0).indices  # argmin is ten times slower
-        overlap = self._backward(end_targets, end_roots, last, stop=self.join)[self.join] >> self.bits
-        self._forward(targets, roots, first=overlap)
-        return (self._backward(targets, roots, overlap, stop=0) & (self.fanout - 1)).to(torch.uint8)
-
-    def _forward(self, targets: Tensor, roots: Tensor, first: Int64[Tensor, " sequence"] | None) -> None:
+    def _forward(self, values: Tensor, first: Int64[Tensor, " sequence"] | None) -> None:
         """Fill `best`: the least cost of reaching each overlap before each step, from overlap `first` or any."""
-        num_steps, num_sequences = targets.shape
+        num_steps, num_sequences = values.shape
         best = self.best[:, :, :num_sequences]
         best[0] = 0.0
         if first is not None:
@@ -228,20 +215,18 @@ class _Viterbi:
         entering = costs.view(self.num_overlaps, self.fanout, num_sequences)
         leaving = costs.view(self.fanout, self.num_overlaps, num_sequences)
         for step in range(num_steps):
-            torch.addcmul(targets[step], roots[step], self.negative_levels[:, None], out=costs)
+            torch.sub(values[step], self.levels[:, None], out=costs)
             torch.addcmul(best[step][:, None], entering, entering, out=entering)
             torch.amin(leaving, 0, out=best[step + 1])
 
-    def _backward(
-        self, targets: Tensor, roots: Tensor, last: Int64[Tensor, " sequence"], stop: int
-    ) -> Int64[Tensor, "step sequence"]:
+    def _backward(self, values: Tensor, last: Int64[Tensor, " sequence"], stop: int) -> Int64[Tensor, "step sequence"]:
         """States of the best path into overlap `last`; those of the steps before `stop` are left at 0."""
-        states = torch.zeros_like(targets, dtype=torch.int64)
+        states = torch.zeros_like(values, dtype=torch.int64)
         overlap = last
-        for step in range(len(targets) - 1, stop - 1, -1):
+        for step in range(len(values) - 1, stop - 1, -1):
             candidates = self.heads + overlap
-            levels = self.negative_levels.index_select(0, candidates.view(-1)).view(candidates.shape)
-            errors = torch.addcmul(targets[step], roots[step], levels)
+            levels = self.levels.index_select(0, candidates.view(-1)).view(candidates.shape)
+            errors = values[step] - levels
             costs = self.best[step, :, : len(overlap)].gather(0, candidates >> self.bits).addcmul_(errors, errors)
             torch.gather(candidates, 0, costs.min(0, keepdim=True).indices, out=states[step : step + 1])
             overlap = states[step] >> self.bits
@@ -252,12 +237,6 @@ def _join(num_steps: int, num_levels: int, bits: int) -> int:
     """Steps on either side of a sequence's ends that are searched to join them."""
     memory = math.ceil(math.log2(num_levels) / bits)
     return min(num_steps // 2, max(_JOIN_LEAST, _JOIN_MEMORIES * memory))
-
-
-def _relative_roots(weights: Float32[Tensor, "sequence step"]) -> Float32[Tensor, "sequence step"]:
-    """Square roots of the weights over each sequence's largest: Fisher information may be 1e-30 throughout."""
-    largest = weights.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return (weights / largest).sqrt()
 
 
 def _check_settings(num_steps: int, levels: Tensor, bits: int) -> None:
@@ -277,15 +256,9 @@ def _check_settings(num_steps: int, levels: Tensor, bits: int) -> None:
         )
 
 
-def _check_values(values: Tensor, weights: Tensor | None) -> None:
+def _check_values(values: Tensor) -> None:
     if not bool((values.abs() <= _LARGEST_VALUE).all()):
         raise ValueError(
             f"the values to encode hold NaN, infinity or a magnitude above {_LARGEST_VALUE:g}; "
             "scale them to the range of the levels and look for what made them NaN"
         )
-    if weights is None:
-        return
-    if weights.shape != values.shape:
-        raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit values of shape {tuple(values.shape)}")
-    if not bool(((weights >= 0) & (weights < torch.inf)).all()):
-        raise ValueError("weights must be finite and not negative; look for what made them NaN, infinite or negative")

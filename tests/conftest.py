@@ -18,10 +18,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Kernels run in Triton's interpreter, on the CPU, unless `-m gpu` asks for the card.
+    """Kernels run in Triton's interpreter, on the CPU, unless `-m gpu` asks for the card; no example has a deadline.
 
     Triton reads the variable when it is first imported (transformers does so), also in the workers of pytest-xdist.
     """
+    import hypothesis
+
+    hypothesis.settings.register_profile("bitsmith", deadline=None)  # the first one may compile a loop
+    hypothesis.settings.load_profile("bitsmith")
     if config.option.markexpr != "gpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
 

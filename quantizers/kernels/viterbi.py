@@ -18,15 +18,13 @@ _SCRATCH_BYTES = 2**28  # for the costs of the sequences that are searched at on
 
 @triton.jit
 @no_type_check
-def _forward(
-    best, targets, roots, levels, reached, start, count, steps, NUM_OVERLAPS: tl.constexpr, FANOUT: tl.constexpr
-):
+def _forward(best, values, levels, reached, start, count, steps, NUM_OVERLAPS: tl.constexpr, FANOUT: tl.constexpr):
     """Costs of reaching each overlap after `count` steps from `start` on, and in `best` those before each step."""
     overlap = tl.arange(0, NUM_OVERLAPS)
     for place in range(count):
         tl.store(best + place * NUM_OVERLAPS + overlap, reached)
         step = (start + place) % steps
-        error = tl.load(targets + step) + tl.load(roots + step) * levels
+        error = tl.load(values + step) - levels
         costs = reached[:, None] + error * error
         reached = tl.min(tl.reshape(costs, [FANOUT, NUM_OVERLAPS]), axis=0)
     return reached
@@ -37,9 +35,8 @@ def _forward(
 def _backward(
     symbols,
     best,
-    targets,
-    roots,
-    negative_levels,
+    values,
+    levels,
     overlap,
     start,
     count,
@@ -54,7 +51,7 @@ def _backward(
         place = count - 1 - back
         step = (start + place) % steps
         state = head * NUM_OVERLAPS + overlap
-        error = tl.load(targets + step) + tl.load(roots + step) * tl.load(negative_levels + state)
+        error = tl.load(values + step) - tl.load(levels + state)
         costs = tl.load(best + place * NUM_OVERLAPS + (state >> BITS)) + error * error
         chosen = tl.argmin(costs, axis=0) * NUM_OVERLAPS + overlap
         tl.store(symbols + step, (chosen & (2**BITS - 1)).to(tl.uint8))
@@ -64,29 +61,25 @@ def _backward(
 
 @triton.jit
 @no_type_check
-def viterbi_kernel(
-    symbols, best, targets, roots, negative_levels, steps, join, BITS: tl.constexpr, STATE_BITS: tl.constexpr
-):
-    """symbols, targets and roots are [sequences, steps]; best [sequences, steps, overlaps] is scratch."""
+def viterbi_kernel(symbols, best, values, levels, steps, join, BITS: tl.constexpr, STATE_BITS: tl.constexpr):
+    """symbols and values are [sequences, steps]; best [sequences, steps, overlaps] is scratch."""
     FANOUT: tl.constexpr = 2**BITS
     NUM_OVERLAPS: tl.constexpr = 2 ** (STATE_BITS - BITS)
     sequence = tl.program_id(0).to(tl.int64)
-    symbols, targets, roots = symbols + sequence * steps, targets + sequence * steps, roots + sequence * steps
+    symbols, values = symbols + sequence * steps, values + sequence * steps
     best += sequence * steps * NUM_OVERLAPS
-    levels = tl.reshape(tl.load(negative_levels + tl.arange(0, 2**STATE_BITS)), [NUM_OVERLAPS, FANOUT])
+    of_states = tl.reshape(tl.load(levels + tl.arange(0, 2**STATE_BITS)), [NUM_OVERLAPS, FANOUT])
     # around the place where the ends join, then from and to the overlap found there
     anywhere = tl.zeros([NUM_OVERLAPS], tl.float32)
-    reached = _forward(best, targets, roots, levels, anywhere, steps - join, 2 * join, steps, NUM_OVERLAPS, FANOUT)
+    reached = _forward(best, values, of_states, anywhere, steps - join, 2 * join, steps, NUM_OVERLAPS, FANOUT)
     overlap = tl.argmin(reached, axis=0)
     tl.debug_barrier()  # what other threads stored is read
-    overlap = _backward(
-        symbols, best, targets, roots, negative_levels, overlap, steps - join, 2 * join, join, steps, BITS, NUM_OVERLAPS
-    )
+    overlap = _backward(symbols, best, values, levels, overlap, steps - join, 2 * join, join, steps, BITS, NUM_OVERLAPS)
     tl.debug_barrier()
     there = tl.where(tl.arange(0, NUM_OVERLAPS) == overlap, 0.0, float("inf"))
-    _forward(best, targets, roots, levels, there, 0, steps, steps, NUM_OVERLAPS, FANOUT)
+    _forward(best, values, of_states, there, 0, steps, steps, NUM_OVERLAPS, FANOUT)
     tl.debug_barrier()
-    _backward(symbols, best, targets, roots, negative_levels, overlap, 0, steps, 0, steps, BITS, NUM_OVERLAPS)
+    _backward(symbols, best, values, levels, overlap, 0, steps, 0, steps, BITS, NUM_OVERLAPS)
 
 
 def num_warps(num_states: int) -> int:
@@ -95,28 +88,23 @@ def num_warps(num_states: int) -> int:
 
 
 def closed_paths(
-    targets: Float32[Tensor, "sequence step"],
-    roots: Float32[Tensor, "sequence step"],
-    levels: Float32[Tensor, " state"],
-    bits: int,
-    join: int,
+    values: Float32[Tensor, "sequence step"], levels: Float32[Tensor, " state"], bits: int, join: int
 ) -> UInt8[Tensor, "sequence step"]:
     """Symbols of the shortest closed paths, as `quantizers.compiled.closed_paths` has them; costs are rounded apart."""
-    targets, roots, negative_levels = targets.contiguous(), roots.contiguous(), (-levels).contiguous()
-    num_sequences, num_steps = targets.shape
-    symbols = torch.empty(num_sequences, num_steps, dtype=torch.uint8, device=targets.device)
+    values, levels = values.contiguous(), levels.contiguous()
+    num_sequences, num_steps = values.shape
+    symbols = torch.empty(num_sequences, num_steps, dtype=torch.uint8, device=values.device)
     num_costs = num_steps * (len(levels) >> bits)
     at_once = max(1, min(num_sequences, _SCRATCH_BYTES // (4 * num_costs)))
-    best = targets.new_empty(at_once, num_costs)
-    with torch.cuda.device_of(targets):
+    best = values.new_empty(at_once, num_costs)
+    with torch.cuda.device_of(values):
         for some in range(0, num_sequences, at_once):
             here = slice(some, some + at_once)
-            viterbi_kernel[(len(targets[here]),)](
+            viterbi_kernel[(len(values[here]),)](
                 symbols[here],
                 best,
-                targets[here],
-                roots[here],
-                negative_levels,
+                values[here],
+                levels,
                 num_steps,
                 join,
                 BITS=bits,

@@ -76,7 +76,7 @@ def test_whole_blocks_leave_no_feedback_and_the_matrix_own_diagonal() -> None:
     torch.testing.assert_close(blocked.pivots, product(factors).diagonal().float(), rtol=1e-4, atol=0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(size=st.integers(1, 40), seed=st.integers(0, 1000), exponent=st.integers(-25, 25))
 def test_the_unit_of_the_curvature_changes_the_pivots_alone(size: int, seed: int, exponent: int) -> None:
     matrix = curvature(size, seed)

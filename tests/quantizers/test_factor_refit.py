@@ -24,7 +24,7 @@ def residual_of(rows: int, columns: int, seed: int = 0) -> Tensor:
     st.integers(2, 40), st.integers(2, 40), st.integers(1, 4), st.sampled_from(FACTOR_BITS),
     st.sampled_from(FORMS), st.sampled_from(FORMS), st.integers(0, 50),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_best_pair_is_kept_and_its_error_is_true(
     rows: int, columns: int, rank: int, bits: int, row_form: str, column_form: str, seed: int
 ) -> None:

@@ -36,7 +36,7 @@ def factors(rows: int, columns: int, rank: int, seed: int = 0) -> Factors:
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 9), st.sampled_from(FACTOR_BITS), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_stored_is_what_the_specs_say_to_the_bit(rows: int, columns: int, rank: int, bits: int, seed: int) -> None:
     form = FactorFormat(bits)
     stored = quantize_factors(factors(rows, columns, rank, seed), form)
@@ -48,7 +48,7 @@ def test_stored_is_what_the_specs_say_to_the_bit(rows: int, columns: int, rank: 
 
 
 @given(st.integers(1, 300), st.integers(1, 6), st.sampled_from(FACTOR_BITS), st.integers(0, 9))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_components_of_many_factors_round_together_as_they_are_stored(n: int, rank: int, bits: int, seed: int) -> None:
     form, pairs = FactorFormat(bits), [factors(n, n, rank, seed + 2 * i) for i in range(3)]
     together = rounded(torch.cat([part for pair in pairs for part in (pair.out.T, pair.into)]), form).split(rank)
@@ -106,7 +106,7 @@ def test_more_bits_are_nearer() -> None:
 
 
 @given(st.floats(1e-3, 1e3), st.sampled_from(FEW_BITS))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_split_between_the_factors_hardly_matters(share: float, bits: int) -> None:
     one, form = factors(100, 90, 3), FactorFormat(bits)
     other = Factors(one.out * share, one.into / share)

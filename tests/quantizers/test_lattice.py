@@ -33,7 +33,7 @@ def test_a_point_has_its_own_code() -> None:
     assert torch.equal(lattice_encode(ALL_POINTS), ALL_CODES)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10**6), size=st.floats(0.1, 4.0), shift=st.floats(-2.0, 2.0))
 def test_no_point_is_nearer_than_the_one_that_is_chosen(seed: int, size: float, shift: float) -> None:
     vectors = normal(4, seed) * size + shift

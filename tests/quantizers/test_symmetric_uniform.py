@@ -24,7 +24,7 @@ def errors(blocks: Tensor, quantized: UniformBlocks, weights: Tensor | None = No
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.sampled_from(BITS), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_codes_are_the_nearest_within_range(num: int, size: int, bits: int, seed: int) -> None:
     blocks = torch.randn(num, size, generator=rng(seed))
     quantized = quantize_uniform(blocks, None, bits)

@@ -17,7 +17,7 @@ def weights(n: int, spread: float, seed: int) -> Tensor:
     return (spread * torch.randn(n, generator=generator, dtype=torch.float64)).exp()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),

@@ -117,7 +117,7 @@ def test_its_parameters_but_the_gain_are_named_like_the_stored_tensors() -> None
 
 
 @for_all
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(gain=st.floats(0.01, 100))
 def test_a_gain_in_the_stored_scales_is_the_gain_of_the_layer(quantizer: AbstractQuantizer, gain: float) -> None:
     layer = packed_layer(quantizer)

@@ -22,10 +22,9 @@ def random_symbols(bits: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 2**bits, shape, generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
 
 
-def errors(values: Tensor, symbols: Tensor, levels: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
-    """Weighted squared error of each sequence."""
-    squares = (values - decode(symbols, levels, bits)).double().square()
-    return (squares if weights is None else squares * weights).sum(1)
+def errors(values: Tensor, symbols: Tensor, levels: Tensor, bits: int) -> Tensor:
+    """Squared error of each sequence."""
+    return (values - decode(symbols, levels, bits)).double().square().sum(1)
 
 
 def walk(symbols: list[int], levels: list[float], bits: int) -> list[float]:
@@ -37,9 +36,8 @@ def walk(symbols: list[int], levels: list[float], bits: int) -> list[float]:
     return values[len(symbols) :]
 
 
-def exact_errors(values: Tensor, levels: Tensor, bits: int, weights: Tensor | None = None) -> Tensor:
+def exact_errors(values: Tensor, levels: Tensor, bits: int) -> Tensor:
     """Least error of each sequence over all closed paths: one search for each state to start behind and end in."""
-    weights = torch.ones_like(values) if weights is None else weights
     state = torch.arange(len(levels))
     successors = (state[:, None] << bits | torch.arange(2**bits)) % len(levels)
     least = torch.full((len(values),), torch.inf, dtype=torch.float64)
@@ -47,7 +45,7 @@ def exact_errors(values: Tensor, levels: Tensor, bits: int, weights: Tensor | No
         cost = torch.full((len(values), len(levels)), torch.inf, dtype=torch.float64)
         cost[:, last] = 0
         for step in range(values.shape[1]):
-            metric = weights[:, step, None] * (values[:, step, None] - levels).double().square()
+            metric = (values[:, step, None] - levels).double().square()
             reached = torch.full_like(cost, torch.inf)
             for symbol in range(2**bits):
                 reached.scatter_reduce_(1, successors[:, symbol].expand_as(cost), cost, "amin")
@@ -72,20 +70,18 @@ def test_a_sequence_has_no_beginning(bits: int, shift: int, seed: int) -> None:
 
 @pytest.mark.parametrize(("bits", "steps"), [(1, 6), (1, 9), (2, 4), (3, 3), (4, 2), (5, 2)])
 def test_the_exact_search_is_brute_force(bits: int, steps: int) -> None:
-    levels, values, weights = normal(64, seed=1), normal(4, steps, seed=2), normal(4, steps, seed=3).square()
+    levels, values = normal(64, seed=1), normal(4, steps, seed=2)
     every = torch.tensor(list(itertools.product(range(2**bits), repeat=steps)), dtype=torch.uint8)
     decoded = decode(every, levels, bits)
-    brute = ((values[:, None] - decoded).double().square() * weights[:, None]).sum(2).amin(1)
-    torch.testing.assert_close(exact_errors(values, levels, bits, weights), brute, rtol=1e-6, atol=1e-9)
+    brute = (values[:, None] - decoded).double().square().sum(2).amin(1)
+    torch.testing.assert_close(exact_errors(values, levels, bits), brute, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bits", range(1, 6))
-def test_encode_reaches_the_exact_optimum(bits: int, weighted: bool) -> None:
+def test_encode_reaches_the_exact_optimum(bits: int) -> None:
     levels, values = normal(64, seed=1), normal(24, 64, seed=2)
-    weights = normal(24, 64, seed=3).square() if weighted else None
-    reached = errors(values, encode(values, levels, bits, weights), levels, bits, weights)
-    exact = exact_errors(values, levels, bits, weights)
+    reached = errors(values, encode(values, levels, bits), levels, bits)
+    exact = exact_errors(values, levels, bits)
     assert (reached >= exact * (1 - 1e-5)).all()
     assert reached.sum() <= 1.005 * exact.sum()
     assert (reached <= exact * (1 + 1e-5)).float().mean() >= 0.75  # most sequences: exactly
@@ -109,24 +105,6 @@ def test_symbols_are_valid_down_to_the_shortest_sequence(bits: int, state_bits: 
     assert int(symbols.max()) < 2**bits
 
 
-def test_weights_matter_by_their_ratios() -> None:
-    levels, values = normal(256, seed=1), normal(16, 64, seed=2)
-    weights = normal(16, 64, seed=3).square()
-    symbols = encode(values, levels, 2, weights)
-    assert torch.equal(encode(values, levels, 2, weights * 2.0**-100), symbols)
-    assert torch.equal(encode(values, levels, 2, torch.full_like(values, 2.0**90)), encode(values, levels, 2))
-    plain = encode(values, levels, 2)
-    assert errors(values, symbols, levels, 2, weights).sum() < 0.95 * errors(values, plain, levels, 2, weights).sum()
-
-
-def test_a_weight_of_zero_leaves_a_value_out() -> None:
-    levels, values, weights = normal(64, seed=1), normal(8, 40, seed=2), torch.ones(8, 40)
-    weights[:, ::3] = 0
-    other = torch.where(weights > 0, values, -3 * values)
-    assert torch.equal(encode(values, levels, 3, weights), encode(other, levels, 3, weights))
-    assert encode(values, levels, 3, torch.zeros(8, 40)).shape == (8, 40)
-
-
 def test_sequences_do_not_see_each_other() -> None:
     levels, values = normal(4096, seed=1), normal(150, 24, seed=2)  # three chunks
     together = encode(values, levels, 2)
@@ -136,11 +114,10 @@ def test_sequences_do_not_see_each_other() -> None:
 
 def test_inputs_are_left_alone_and_views_are_read() -> None:
     levels, values = normal(64, seed=1), normal(40, 6, seed=2)
-    weights = normal(40, 6, seed=3).square()
-    kept = [x.clone() for x in (levels, values, weights)]
-    symbols = encode(values.T, levels, 2, weights.T)
-    assert all(torch.equal(x, y) for x, y in zip((levels, values, weights), kept, strict=True))
-    assert torch.equal(symbols, encode(values.T.contiguous(), levels, 2, weights.T.contiguous()))
+    kept = [x.clone() for x in (levels, values)]
+    symbols = encode(values.T, levels, 2)
+    assert all(torch.equal(x, y) for x, y in zip((levels, values), kept, strict=True))
+    assert torch.equal(symbols, encode(values.T.contiguous(), levels, 2))
 
 
 def test_no_sequences() -> None:
@@ -175,14 +152,6 @@ def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
     values[1, 7] = bad
     with pytest.raises(ValueError, match="values to encode hold NaN, infinity or a magnitude above 1e\\+15"):
         encode(values, normal(64), 2)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1e-9])
-def test_bad_weights_are_refused(bad: float) -> None:
-    weights = torch.ones(3, 20)
-    weights[2, 3] = bad
-    with pytest.raises(ValueError, match="weights must be finite and not negative"):
-        encode(normal(3, 20), normal(64), 2, weights)
 
 
 def test_levels_that_are_no_numbers_are_refused() -> None:

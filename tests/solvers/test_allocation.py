@@ -63,7 +63,7 @@ def test_the_integer_program_is_needed_and_used():
     assert solvers.count("lagrangian") >= 5
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data())
 def test_equals_brute_force_on_small_integers(data):
     num_choices = data.draw(st.integers(1, 4))

@@ -62,7 +62,7 @@ def test_a_common_row_space_is_recovered_exactly() -> None:
 
 
 @given(st.integers(2, 4), st.integers(0, 50))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_with_coinciding_row_spaces_sharing_is_free_and_at_equal_numbers_better(rank: int, seed: int) -> None:
     rows, columns = row_factors("diagonal"), factor(WIDTH, "diagonal", 5)
     right = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng(seed))).Q
@@ -84,7 +84,7 @@ def test_with_coinciding_row_spaces_sharing_is_free_and_at_equal_numbers_better(
 
 
 @given(st.integers(1, 6), st.integers(0, 50))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_sharing_is_a_constraint_at_equal_rank(rank: int, seed: int) -> None:
     residuals, rows, columns = matrices(seed), row_factors(), factor(WIDTH, "full", 5)
     joint = float(errors_by_rank(joint_whitened_spectrum(residuals, rows, columns))[rank])

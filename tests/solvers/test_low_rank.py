@@ -149,7 +149,7 @@ def test_a_matrix_of_zeros_has_zero_factors(shape: tuple[int, int]) -> None:
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.sampled_from(FORMS), st.sampled_from(FORMS), st.integers(0, 100))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_error_of_every_rank_is_what_the_spectrum_leaves_over(
     rows: int, columns: int, row_form: str, column_form: str, seed: int
 ) -> None:
@@ -235,7 +235,7 @@ def test_whitened_refuses_a_rank_out_of_range(rank: int) -> None:
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.integers(0, 50))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_balancing_keeps_the_product_and_evens_out_the_norms(rows: int, columns: int, rank: int, seed: int) -> None:
     rank = min(rows, columns, rank)
     factors = Factors(

@@ -95,7 +95,7 @@ def test_never_worse_than_the_closed_form_and_clearly_better_where_weights_vary(
 
 
 @given(st.sampled_from(MONOTONE), st.integers(2, 20), st.integers(2, 20), st.integers(1, 4), st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_als_and_em_never_raise_the_loss(method: str, rows: int, columns: int, rank: int, seed: int) -> None:
     residual = torch.randn(rows, columns, generator=rng(seed))
     weights = torch.exp(2 * torch.randn(rows, columns, generator=rng(seed + 1)))

@@ -89,7 +89,7 @@ def variants() -> Iterator[tuple[str, Any, dict[str, str], dict[str, Any], dict[
             name = f"trellis_product, {bits} bits, states of {state_bits}, {dtype}"
             yield name, trellis_product_kernel, signature, constants, options
             yield f"{name}, one row", trellis_product_kernel, signature, constants | {"M": 1}, options
-        data = dict.fromkeys(("best", "targets", "roots", "negative_levels"), "*fp32")
+        data = dict.fromkeys(("best", "values", "levels"), "*fp32")
         signature = {"symbols": "*u8", **data, "steps": "i32", "join": "i32"}
         constants, options = {"BITS": bits, "STATE_BITS": state_bits}, {"num_warps": num_warps(2**state_bits)}
         yield f"viterbi, {bits} bits, states of {state_bits}", viterbi_kernel, signature, constants, options
