@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,10 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.errors import CheckpointError
-from pipeline.model_config import load_config
-from pipeline.own_code import loading_options
-from pipeline.quiet import quiet_transformers
-from pipeline.task import auto_class, task_of
+from pipeline.packed import load_packed
+from pipeline.task import task_of
 from quantizers import QuantizedLinear
 from quantizers.embedding import PackedRows
 
@@ -84,24 +81,7 @@ def load_checked(folder: Path, *, trust_remote_code: bool = False) -> PreTrained
     Raises:
         CheckpointError: what is there is not what was planned.
     """
-    options = loading_options(folder, trust_remote_code)
-    config = load_config(folder, options)
-    with quiet_transformers():
-        loaded: Any = auto_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    model, info = loaded
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[what]:
-            raise CheckpointError(
-                f"{folder} has {what.replace('_', ' ')}: {', '.join(map(str, sorted(info[what])[:5]))}"
-            )
+    model = load_packed(folder, dtype=torch.float32, trust_remote_code=trust_remote_code)
     plan = json.loads((folder / "plan.json").read_text())
     for name, planned in (plan["matrices"] | plan.get("embeddings", {})).items():
         layer = model.get_submodule(name)
@@ -111,7 +91,7 @@ def load_checked(folder: Path, *, trust_remote_code: bool = False) -> PreTrained
             raise CheckpointError(
                 f"{name} was planned with {planned['size_bits']} bits, and {layer.quantized().size_bits} are stored"
             )
-    return model.eval()
+    return model
 
 
 def main(arguments: list[str]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.allocation import Plan
@@ -60,6 +61,8 @@ class Checkpoint:
         config.pop("_name_or_path", None)  # where whoever saved it had loaded it from; nobody reads it
         if self.model.config.architectures:  # of what is in the files, see settle_architecture
             config["architectures"] = self.model.config.architectures
+        if not (config.get("dtype") or config.get("torch_dtype")):  # else that of our first tensor would stand for it
+            config["dtype"] = str(self._first_dtype).removeprefix("torch.")
         config["quantization_config"] = quantization_config(
             {module: (matrix.format, matrix.shape) for module, matrix in self.plan.packed.items()},
             [each.module for each in self.model.embeddings if each.is_head and each.module in self.plan.embeddings],
@@ -112,6 +115,12 @@ class Checkpoint:
 
     def _copied(self) -> list[str]:
         return [name for name in self.model.extra_files() if name not in self.texts]
+
+    @property
+    def _first_dtype(self) -> torch.dtype:
+        """What transformers takes for the original's where its config names none."""
+        found = (DTYPES[info.dtype] for info in self.model.tensors.values())
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
 
     @property
     def _code_repo(self) -> str | None:

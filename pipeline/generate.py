@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from pipeline.calibration import rendered
 from pipeline.errors import CheckpointError, RecipeError
@@ -54,7 +54,7 @@ def stream_text(
     if chat:
         prompt = rendered([{"role": "user", "content": prompt}], tokenizer, asks=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(network.device)
-    _check_length(inputs["input_ids"].shape[1], max_new_tokens, num_positions(network))
+    _check_length(network, inputs["input_ids"].shape[1], max_new_tokens)
     streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
     with torch.inference_mode(), quiet_transformers():
         network.generate(
@@ -69,11 +69,15 @@ def stream_text(
         )
 
 
-def _check_length(num_read: int, max_new_tokens: int, positions: int | None) -> None:
+def _check_length(network: PreTrainedModel, num_read: int, max_new_tokens: int) -> None:
     if num_read == 0:
         raise RecipeError("The prompt has no token to go on from. Give a few words.")
-    if positions is not None and num_read + max_new_tokens > positions:
+    positions = num_positions(network)
+    has_two = network.config.is_encoder_decoder  # a row of positions for what is read, and one for what is written
+    needed = max(num_read, 1 + max_new_tokens) if has_two else num_read + max_new_tokens
+    if positions is not None and needed > positions:
+        most = positions - 1 if has_two else positions - num_read
         raise RecipeError(
             f"The prompt has {num_read} tokens, which with --max-new-tokens {max_new_tokens} is more than the "
-            f"{positions} positions of this model. Give --max-new-tokens {max(0, positions - num_read)} or less."
+            f"{positions} positions of this model. Give --max-new-tokens {max(0, most)} or less, or a shorter prompt."
         )

@@ -17,6 +17,7 @@ from pipeline.adapter import load_tuned
 from pipeline.atomic import write_json
 from pipeline.disk_space import disk_may_fill_up
 from pipeline.errors import CheckpointError, OutputExistsError
+from pipeline.extra_files import extra_files
 from pipeline.packed import load_tokenizer
 from pipeline.quiet import quiet_transformers
 from pipeline.task import auto_class
@@ -81,6 +82,10 @@ def write_merged(checkpoint: Path, adapter: Path, folder: Path) -> bool:
         write_json(partial / NOTE_FILE, _note(adapter))
         dense.save_pretrained(partial)
         load_tokenizer(checkpoint).save_pretrained(partial)
+        for name in extra_files(checkpoint, with_code=False):
+            if not (partial / name).exists():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(checkpoint / name, partial / name)
         if folder.exists():
             folder.rmdir()
         partial.rename(folder)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from pipeline.unloaded import MergedError, Unloaded
 from quantizers import BlockFormat, QuantizedLinear
 from quantizers.embedding import QuantizedHead, TiedHead
 from quantizers.embedding_swap import swap_in
+from quantizers.transformers_plugin import QUANT_METHOD
 
 
 def packed_model(
@@ -78,23 +80,41 @@ def load_packed(
     try:
         config = load_config(folder, options)
         with quiet_transformers():
-            network = auto_class(config).from_pretrained(
+            loaded: Any = auto_class(config).from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype or (torch.float32 if device == "cpu" else "auto"),
                 device_map={"": device},  # tensor by tensor, with no copy of the model elsewhere first
                 local_files_only=True,
                 use_safetensors=True,
+                output_loading_info=True,
                 **options,
             )
     except Exception as error:  # a model's own code may raise anything
-        is_known = trust_remote_code or isinstance(error, OSError | ValueError | RuntimeError)
+        is_known = trust_remote_code or isinstance(error, OSError | ValueError | RuntimeError | TypeError)
         if not is_known or is_shortage(error):
             raise
         advice = "" if trust_remote_code or not names_code(folder) else f" {TRUST_ADVICE}"
         raise CheckpointError(f"{folder} does not load: {error}{advice}") from error
+    network, found = loaded
+    _check_whole(folder, config, found)
     network.to(torch.device(device))  # type: ignore[arg-type]
     return network.eval()
+
+
+def _check_whole(folder: Path, config: Any, found: dict[str, Any]) -> None:
+    """Raise CheckpointError where transformers made up a weight, or left one out, of which it only warns."""
+    named = getattr(config, "quantization_config", None)
+    method = named.get("quant_method") if isinstance(named, dict) else getattr(named, "quant_method", None)
+    if method != QUANT_METHOD:
+        raise CheckpointError(f"{folder / 'config.json'} does not say how the weights are packed: it is damaged.")
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[what]:
+            some = ", ".join(map(str, sorted(found[what])[:5]))
+            raise CheckpointError(
+                f"{folder} has {what.replace('_', ' ')}: {some}. It is damaged or incomplete: make it again, or pull "
+                "it from where it was pushed."
+            )
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -39,6 +39,8 @@ class LoraQuantizedLinear(nn.Module, LoraLayer):
         self, base_layer: nn.Module, adapter_name: str, *, config: LoraConfig, r: int, lora_alpha: int, **_: Any
     ) -> None:
         super().__init__()
+        if config.lora_dropout or config.lora_bias:
+            raise ValueError("packed layers take LoRA factors alone: leave lora_dropout at 0 and lora_bias off")
         LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name

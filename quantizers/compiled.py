@@ -47,6 +47,8 @@ def block_product(
     Raises:
         ValueError: a stored tensor has not the size that `shape` takes.
     """
+    if torch.compiler.is_compiling():  # the number of rows would become a constant
+        return None
     flat = x.detach().reshape(-1, x.shape[-1])
     if len(flat) > MOST_ROWS or (torch.is_grad_enabled() and x.requires_grad):  # numba is not even loaded for it
         return None
@@ -105,6 +107,8 @@ def tile_product(
     shape: tuple[int, int],
 ) -> Float[Tensor, "... out"] | None:
     """x Q^T in the dtype of `x`, Q being what `decoded_tiles` gives, summed in float32."""
+    if torch.compiler.is_compiling():  # the number of rows would become a constant
+        return None
     flat = x.detach().reshape(-1, x.shape[-1])
     if len(flat) > MOST_ROWS or (torch.is_grad_enabled() and x.requires_grad):  # numba is not even loaded for it
         return None

@@ -35,7 +35,7 @@ class DoubleQuantizedScales:
     def dequantize(self, bits: int, super_block: int, num_scales: int) -> Float32[Tensor, " scales"]:
         """offset + code * step."""
         codes = look_up(self.packed, bits, num_scales, torch.arange(2.0**bits, device=self.packed.device))
-        steps = self.steps.repeat_interleave(super_block)[:num_scales]
+        steps = self.steps.repeat_interleave(min(super_block, num_scales))[:num_scales]
         return torch.addcmul(self.offset, codes, steps)
 
 

@@ -7,6 +7,7 @@
 choice of its own, and a packed layer in its place.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +47,8 @@ class ExpertLayers(nn.Module):
             self.add_module(str(index), Expert(LAYER_NAMES[first], *layers))
         for name in [name for name, _ in fused.named_parameters(recurse=False)]:
             delattr(fused, name)
-        self._gate = fused._apply_gate if fused.has_gate else fused.act_fn
+        kind: Any = type(fused)  # a bound method would not pickle: its name is another one than its attribute's
+        self._gate = partial(kind._apply_gate, fused) if fused.has_gate else fused.act_fn
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The weighted sum of the experts that the router chose.

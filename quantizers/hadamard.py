@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @functools.lru_cache(maxsize=64)
@@ -74,7 +75,7 @@ def _signs_for(x: Tensor, seed: int, dim: int) -> Tensor:
 @functools.lru_cache(maxsize=256)
 def _signs_on(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
     """Kept on the device: a copy to a GPU for each product would stop it, and a CUDA graph forbids it."""
-    with torch.inference_mode(False):
+    with _disable_current_modes(), torch.inference_mode(False):  # else an export's fake tensors would be kept
         return signs(n, seed).to(device, dtype)
 
 
@@ -103,7 +104,7 @@ def _transform_columns(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n column
 @functools.lru_cache(maxsize=32)
 def _factors_on(n: int, dtype: torch.dtype, device: torch.device) -> list[Float[Tensor, "order order"]]:
     """Kept on the device, like signs."""
-    with torch.inference_mode(False):
+    with _disable_current_modes(), torch.inference_mode(False):
         return [factor.to(device, dtype) for factor in _factors(n)]
 
 

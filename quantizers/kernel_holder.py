@@ -20,6 +20,11 @@ from quantizers.kernels.weights import KERNEL_WEIGHTS
 from quantizers.packed_linear import numbered
 from quantizers.quantized import QuantizedTensor
 
+NOT_OFFLOADED = (
+    "Packed weights cannot be offloaded, and are small: load them onto one device, device_map={'': 'cuda'} or 'cpu', "
+    "or spread them over several GPUs"
+)
+
 
 class KernelHolder(nn.Module, ABC):
     """See the module; built empty, on whatever device is current, for a loader to fill.
@@ -58,15 +63,21 @@ class KernelHolder(nn.Module, ABC):
         self.levels = levels.to(self.weight_packed.device)
 
     def quantized(self) -> QuantizedTensor:
-        """The matrix as a `QuantizedTensor` that shares this module's memory, but for what the kernels hold."""
+        """The matrix as a `QuantizedTensor` that shares this module's memory, but for what the kernels hold.
+
+        Raises:
+            RuntimeError: somebody has put the codes onto the meta device, as accelerate's offloading does.
+        """
         stored = {name: getattr(self, name) for name in self.format.tensor_specs(self.shape)}
         if self._kernel_weight is not None:
             stored |= self._kernel_weight.stored()
+        if stored["weight_packed"].is_meta and not self.levels.is_meta:
+            raise RuntimeError(f"the codes of this layer are on the meta device. {NOT_OFFLOADED}")
         return QuantizedTensor.from_tensors(self.format, self.shape, self.levels, stored)
 
     def by_kernels(self, x: Tensor, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
         """What `run` makes of the matrix in the kernels' layout, or None where no kernel serves `x`."""
-        fits = self.format.kind in KERNEL_WEIGHTS and x.device == self.levels.device
+        fits = self.format.kind in KERNEL_WEIGHTS and x.device == self.levels.device and type(x) is Tensor  # not fake
         if fits and KERNELS.serves(x):
             return self._try_kernels(run)
         if KERNELS.failure is not None:

@@ -90,9 +90,9 @@ class QuantizedLinear(KernelHolder):
         return LowRank(tensors, form.factor_bits, form.rank, self.shape)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """The product in the dtype of `x`."""
+        """The product in the dtype of `x`, or of autocast."""
         y = packed_linear(x, self.number, self.out_features) if is_traced() else self.product(x)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def product(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """x (Q + L1 L2)^T in the dtype of `x`."""

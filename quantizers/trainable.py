@@ -65,7 +65,7 @@ class TrainableLinear(nn.Module):
         if self.low_rank_out is not None and self.low_rank_in is not None:
             low = nn.functional.linear(x, self.low_rank_in.to(x.dtype))
             y = y + nn.functional.linear(low, self.low_rank_out.to(x.dtype))
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class _Gained(torch.autograd.Function):

@@ -6,6 +6,7 @@ transformers fill them, check that every tensor was there with its shape and dty
 missing), and hand out the codebooks.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from quantizers.embedding_swap import is_packable, swap_in
 from quantizers.experts import fused_experts, set_experts_apart
 from quantizers.format import StorageFormat
 from quantizers.formats import PACKED_NAMES, format_from_json
+from quantizers.kernel_holder import NOT_OFFLOADED
 from quantizers.linear import QuantizedLinear
 
 Headers = dict[str, tuple[list[int], str]]  # tensor name -> shape and dtype, in safetensors' spelling
@@ -101,9 +103,9 @@ class BitsmithConfig(QuantizationConfigMixin):
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"quantization_config of {module} is wrong: {error}; the checkpoint is damaged") from None
         codebook = self.codebooks.get(form.codebook_name)
-        if codebook is None or len(codebook) != len(form.levels):
+        if not isinstance(codebook, list) or len(codebook) != len(form.levels) or not all(map(_is_level, codebook)):
             raise ValueError(
-                f"quantization_config has no codebook {form.codebook_name!r} of {len(form.levels)} levels, which "
+                f"quantization_config has no codebook {form.codebook_name!r} of {len(form.levels)} numbers, which "
                 f"{module} needs; the checkpoint is damaged"
             )
         return form, (rows, columns)
@@ -119,6 +121,12 @@ class BitsmithHfQuantizer(HfQuantizer):
 
     quantization_config: BitsmithConfig
     requires_calibration = True  # from_pretrained cannot make such a checkpoint, `bitsmith compress` does
+
+    def validate_environment(self, *args, device_map=None, **kwargs):
+        """Raise ValueError where layers would be read from CPU or disk, pass by pass: codes are buffers, which stay."""
+        places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(f"device_map puts layers on {', '.join(sorted(places))}. {NOT_OFFLOADED}")
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         config = self.quantization_config
@@ -162,6 +170,11 @@ class BitsmithHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _is_level(value: Any) -> bool:
+    """Kernels read as many as a code can name."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain_dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:

@@ -159,7 +159,8 @@ def decode(
         ValueError: a setting is out of range, or a symbol has more than `bits` bits.
     """
     _check_settings(symbols.shape[1], levels, bits)
-    if symbols.numel() and int(symbols.max()) >= 2**bits:
+    is_traced = torch.compiler.is_compiling()  # whose values nobody knows, and which stored symbols cannot break
+    if not is_traced and symbols.numel() and int(symbols.max()) >= 2**bits:
         raise ValueError(f"symbol {int(symbols.max())} does not fit in {bits} bits; symbols must be below {2**bits}")
     found = states(symbols, bits, len(levels).bit_length() - 1)
     return levels.index_select(0, found.view(-1)).view(symbols.shape)

@@ -18,7 +18,7 @@ from registry.errors import (
     HubUnavailableError,
     RegistryError,
 )
-from registry.hub_client import causes, is_for_now
+from registry.hub_client import is_for_now
 from registry.store import disk_error
 
 _TRY_AGAIN = "Nothing is half-done there: check the network, wait a little, run the same command again."
@@ -53,7 +53,7 @@ def _invalid_url() -> type[Exception]:
 def _translated(error: Exception, repo_id: str, right: str, token: str | None, folder: Path) -> RegistryError:
     from huggingface_hub import errors as hf
 
-    for cause in causes(error):
+    for cause in _raised_from(error):
         if isinstance(cause, hf.HfHubHTTPError):
             said = _blotted(cause.server_message or str(cause), token)
             return _refused(cause, cause.response.status_code, said, repo_id, right, has_token=token is not None)
@@ -137,6 +137,13 @@ def _moment(text: str) -> datetime | None:
 
 def _log_in(repo_id: str, right: str) -> str:
     return f"Log in with `hf auth login`, or set HF_TOKEN to a token with the right to {right} {repo_id}."
+
+
+def _raised_from(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes, but not what was handled meanwhile: the client asks for what may not be there."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _blotted(text: str, token: str | None) -> str:

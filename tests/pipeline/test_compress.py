@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pipeline.compress import Compressed, compress
 from pipeline.errors import (
@@ -19,6 +20,7 @@ from pipeline.errors import (
     RecipeError,
 )
 from pipeline.output import OutputFolder, base_of
+from pipeline.packed import load_packed
 from pipeline.recipe import Recipe
 from registry import Registry
 from tests.models import build_llama, save_model
@@ -206,9 +208,6 @@ def test_a_damaged_recipe_is_one_paragraph(content: str, copy: Path, tiny_model_
 
 
 def test_a_truncated_checkpoint_does_not_load(copy: Path) -> None:
-    from pipeline.errors import CheckpointError
-    from pipeline.packed import load_packed
-
     weights = copy / "out" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged"):
@@ -306,3 +305,47 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(num_threads)
     assert digests[0] == digests[1]
+
+
+def without_tensors(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def without_packing(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def without_a_matrix(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["matrices"]["model.layers.0.mlp.up_proj"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (without_tensors, r"has missing keys: .*model\.embed_tokens\.weight"),
+        (without_packing, "does not say how the weights are packed"),
+        (without_a_matrix, r"has (missing|unexpected) keys: .*up_proj"),
+    ],
+)
+def test_a_checkpoint_that_lacks_something_does_not_load(damage, said: str, copy: Path) -> None:
+    damage(copy / "out")
+    with pytest.raises(CheckpointError, match=said):
+        load_packed(copy / "out")
+
+
+def test_a_config_without_a_dtype_gets_the_original_s(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """transformers takes the first tensor's where there is none, which may be one of ours."""
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):
+        config.pop(name, None)
+    (model / "config.json").write_text(json.dumps(config))
+    done = run(model, tmp_path)
+    assert json.loads((done.folder / "config.json").read_text())["dtype"] == "bfloat16"

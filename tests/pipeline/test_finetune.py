@@ -417,6 +417,7 @@ def test_the_merged_model_is_an_ordinary_dense_one_that_says_the_same(
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert not any(isinstance(module, QuantizedLinear) for module in dense.modules())
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (tmp_path / "merged" / "LICENSE").read_bytes() == (folder / "LICENSE").read_bytes()
     tokens = torch.arange(20)[None]
     found, expected = dense(input_ids=tokens).logits, load_tuned(folder, adapter)(input_ids=tokens).logits
     assert (found - expected).norm() < 0.02 * expected.norm()

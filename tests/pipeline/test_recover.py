@@ -20,7 +20,7 @@ from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.training import AsStored, Training, compute_of
 from tests.pipeline.tiny_packed import original_llama, packed_llama, random_windows
 
-TRAINED = ("factors", "norms", "scales")
+TRAINED = ("factors", "norms")
 SETTINGS = RecoverySettings(
     train=TRAINED, steps=6, batch_windows=2, check_every=2, num_top=16, compute="float32", learning_rate=3e-3
 )

@@ -21,6 +21,7 @@ from quantizers import (
     NormalFloat,
     QuantizedLinear,
     TrellisCoded,
+    hadamard,
 )
 from quantizers.embedding_swap import swap_in
 from quantizers.packed_linear import packed_linear
@@ -87,6 +88,36 @@ def exported_program_has_the_weights_itself() -> None:
     torch.testing.assert_close(exported.module()(inputs(3)), layer(inputs(3)))
 
 
+def exported_trellis_leaves_eager_layers_alone() -> None:
+    """Also where nothing ran before: signs and factors of a rotation are kept for the process."""
+    for cached in (hadamard._signs_on, hadamard._factors_on, hadamard._factors):
+        cached.cache_clear()
+    layer = QuantizedLinear.from_quantized(TrellisCoded(3).quantize(normal_weight(SHAPE)), None)
+    for cached in (hadamard._signs_on, hadamard._factors_on, hadamard._factors):
+        cached.cache_clear()
+    exported = torch.export.export(layer, (inputs(3),))
+    found = layer(inputs(3))
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(exported.module()(inputs(3)), found)
+
+
+def exported_network_takes_any_length() -> None:
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = packed_llama()
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.network(input_ids=tokens, use_cache=False).logits
+
+    module, tokens = Logits(), random_windows(1)
+    with torch.no_grad():
+        length = torch.export.Dim("length", min=2, max=64)
+        exported = torch.export.export(module, (tokens[:, :12],), dynamic_shapes=({1: length},)).module()
+        for num_tokens in (5, 12, 16):
+            torch.testing.assert_close(exported(tokens[:, :num_tokens]), module(tokens[:, :num_tokens]))
+
+
 def network_is_one_graph(label: str, *, has_packed_tables: bool = False) -> None:
     network, tokens = packed_llama(label), random_windows(2)
     if has_packed_tables:
@@ -110,6 +141,8 @@ def main() -> None:
         copy_is_a_layer_of_its_own,
         autocast_gives_the_same_numbers_in_float32,
         exported_program_has_the_weights_itself,
+        exported_trellis_leaves_eager_layers_alone,
+        exported_network_takes_any_length,
     ):
         check()
         torch._dynamo.reset()

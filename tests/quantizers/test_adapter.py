@@ -11,7 +11,15 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from quantizers import QuantizedLinear
-from quantizers.adapter import BINDING_FILE, LoraQuantizedLinear, attach_adapter, base_sha256, binding, lora_config
+from quantizers.adapter import (
+    BINDING_FILE,
+    LoraQuantizedLinear,
+    attach_adapter,
+    base_sha256,
+    binding,
+    for_packed,
+    lora_config,
+)
 from tests.pipeline.tiny_packed import packed_llama, random_windows
 
 RANKS = {"model.layers.0.self_attn.q_proj": 4, "model.layers.1.mlp.down_proj": 4, "model.layers.1.mlp.up_proj": 2}
@@ -137,6 +145,12 @@ def test_the_hash_is_of_the_weights_and_not_of_the_dtype_that_the_rest_is_loaded
     assert base_sha256(copy.deepcopy(base).to(torch.bfloat16)) == expected
     next(module for module in base.modules() if isinstance(module, QuantizedLinear)).weight_packed[0] ^= 1
     assert base_sha256(base) != expected
+
+
+@pytest.mark.parametrize("change", [{"lora_dropout": 0.5}, {"lora_bias": True}], ids=str)
+def test_what_a_packed_layer_does_not_do_is_refused(change: dict[str, float | bool]) -> None:
+    with pytest.raises(ValueError, match="packed layers take LoRA factors alone"):
+        get_peft_model(packed_llama(), for_packed(replace(lora_config(RANKS), **change)))
 
 
 def test_merging_into_codes_is_refused() -> None:

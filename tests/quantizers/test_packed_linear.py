@@ -10,4 +10,4 @@ def test_packed_layers_break_no_graph() -> None:
         [sys.executable, "-m", "tests.quantizers.compile_packed"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(json.loads(done.stdout)) == 12
+    assert len(json.loads(done.stdout)) == 14

@@ -233,6 +233,20 @@ def test_a_device_map_is_followed(checkpoint: Path) -> None:
     assert torch.equal(logits_of(model), logits_of(load(checkpoint, dtype=torch.float32)))
 
 
+@pytest.mark.parametrize("places", [{"": "disk"}, {"model": "cpu", "lm_head": "meta"}], ids=str)
+def test_layers_that_would_be_read_pass_by_pass_are_refused(places: dict[str, str], checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match=r"device_map puts layers on .*Packed weights cannot be offloaded"):
+        load(checkpoint, device_map=places)
+
+
+def test_codes_that_were_taken_away_are_no_answer(checkpoint: Path) -> None:
+    """As accelerate's offloading does, which knows nothing of a head that reads its embedding's codes."""
+    layer = load(checkpoint).get_submodule(LOW_RANK_MODULE)
+    layer.weight_packed = torch.empty_like(layer.weight_packed, device="meta")
+    with pytest.raises(RuntimeError, match=r"on the meta device\. Packed weights cannot be offloaded"):
+        layer(torch.ones(1, layer.in_features))
+
+
 def test_gpt2_with_conv1d_layers_and_biases(tiny_gpt2_dir: Path, tmp_path: Path) -> None:
     original = load(tiny_gpt2_dir, dtype=torch.float32)
     quantized = quantize_all(original)
@@ -341,6 +355,17 @@ def test_an_incomplete_config_is_refused(damaged: Path, key: str) -> None:
         load(damaged)
 
 
+@pytest.mark.parametrize("level", [[], True, None, float("nan"), "0"], ids=str)
+def test_levels_that_are_no_numbers_are_refused(damaged: Path, level: Any) -> None:
+    def spoil(config: dict[str, Any]) -> None:
+        codebooks = config["codebooks"]
+        codebooks |= {name: [level] * len(codebook) for name, codebook in codebooks.items()}
+
+    edit_config(damaged, spoil)
+    with pytest.raises(ValueError, match=r"quantization_config has no codebook .* numbers"):
+        load(damaged)
+
+
 @pytest.mark.parametrize("short", [False, True], ids=["missing", "short"])
 def test_a_missing_codebook_is_named(damaged: Path, short: bool) -> None:
     def drop(config: dict[str, Any]) -> None:
@@ -349,7 +374,7 @@ def test_a_missing_codebook_is_named(damaged: Path, short: bool) -> None:
             config["codebooks"]["lloyd3"] = levels[:-1]
 
     edit_config(damaged, drop)
-    with pytest.raises(ValueError, match="no codebook 'lloyd3' of 8 levels"):
+    with pytest.raises(ValueError, match="no codebook 'lloyd3' of 8 numbers"):
         load(damaged)
 
 
