@@ -9,7 +9,6 @@ before a model is loaded.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from pipeline.lora_network import open_for_finetuning
 from pipeline.model import Model, open_model
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT
+from pipeline.stages import peak_memory_bytes
 from pipeline.training import compute_of
 from pipeline.training_state import TrainingState
 
@@ -137,7 +137,7 @@ def _peak_bytes() -> int:
     """Of the GPU's allocator where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()
 
 
 if __name__ == "__main__":

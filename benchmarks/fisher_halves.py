@@ -34,7 +34,7 @@ def fisher_halves(layers: tuple[int, ...], num_windows: int, work: Path) -> list
     windows = token_windows(None, model.tokenizer(), num_windows=2 * num_windows, seq_len=SEQ_LEN, seed=0)
     halves = []
     for half in (0, 1):
-        folder = work / f"half-{half}"
+        folder = work / f"{num_windows} windows, layers {'-'.join(map(str, layers))}" / f"half-{half}"
         if not (folder / "out" / "statistics.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             collect_statistics(

@@ -127,7 +127,14 @@ class Bench:
         from registry import Registry
 
         cut = _first_layers(open_model("demo").path, asked.layers, folder / "model")
-        recipe = Recipe.of(asked.preset, model=str(cut), budget=asked.budget, num_samples=asked.samples, eval_windows=0)
+        recipe = Recipe.of(
+            asked.preset,
+            model=str(cut),
+            budget=asked.budget,
+            num_samples=asked.samples,
+            eval_windows=0,
+            ranks=tuple(asked.ranks),
+        )
         registry = Registry(folder / "registry")
         run = Run.prepare(recipe, registry, device="cpu", resume=True, log=StageLog(), progress=Bars())
         learnt = run.statistics()

@@ -9,7 +9,6 @@ allocator there).
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from pipeline.model import open_model
 from pipeline.packed import load_packed
 from pipeline.quiet import quiet_transformers
+from pipeline.stages import peak_memory_bytes
 
 PROMPT_TOKENS = 32
 DENSE, NF4 = "dense", "NF4, bitsandbytes"
@@ -67,7 +67,7 @@ def measured(row: str, model: str, num_tokens: int) -> dict[str, Any]:
     _seconds(network, prompt, 2)
     prompt_seconds = _seconds(network, prompt, 1)
     seconds = _seconds(network, prompt, 1 + num_tokens) - prompt_seconds
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes()
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     return {"prompt_seconds": prompt_seconds, "speed": num_tokens / seconds, "peak_bytes": peak}

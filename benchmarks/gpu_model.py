@@ -102,8 +102,9 @@ def dense_network(shape: Shape, num_layers: int, device: str) -> PreTrainedModel
 
 def stored_bytes(network: PreTrainedModel) -> int:
     """Of its parameters and buffers, and of what bitsandbytes keeps beside them."""
-    states = (getattr(each, "quant_state", None) for each in network.parameters())
-    scales = sum(state.absmax.nbytes for state in states if state is not None)
+    states = [each.quant_state for each in network.parameters() if getattr(each, "quant_state", None) is not None]
+    scales = sum(state.absmax.nbytes for state in states)
+    scales += sum(state.state2.absmax.nbytes + state.offset.nbytes for state in states if state.nested)
     return scales + sum(each.nbytes for each in (*network.parameters(), *network.buffers()))
 
 
@@ -156,6 +157,7 @@ def to_nf4(network: PreTrainedModel) -> None:
             device="cpu",
         )
         nn.init.normal_(layer.weight.data, std=0.02)
+        layer.weight.data = layer.weight.data.to(network.dtype)  # as loaded in it: what a product of rows makes dense
         network.set_submodule(name, layer.to(network.device))
 
 

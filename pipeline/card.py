@@ -14,7 +14,7 @@ from pipeline.auto_classes import GENERATING, known_class
 from pipeline.before_after import before_after
 from pipeline.budget import human_bytes
 from pipeline.card_header import card_header
-from pipeline.command import compress_command, evaluate_command
+from pipeline.command import compress_command, evaluate_command, pinned
 from pipeline.markdown import Markdown, markdown_template
 from pipeline.origin import base_model_of, last_part, model_name, public_name, without_local_folders
 from pipeline.own_code import code_commit
@@ -90,12 +90,7 @@ def collection_note(facts: VersionFacts) -> str:
 
 def _pinned(facts: VersionFacts) -> dict[str, Any]:
     """The recipe without folders of the author's, and with each branch of the Hub as the commit that it was."""
-    commits = {
-        "revision": facts.recipe.get("model_commit"),
-        "dataset_revision": facts.recipe.get("calibration_commit"),
-        "eval_dataset_revision": facts.evaluation.get("text_commit") if facts.evaluation else None,
-    }
-    return without_local_folders(facts.recipe) | {key: commit for key, commit in commits.items() if commit}
+    return without_local_folders(facts.recipe) | pinned(facts.recipe, facts.evaluation)
 
 
 def _choices(plan: dict[str, Any]) -> list[dict[str, Any]]:

@@ -10,7 +10,11 @@ _REPEATED_FLAGS = {"candidates": "--candidate", "overrides": "--override", "rank
 
 
 def compress_command(recipe: dict[str, Any]) -> str:
-    """`bitsmith compress ...` for a recipe.json; facts in it that are no settings are left out."""
+    """`bitsmith compress ...` for a recipe.json, with branches of the Hub as the commits that they were.
+
+    Other facts in it that are no settings are left out.
+    """
+    recipe = recipe | pinned(recipe)
     settings = {key: value for key, value in recipe.items() if key in Recipe.model_fields}
     preset = min(PRESETS, key=lambda name: (len(_changes(settings, name)), name != "default"))
     words = ["bitsmith", "compress", settings["model"], "--budget", settings["budget"], "-o", "OUT"]
@@ -18,6 +22,16 @@ def compress_command(recipe: dict[str, Any]) -> str:
     for key, value in _changes(settings, preset).items():
         words += _flag(key, value)
     return " ".join(shlex.quote(str(word)) for word in words)
+
+
+def pinned(recipe: dict[str, Any], evaluation: dict[str, Any] | None = None) -> dict[str, str]:
+    """Of a recipe.json, the settings that name a commit, as far as those are known; `evaluation` is report.json's."""
+    commits = {
+        "revision": recipe.get("model_commit"),
+        "dataset_revision": recipe.get("calibration_commit"),
+        "eval_dataset_revision": evaluation.get("text_commit") if evaluation else None,
+    }
+    return {key: commit for key, commit in commits.items() if commit}
 
 
 def evaluate_command(recipe: dict[str, Any]) -> str:

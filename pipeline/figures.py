@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.allocation import Plan
-from pipeline.command import compress_command
+from pipeline.command import compress_command, pinned
 from pipeline.costs import CostTable
 from pipeline.model import Matrix, Model
 from pipeline.origin import model_name, read_origin
@@ -99,7 +99,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
             "embeddings": embeddings(plan),
             "skipped": skipped(model, plan),
             "recipe": recipe,
-            "command": compress_command(recipe),
+            "command": compress_command(recipe | pinned(recipe, facts.evaluation)),
             "checkpoint_digest": facts.checkpoint_digest,
             "evaluation": facts.evaluation,
             "recovery": facts.recovery.to_json() if facts.recovery else None,

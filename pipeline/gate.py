@@ -37,7 +37,7 @@ class Requirement:
         return Requirement(found[1], found[2], bound)
 
     def __str__(self) -> str:
-        return f"{self.figure}{self.sign}{self.bound:g}"
+        return f"{self.figure}{self.sign}{self.bound:.15g}"
 
     def is_met(self, value: float | None) -> bool:
         """A figure that is not known, or is NaN, meets nothing."""
@@ -57,6 +57,6 @@ def check(what: str, figures: Mapping[str, float], requirements: Iterable[Requir
 
 
 def _judged(requirement: Requirement, value: float | None) -> str:
-    known = "was not measured" if value is None else f"is {value:.6g}"
+    known = "was not measured" if value is None else f"is {value:{'.0f' if value.is_integer() else '.9g'}}"
     verdict = "met" if requirement.is_met(value) else "not met"
-    return f"{requirement.figure} {known}, wanted {requirement.sign}{requirement.bound:g} ({verdict})"
+    return f"{requirement.figure} {known}, wanted {requirement.sign}{requirement.bound:.15g} ({verdict})"

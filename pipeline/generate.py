@@ -1,5 +1,6 @@
 """Continue a text with a compressed folder, writing tokens as they come."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel, TextStreamer
 from pipeline.calibration import rendered
 from pipeline.errors import CheckpointError, RecipeError
 from pipeline.packed import load_tokenizer, load_with_adapter
+from pipeline.plain_console import shown
 from pipeline.quiet import quiet_transformers
 from pipeline.structure import num_positions
 from pipeline.task import task_of
@@ -55,7 +57,9 @@ def stream_text(
         prompt = rendered([{"role": "user", "content": prompt}], tokenizer, asks=True)
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(network.device)
     _check_length(network, inputs["input_ids"].shape[1], max_new_tokens)
-    streamer = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
+    streamer = (_ShownStreamer if sys.stdout.isatty() else TextStreamer)(
+        tokenizer, skip_prompt=chat, skip_special_tokens=True
+    )
     with torch.inference_mode(), quiet_transformers():
         network.generate(
             **inputs,
@@ -67,6 +71,13 @@ def stream_text(
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
+
+
+class _ShownStreamer(TextStreamer):
+    """Tokens come from a file that may be a stranger's: none may steer the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(shown(text), stream_end)
 
 
 def _check_length(network: PreTrainedModel, num_read: int, max_new_tokens: int) -> None:

@@ -45,12 +45,15 @@ def render_overview(repo_id: str, branches: Mapping[str, Mapping[str, bytes]]) -
     largest = by_size[-1][1]
     base_model = base_model_of(largest.recipe)
     repo_name = repo_id.rpartition("/")[2]
-    evaluation = largest.evaluation
+    texts = {each.evaluation["report"].get("tokens_sha256") for _, each in by_size if each.evaluation}
+    is_one_text = len(texts) == 1  # figures of others are not to be compared
+    evaluation = largest.evaluation if is_one_text else None
     body = markdown_template("overview.md.j2", bytes=human_bytes).render(
         base_model=base_model,
         auto=known_class(largest.report),
         code=code_commit(largest.recipe),
-        columns=[(figure, title) for figure, title in _COLUMNS.items() if any(figure in row for row in rows)],
+        columns=[each for each in _COLUMNS.items() if is_one_text and any(each[0] in row for row in rows)],
+        texts=len(texts),
         originals=_originals(EvalReport.from_json(evaluation["report"])) if evaluation else {},
         name=model_name(largest.recipe["model"], base_model),
         original_bytes=rows[-1].get("original_bytes"),

@@ -122,13 +122,21 @@ def main(peer: str, packages: tuple[str, ...], quantize: Callable[[Request], Qua
         "num_params": sum(weight.numel() for weight in quantized.weights.values()),
         "seconds": time.monotonic() - started,
         "cpu_seconds": time.process_time() - cpu_started,
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "peak_bytes": peak_bytes(),
         "num_threads": torch.get_num_threads(),
         "forward_error": quantized.forward_error,
         "versions": {package: version(package) for package in ("torch", "transformers", *packages)},
     }
     _require_all(request.model, quantized.weights)
     save_weights(out, quantized.weights, facts)
+
+
+def peak_bytes() -> int:
+    """Of this process alone: `ru_maxrss` is handed down by the one that started it."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) * 1024
 
 
 def _require_all(model: Path, weights: dict[str, Tensor]) -> None:

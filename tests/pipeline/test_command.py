@@ -61,3 +61,10 @@ def test_evaluate_command_names_the_original_and_the_windows() -> None:
     assert arguments["base"] == "user/model"
     assert arguments["base_revision"] == "f" * 40
     assert (arguments["num_windows"], arguments["seq_len"]) == (5, 512)
+
+
+def test_branches_of_the_hub_are_the_commits_that_they_were() -> None:
+    recipe = Recipe.of(model="user/tiny", budget="3bpw", revision="main", dataset="user/text").to_json()
+    command = compress_command(recipe | {"model_commit": "a" * 40, "calibration_commit": "b" * 40})
+    assert f"--revision {'a' * 40} " in command
+    assert f"--dataset-revision {'b' * 40}" in command

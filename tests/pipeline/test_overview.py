@@ -1,5 +1,7 @@
 """The page that compares the branches of a repository, made from bytes that came from a server."""
 
+import copy
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,6 +52,18 @@ def test_branches_side_by_side_the_smallest_first(facts: ReportFacts) -> None:
     assert all("-" not in row[1:] for row in found)
     assert 'branch = "4bpw"' in page
     assert "| original |" in page
+
+
+def test_figures_of_different_texts_are_not_compared(facts: ReportFacts) -> None:
+    assert facts.evaluation is not None
+    other = copy.deepcopy(facts.evaluation)
+    other["report"]["tokens_sha256"] = "0" * 64
+    branches = {"4bpw": branch(facts), "2bpw": branch(dataclasses.replace(facts, evaluation=other))}
+    page = render_overview("me/tiny", branches)
+    assert all(row[3:] == [] for row in rows(page))
+    assert "| original |" not in page
+    assert "measured on different texts" in page
+    assert "different texts" not in render_overview("me/tiny", {"4bpw": branch(facts), "2bpw": branch(facts)})
 
 
 def test_a_version_without_a_report_has_no_quality(facts: ReportFacts) -> None:

@@ -9,6 +9,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipeline.compress import compress
+from pipeline.errors import GateError
+from pipeline.gate import Requirement, check
 from pipeline.recipe import Recipe
 from registry import Registry
 from tests.keys import write_keys
@@ -160,6 +162,13 @@ def test_promotion_takes_what_meets_the_gate_and_refuses_with_the_figures(call) 
     assert "names version 2" in call("promote", "tiny:2", "production", *gate, "--reason", "nightly run").out
     (move,) = facts(call("alias", "tiny", "--json"))["log"]
     assert (move["action"], move["reason"]) == ("promote", "nightly run (bits_per_param<=3 kld<=5)")
+
+
+def test_a_gate_says_its_figures_to_the_last_digit(call) -> None:
+    size = Requirement.parse("size_bytes<=123456789")
+    assert str(size) == "size_bytes<=123456789"
+    with pytest.raises(GateError, match=r"size_bytes is 123456790, wanted <=123456789 \(not met\)"):
+        check("tiny:1", {"size_bytes": 123456790.0}, [size])
 
 
 @pytest.mark.parametrize("gate", ["kld", "kld<=x", "kld==1", "speed>=1", "kld<=nan", ""])
