@@ -85,7 +85,7 @@ def look(
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
         names=names,
-        out=str(output_path(out) / news.key),
+        out=str(output_path(out) / (news.key if budgets and len(budgets) > 1 else f"{news.key}-{recipes[0].budget}")),
         is_new=bool(news.changes),
         is_settled=not news.changes and not unsettled,
         reason=f"{reason}.",

@@ -62,13 +62,14 @@ def init(
         )
     if before != RegistrySettings() and settings != before:
         raise RegistryError(f"The registry in {root} has its index already, as {root / 'registry.toml'} says.")
-    if store is not None:
-        RemoteBlobs(store).claim(settings.index_name(root))
+    is_new_store = store is not None and RemoteBlobs(store).claim(settings.index_name(root))
     settings.write(root)
     try:
         num_versions = len(open_registry().versions())
     except RegistryError:
         before.write(root)
+        if store is not None and is_new_store:
+            RemoteBlobs(store).give_up()
         raise
     where = f"; its files are at {store}" if store else ""
     RESULTS.print(
@@ -153,9 +154,10 @@ def sign(
     if signer is None:
         raise RecipeError("Who signs? Expected `--key FILE` for a key of your own, or `--keyless`.")
     store = open_registry()
-    signature = sign_version(store, name, signer)
+    version = store.version(name)
+    signature = sign_version(store, str(version), signer)
     if not quiet:
-        RESULTS.print(f"{store.version(name)} is signed ({signature.digest[:12]})", soft_wrap=True, highlight=False)
+        RESULTS.print(f"{version} is signed ({signature.digest[:12]})", soft_wrap=True, highlight=False)
 
 
 @registry_app.command()
@@ -182,7 +184,7 @@ def verify(
         from pipeline.planned_tensors import check_planned
 
         if verifier is not None:
-            verify_signature(store, name, verifier)
+            verify_signature(store, str(found.version), verifier)
         num_matrices = check_planned(store, found.version)
     if as_json:
         damage = {path: str(error) for path, error in found.damaged.items()}

@@ -45,7 +45,9 @@ class Results:
         {"rival": "uniform LABEL", "plan_kl": nats a token, "rival_kl": nats a token}
         """
         for made in self.registry.children(plan.digest):
-            if made.kind == "comparison" and made.metadata["settings"]["tokens"] == tokens_sha256:
+            settings = made.metadata.get("settings")  # of a stranger's, anything
+            is_asked = isinstance(settings, dict) and settings.get("tokens") == tokens_sha256
+            if made.kind == "comparison" and is_asked and self.registry.was_made_here(made.digest):
                 content: dict[str, Any] = json.loads(self.registry.path(made, "comparison.json").read_text())
                 return content if "rival" in content else None  # earlier ones did not name it
         return None

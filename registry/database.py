@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -135,11 +135,14 @@ class Database:
             with flocked(self._beside("collection.lock"), exclusively=exclusively):
                 yield
             return
-        with self._errors(), self._engine.connect() as connection:
-            # held by this connection's session, and gone with it
-            connection.execute(text(f"SELECT pg_advisory_lock{'' if exclusively else '_shared'}({_COLLECTION_LOCK})"))
-            connection.rollback()
-            yield
+        with ExitStack() as stack:
+            with self._errors():
+                connection = stack.enter_context(self._engine.connect())
+                # held by this connection's session, and gone with it
+                lock = f"pg_advisory_lock{'' if exclusively else '_shared'}({_COLLECTION_LOCK})"
+                connection.execute(text(f"SELECT {lock}"))
+                connection.rollback()
+            yield  # what is done meanwhile has errors of its own
 
     def _prepare(self, may_be_made: bool) -> None:
         if not may_be_made and self.is_sqlite and not Path(self.name).exists():

@@ -105,7 +105,7 @@ def pull(
         )
     result = None
     if offline or pin:
-        result = _from_here(registry, repo_id, asked_name, revision, pin, verifier, offline)
+        result = _from_here(registry, repo_id, name if pin else asked_name, revision, pin, verifier, offline)
     if result is None and offline:
         at = f" at {pin.commit if pin else revision}" if pin or revision else ""
         raise NotFoundError(
@@ -165,6 +165,8 @@ def _from_here(
         )
     if pin and manifest_sha256 != pin.manifest_sha256:
         return None  # let the server say what is there
+    if pin and not verifier:
+        _check_pinned_report(version, recorded)
     verification = registry.verify(str(version))
     if pin and not verification.ok and not offline:
         return None  # to be fetched again
@@ -190,6 +192,15 @@ def _from_here(
         bool(verifier),
         bool(verifier) and version.report_digest is None and recorded.report is not None,
     )
+
+
+def _check_pinned_report(version: Version, pinned: Manifest) -> None:
+    """Raises PinError where the same version was published here before with another report, which stays its own."""
+    if version.report_digest != (pinned.report.digest if pinned.report else None):
+        raise PinError(
+            f"{version} is here already with another report than the lock file pins. Its own files are right. Pull it "
+            "under another name (--name) to have the pinned report."
+        )
 
 
 def _speaks_of_report(registry: Registry, version: Version, signature: Artifact) -> bool:
@@ -234,7 +245,7 @@ class _Pulling:
         repository.check_listing(manifest, remote)
         bundle = repository.small_file(SIGNATURE, commit, remote[SIGNATURE]) if SIGNATURE in remote else None
         is_report_left_out = False
-        if self.verifier and bundle is not None and MANIFEST not in signed_paths(bundle):
+        if self.verifier and bundle is not None and not self._needed_paths(manifest) <= signed_paths(bundle):
             is_report_left_out = manifest.report is not None or bool(manifest.lineage)
             manifest = replace(manifest, report=None, lineage=())  # nobody has signed these
         with self.registry.adding():
@@ -248,6 +259,8 @@ class _Pulling:
             self._record(manifest, found)
             note = f"pulled from {self.repo_id} at {commit}"
             version = self.registry.publish(self.name, manifest.artifact, manifest.report, note)
+            if self.pin and not self.verifier:
+                _check_pinned_report(version, manifest)
             if signature:
                 _check_report(self.registry, version, signature)
             record_publication(
@@ -266,6 +279,11 @@ class _Pulling:
             bool(self.verifier),
             is_report_left_out,
         )
+
+    def _needed_paths(self, manifest: Manifest) -> set[str]:
+        """Of what a signature must speak, for the report and what the version was made from to be believed."""
+        report = manifest.report.files if manifest.report else ()
+        return {MANIFEST, *(f"{REPORT_FOLDER}/{path}" for path in report)}
 
     def _fetch(self, repository: HubRepository, commit: str, manifest: Manifest) -> int:
         """Get what is missing into the store, where nothing names it yet; how many files that were."""

@@ -173,6 +173,11 @@ class Publication:
         lineage = tuple(each for digest, each in made_from.items() if each not in own)
         manifest = Manifest(artifact, report, lineage, texts[CARD].entry if card is not None else None)
         texts[MANIFEST] = Content.of_text(manifest.to_json() + "\n")
+        if (size_bytes := texts[MANIFEST].entry.size_bytes) > MOST_MANIFEST_BYTES:  # which nobody could pull
+            raise RegistryError(
+                f"The manifest of {version} would have {size_bytes} bytes, and {MOST_MANIFEST_BYTES} are the most that "
+                "`pull` reads. Nothing was sent. `bitsmith registry export` takes versions of any size."
+            )
         contents = {
             path: texts.get(path) or Content(registry.store.path(entry.sha256), entry)
             for path, entry in manifest.files.items()

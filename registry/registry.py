@@ -138,6 +138,10 @@ class Registry:
             raise NotFoundError.among("artifact", digest, self._index.digests(), "Digests have 64 hex digits.")
         return artifact
 
+    def was_made_here(self, digest: str) -> bool:
+        """By a step in this registry, rather than pulled or imported."""
+        return self._index.records.was_made(digest)
+
     def described(self, digests: Iterable[str]) -> dict[str, Artifact]:
         """Those of the artifacts that are known here, by digest: one question for all."""
         return self._index.described(set(digests))

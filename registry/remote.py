@@ -44,14 +44,19 @@ class RemoteBlobs:
         self.url = _checked(url)
         self._is_claimed = False
 
-    def claim(self, index: str) -> None:
-        """Make the store, or find it made for the same index, and writable. Raises RegistryError if it is another's."""
+    def claim(self, index: str) -> bool:
+        """Make the store, or find it made for the same index, and writable; whether it was made now.
+
+        Raises:
+            RegistryError: it is another's.
+        """
         with self._opened() as (fs, root):
             place, probe = f"{root}/index", f"{root}/incoming/{secrets.token_hex(16)}"
             _make_folder(fs, probe)
             fs.pipe_file(probe, b"")
             fs.rm_file(probe)
-            if not fs.exists(place):
+            is_new = not fs.exists(place)
+            if is_new:
                 fs.pipe_file(place, f"{index}\n".encode())
             found = fs.cat_file(place).decode(errors="replace").strip()
         if found != index:
@@ -60,6 +65,12 @@ class RemoteBlobs:
                 "each other's files: choose another prefix, share that index with --database, or delete "
                 f"{self.url}/index if that registry is gone."
             )
+        return is_new
+
+    def give_up(self) -> None:
+        """Undo a claim that made the store."""
+        with self._opened() as (fs, root):
+            fs.rm_file(f"{root}/index")
 
     def has(self, entry: FileEntry) -> bool:
         """Is a blob of that name and size there? Its bytes are not read; see `verify`."""

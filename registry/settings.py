@@ -11,12 +11,14 @@ import socket
 import tomllib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from registry.errors import RegistryError
 from registry.store import disk_errors, write_atomically
 
 FILE = "registry.toml"
+HERE = ("", "localhost", "127.0.0.1", "::1")
+NOT_SHOWN = ("user", "password", "sslpassword")  # of what stands behind the question mark of a database's URL
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,15 @@ class RegistrySettings:
         return found
 
     def index_name(self, root: Path) -> str:
-        """Of the registry in `root`: the same for all hosts that share an index, without user and password."""
+        """Of the registry in `root`: the same for all hosts that share an index, another for each index; no secrets."""
         if self.database is None:
             return f"index.sqlite in {root.resolve()} on {socket.gethostname()}"
         parts = urlsplit(self.database)
-        return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+        query = urlencode([each for each in parse_qsl(parts.query, keep_blank_values=True) if each[0] not in NOT_SHOWN])
+        name = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query).geturl()
+        host = dict(parse_qsl(parts.query)).get("host") or parts.hostname or ""
+        is_local = parts.scheme.startswith("sqlite") or host.startswith("/") or host in HERE
+        return f"{name} on {socket.gethostname()}" if is_local else name
 
     def write(self, root: Path) -> None:
         """For the registry in the folder `root`."""

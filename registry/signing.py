@@ -14,11 +14,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from registry.artifact import Artifact, FileEntry
-from registry.errors import RegistryError, SignatureError
+from registry.errors import RegistryError, SignatureError, UnsafePathError
 from registry.registry import Registry
 from registry.signer import Signer, Verifier
 from registry.store import disk_errors
@@ -39,8 +39,9 @@ def sign_version(
         IntegrityError: a file of the version is damaged.
     """
     signer.check()
-    registry.verify(reference).raise_if_damaged()
-    artifact = registry.get(registry.version(reference).digest)
+    version = registry.version(reference)  # once: another one may be the latest by the time that this one is read
+    registry.verify(str(version)).raise_if_damaged()
+    artifact = registry.get(version.digest)
     with _scratch(registry) as folder:
         model, out = folder / "model", folder / "out"  # the first name stands in the statement
         _lay_out(registry, artifact, model)
@@ -129,6 +130,10 @@ def _why_it_fails(registry: Registry, artifact: Artifact, signature: Artifact, v
     beside = {path: entry for path, entry in signature.files.items() if path != FILE}
     if FILE not in signature.files or set(beside) & set(artifact.files):
         return "it is no signature of this version"
+    try:
+        Artifact.create("signed", {**artifact.files, **beside})
+    except UnsafePathError:  # a file of one where the other has a folder
+        return "it is no signature of this version"
     bundle = registry.path(signature, FILE)
     try:
         spoken_of = signed_paths(bundle.read_bytes())
@@ -161,7 +166,12 @@ def _is_keyless(registry: Registry, signature: Artifact) -> bool:
 @contextmanager
 def _scratch(registry: Registry) -> Iterator[Path]:
     place = registry.root if os.access(registry.root, os.W_OK) else None  # None: the system's, for copies
-    with disk_errors(registry.root), tempfile.TemporaryDirectory(dir=place, prefix="signing-") as folder:
+    # nobody collects meanwhile; where nobody can write, nobody can
+    with (
+        registry.adding() if place else nullcontext(),
+        disk_errors(registry.root),
+        tempfile.TemporaryDirectory(dir=place, prefix="signing-") as folder,
+    ):
         yield Path(folder)
 
 

@@ -164,6 +164,15 @@ def test_promotion_takes_what_meets_the_gate_and_refuses_with_the_figures(call) 
     assert (move["action"], move["reason"]) == ("promote", "nightly run (bits_per_param<=3 kld<=5)")
 
 
+def test_an_index_that_does_not_answer_claims_no_store(bitsmith, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("BITSMITH_HOME", str(tmp_path / "home"))
+    (tmp_path / "store").mkdir()
+    store = f"file://{tmp_path / 'store'}"
+    failed = bitsmith("registry", "init", "--database", "postgresql://ann@127.0.0.1:9/typo", "--store", store)
+    assert failed.code == 1
+    assert bitsmith("registry", "init", "--store", store).code == 0
+
+
 def test_a_gate_says_its_figures_to_the_last_digit(call) -> None:
     size = Requirement.parse("size_bytes<=123456789")
     assert str(size) == "size_bytes<=123456789"

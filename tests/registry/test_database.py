@@ -1,5 +1,6 @@
 """An older database is brought up to date, a newer or damaged one refused, and the log of aliases cannot be changed."""
 
+import socket
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -168,8 +169,21 @@ def test_a_password_in_the_query_is_refused_and_not_repeated(name: str) -> None:
 
 
 def test_the_name_of_an_index_shows_nothing_of_how_it_is_reached(tmp_path: Path) -> None:
-    settings = RegistrySettings("postgresql://ann:secret@host/models?sslkey=private")
-    assert settings.index_name(tmp_path) == "postgresql://host/models"
+    settings = RegistrySettings("postgresql://ann:secret@host/models?password=private&sslmode=require")
+    assert settings.index_name(tmp_path) == "postgresql://host/models?sslmode=require"
+
+
+def test_other_indexes_have_other_names(tmp_path: Path) -> None:
+    urls = [
+        "postgresql:///models?host=db1",
+        "postgresql:///models?host=db2",
+        "postgresql:///models",
+        "sqlite:////srv/x",
+    ]
+    names = [RegistrySettings(url).index_name(tmp_path) for url in urls]
+    assert len(set(names)) == 4
+    here = f" on {socket.gethostname()}"
+    assert [name.endswith(here) for name in names] == [False, False, True, True]  # other hosts have such, too
 
 
 @pytest.mark.parametrize("url", ["mysql://host/models", "models.sqlite", ""])

@@ -78,6 +78,13 @@ def test_a_second_push_sends_nothing(registry, version, hub):
     assert not hub.sent("/tag/")
 
 
+def test_a_manifest_that_nobody_could_pull_is_not_sent(registry, version, hub, monkeypatch):
+    monkeypatch.setattr("registry.publication.MOST_MANIFEST_BYTES", 100)
+    with pytest.raises(RegistryError, match=r"The manifest of tiny:1 would have \d+ bytes, and 100 are the most"):
+        send(registry, hub)
+    assert not hub.sent("/commit/")
+
+
 def test_a_push_that_died_before_the_tag_is_completed_without_a_new_commit(registry, version, hub):
     hub.faults["/tag/"] = 500
     with pytest.raises(HubUnavailableError, match="500"):

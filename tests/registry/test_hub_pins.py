@@ -159,3 +159,21 @@ def test_a_lock_file_keeps_the_pins_of_others(registry, version, hub, other, tmp
     send(registry, hub)
     fetch(other, hub, lock_file=lock)
     assert json.loads(lock.read_text())["models"]["bob/x"] == theirs
+
+
+def test_a_pin_means_its_own_name_and_report(registry, checkpoint, hub, other, tmp_path, make_folder):
+    lock = tmp_path / "bitsmith.lock"
+    report = registry.add_artifact("report", make_folder({"report.json": b"{}"}), [checkpoint.digest])
+    registry.publish("reported", checkpoint, report)
+    send(registry, hub, "reported")
+    fetch(other, hub, lock_file=lock, name="service")
+    fetch(other, hub, name="another")
+    assert fetch(other, hub, lock_file=lock).name == "service"
+    third = Registry(tmp_path / "third")
+    registry.materialize(checkpoint, tmp_path / "same")
+    same = third.add_artifact("checkpoint", tmp_path / "same", checkpoint.parents, {"bits": 3.0})
+    assert same == checkpoint
+    forged = third.add_artifact("report", make_folder({"report.json": b'{"forged": 1}'}), [same.digest])
+    third.publish("service", same, forged)
+    with pytest.raises(PinError, match="here already with another report than the lock file pins"):
+        fetch(third, hub, lock_file=lock)

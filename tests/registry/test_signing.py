@@ -56,6 +56,31 @@ def test_a_signature_is_verified_with_its_key_alone(
         verify_signature(registry, "model", KeyVerifier(foreign))
 
 
+def test_what_is_signed_is_what_was_read_whatever_becomes_the_latest_meanwhile(
+    registry: Registry, published: Artifact, make_folder, keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verify = Registry.verify
+
+    def slow(self: Registry, reference: str, **options):
+        found = verify(self, reference, **options)
+        self.publish("model", self.add_artifact("checkpoint", make_folder({"config.json": b"{}"})))
+        return found
+
+    monkeypatch.setattr(Registry, "verify", slow)
+    assert sign_version(registry, "model", KeySigner(keys[0])).parents == (published.digest,)
+
+
+def test_a_signature_that_cannot_lie_beside_the_files_hides_no_other(
+    registry: Registry, published: Artifact, make_folder, keys: tuple[Path, Path]
+) -> None:
+    genuine = sign_version(registry, "model", KeySigner(keys[0]))
+    bundle = registry.path(genuine, "model.sig").read_bytes()
+    for number in range(8):  # one of them has a digest before the genuine one's
+        files = {"model.sig": bundle, "config.json/y": bytes([number])}
+        registry.add_artifact("signature", make_folder(files), [published.digest])
+    assert verify_signature(registry, "model", KeyVerifier(keys[1])) == genuine
+
+
 def test_the_statement_names_every_file(registry: Registry, published: Artifact, keys: tuple[Path, Path]) -> None:
     signature = sign_version(registry, "model", KeySigner(keys[0]))
     bundle = json.loads(registry.path(signature, "model.sig").read_bytes())
