@@ -18,7 +18,7 @@ from pipeline.output import OutputFolder
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.stages import Stage, StageLog
-from registry import Artifact, Registry, checked_name
+from registry import Artifact, Registry
 
 if TYPE_CHECKING:
     from pipeline.compress import Compressed
@@ -85,7 +85,7 @@ def prepare_job(
     """
     from pipeline.run import Run
 
-    checked_name(name)
+    Registry(Path(registry)).checked_name(name)
     where = Runner.parse(runner)
     where.task_runner()
     log = StageLog()

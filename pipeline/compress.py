@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.recovery_report import RecoveryReport
 from pipeline.run import Run
 from pipeline.stages import Stage, StageLog
-from registry import Artifact, Registry, Version, checked_name
+from registry import Artifact, Registry, Version
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def compress(
         PipelineError: see pipeline/errors.py.
         RegistryError: the registry cannot be read or written.
     """
-    name = checked_name(name or out.name)
+    name = registry.checked_name(name or out.name)
     log = StageLog()
     with log.stage("open"):
         run = Run.prepare(recipe, registry, device=device, resume=resume, log=log, progress=progress)

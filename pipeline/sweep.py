@@ -26,7 +26,7 @@ from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.stages import StageLog
 from pipeline.sweep_folder import check_same_recipe, check_sweep_folder
-from registry import Registry, checked_name
+from registry import Registry
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def prepare_parts(
     """
     check_sweep_folder(out)
     labels = [Budget.parse(recipe.budget).label for recipe in recipes]
-    names = [checked_name(f"{name or out.name}-{label}") for label in labels]
+    names = [registry.checked_name(f"{name or out.name}-{label}") for label in labels]
     log = StageLog()
     with log.stage("open"):
         runs = prepare_runs(recipes, registry, device=device, resume=resume, progress=progress)

@@ -97,7 +97,7 @@ def pull(
         verifier.check()
     pin = read_pin(lock_file, repo_id) if lock_file else None
     asked_name = name and checked_name(name)
-    name = checked_name(name or (pin.name if pin else repo_id.rsplit("/", 1)[-1]))
+    name = registry.checked_name(name or (pin.name if pin else repo_id.rsplit("/", 1)[-1]))
     if pin and revision and revision not in (pin.revision, pin.commit):
         raise PinError(
             f"{lock_file} pins {repo_id} at {pin.revision} (commit {pin.commit[:12]}), and {revision} was asked for. "

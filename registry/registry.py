@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING
 
 from registry.alias import AliasMove, actor, checked_alias
 from registry.artifact import Artifact
-from registry.errors import AmbiguousDigestError, IntegrityError, InvalidDescriptionError, NotFoundError
+from registry.errors import (
+    AmbiguousDigestError,
+    IntegrityError,
+    InvalidDescriptionError,
+    InvalidNameError,
+    NotFoundError,
+)
 from registry.files import files_below
 from registry.progress import SILENT, Progress
 from registry.read_only import is_writable
@@ -195,6 +201,17 @@ class Registry:
 
     # Versions
 
+    def checked_name(self, name: str) -> str:
+        """`name` if versions may be published under it here, else InvalidNameError."""
+        checked_name(name)
+        like = {version.name for version in self.versions() if version.name.casefold() == name.casefold()}
+        if like and name not in like:
+            raise InvalidNameError(
+                f"{name!r} differs from {min(like)!r}, which is here already, in the case of letters alone: some file "
+                "systems take both for one. Choose another name."
+            )
+        return name
+
     def publish(self, name: str, artifact: Artifact, report: Artifact | None = None, note: str = "") -> Version:
         """Give `artifact` the next version number under `name`.
 
@@ -202,10 +219,10 @@ class Registry:
         and note.
 
         Raises:
-            InvalidNameError: `name` is malformed.
+            InvalidNameError: `name` is malformed, or another's but for the case of its letters.
             NotFoundError: `artifact` or `report` is not in this registry.
         """
-        checked_name(name)
+        self.checked_name(name)
         with self._index.database.keeping():
             self.get(artifact.digest)
             if report is not None:

@@ -89,6 +89,13 @@ def test_malformed_names_are_refused(registry: Registry, name: str):
         registry.version(name)
 
 
+def test_names_that_some_file_system_takes_for_one_are_refused(registry: Registry, checkpoint: Artifact):
+    registry.publish("Tiny", checkpoint)
+    assert str(registry.publish("Tiny", checkpoint)) == "Tiny:1"
+    with pytest.raises(InvalidNameError, match="'tiny' differs from 'Tiny', which is here already, in the case"):
+        registry.publish("tiny", checkpoint)
+
+
 def test_what_is_not_in_the_registry_cannot_be_published(registry: Registry, checkpoint: Artifact, tmp_path: Path):
     with pytest.raises(NotFoundError):
         Registry(tmp_path / "empty").publish("model", checkpoint)
