@@ -82,10 +82,12 @@ def look(
     if not news.changes:
         reason += f"{', '.join(str(store.version(each)) for each in names)} {'was' if len(names) == 1 else 'were'} made"
         reason += "".join(f"; {each}" for each in [*unsettled, *_left_by_hand(store, names, alias)])
+    # several budgets have folders of their own below one; another single budget is another checkpoint
+    folder = news.key if len(recipes) > 1 else f"{news.key}-{Budget.parse(recipes[0].budget).label}"
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
         names=names,
-        out=str(output_path(out) / (news.key if budgets and len(budgets) > 1 else f"{news.key}-{recipes[0].budget}")),
+        out=str(output_path(out) / folder),
         is_new=bool(news.changes),
         is_settled=not news.changes and not unsettled,
         reason=f"{reason}.",

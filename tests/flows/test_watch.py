@@ -61,6 +61,9 @@ def test_night_after_night(server: str, base: Path, recipe: dict[str, Any], tmp_
     for gate, name in (("kld<=0", "Gated"), ("kld<=0", "Gated"), ("kld<=1e9", "Skipped")):
         assert night(gate).name == name
 
+    watched["budget"] = "4bpw"  # another checkpoint, in a folder of its own
+    assert night().result() == ["tiny:3"]
+
 
 def test_a_version_that_lost_its_alias_by_hand_is_not_promoted_on_the_way_to_the_hub(tmp_path: Path) -> None:
     """A run that has something else to do, too."""
