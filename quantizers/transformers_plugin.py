@@ -72,7 +72,7 @@ class BitsmithConfig(QuantizationConfigMixin):
     def __init__(
         self,
         format_version: int | None = None,
-        codebooks: dict[str, list[float]] | None = None,
+        codebooks: dict[str, list[Any]] | None = None,
         matrices: dict[str, dict[str, Any]] | None = None,
         heads: Sequence[str] = (),
         **kwargs: Any,
