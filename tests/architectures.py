@@ -186,7 +186,7 @@ CAUSAL |= {
         _SMALL_BART,
     ),
 }  # fmt: skip
-WHOLE = ("t5", "t5_encoder", "marian", "pegasus", "bart")  # not run block by block
+WHOLE = ("albert", "deberta", "deberta-v2", "t5", "t5_encoder", "marian", "pegasus", "bart")  # not run block by block
 COMPUTED = ("marian", "pegasus")  # their positions are not stored
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "gpt_oss")
 
