@@ -268,6 +268,33 @@ def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
     assert capsys.readouterr().err.startswith("Stopped. What is finished is kept")
 
 
+def test_a_second_signal_does_not_break_off_what_the_first_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`timeout` signals a process, and then its group; a pool of workers must be shut down all the same."""
+    done: list[str] = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            done.append("shut down")
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    app = typer.Typer()
+    app.command()(work)
+    monkeypatch.setattr(sys, "argv", ["bitsmith"])
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            run_app(app)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 130
+    assert done == ["shut down"]
+
+
 def test_ctrl_c_in_the_terminal(tiny_model_dir: Path, tmp_path: Path) -> None:
     environment = os.environ | {
         "BITSMITH_HOME": str(tmp_path / "home"),
