@@ -85,14 +85,15 @@ def prepare_job(
     """
     from pipeline.run import Run
 
-    Registry(Path(registry)).checked_name(name)
+    store = Registry(Path(registry))
+    store.checked_name(name)
     where = Runner.parse(runner)
     where.task_runner()
     log = StageLog()
     with log.stage("open"):
         run = Run.prepare(
             Recipe.from_json(recipe),
-            Registry(Path(registry)),
+            store,
             device=device,
             resume=resume,
             log=log,

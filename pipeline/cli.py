@@ -361,7 +361,7 @@ app.command()(push)
 app.command()(pull)
 
 
-SAME_REQUEST_SECONDS = 1.0
+SAME_REQUEST_SECONDS = 1.0  # `timeout` and some shells signal a process, and then its group
 
 
 class Stopped(BaseException):
@@ -384,10 +384,9 @@ def run_app(app: typer.Typer) -> None:
         if len(asked) == 1:
             first_at = time.monotonic()
             raise Stopped(number)
-        if time.monotonic() - first_at > SAME_REQUEST_SECONDS:  # else `timeout` and shells say it twice
-            os._exit(
-                128 + asked[0]
-            )  # workers end with it; raised again, it would leave them, and wait for them for good
+        # raised again, it would break off the shutdown of workers, for which Python then waits for good
+        if time.monotonic() - first_at > SAME_REQUEST_SECONDS:
+            os._exit(128 + asked[0])  # workers end with their parent
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

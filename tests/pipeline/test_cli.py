@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,15 @@ def test_wrong_flags_exit_with_2(bitsmith, tiny_model_dir: Path) -> None:
     assert bitsmith("compress", tiny_model_dir).code == 2
 
 
+@pytest.fixture
+def _handlers_come_back() -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers_come_back")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
     number: signal.Signals, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -257,17 +267,13 @@ def test_a_stop_that_native_code_turns_into_an_error_is_a_stop(
             raise ModelError("could not determine the shape") from None
 
     monkeypatch.setattr(sys, "argv", ["read"])
-    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as ended:
-            run_app(app)
-    finally:
-        for each, handler in handlers.items():
-            signal.signal(each, handler)
+    with pytest.raises(SystemExit) as ended:
+        run_app(app)
     assert ended.value.code == 128 + number
     assert capsys.readouterr().err.startswith("Stopped. What is finished is kept")
 
 
+@pytest.mark.usefixtures("_handlers_come_back")
 def test_a_second_signal_does_not_break_off_what_the_first_one_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """`timeout` signals a process, and then its group; a pool of workers must be shut down all the same."""
     done: list[str] = []
@@ -281,16 +287,11 @@ def test_a_second_signal_does_not_break_off_what_the_first_one_ends(monkeypatch:
             time.sleep(0.05)
             done.append("shut down")
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     app = typer.Typer()
     app.command()(work)
     monkeypatch.setattr(sys, "argv", ["bitsmith"])
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            run_app(app)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with pytest.raises(SystemExit) as stopped:
+        run_app(app)
     assert stopped.value.code == 130
     assert done == ["shut down"]
 
