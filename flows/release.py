@@ -18,6 +18,7 @@ from pipeline.gate import Requirement
 from pipeline.home import output_path
 from pipeline.recipe import Recipe
 from registry import Registry, Version
+from registry.publication import REPORT_FOLDER
 
 
 class Looked(TypedDict):
@@ -131,10 +132,12 @@ def push(
         collection=collection,
         progress=RunProgress(),
     )
-    url = released.pushed.url
-    create_link_artifact(
-        url, key=f"{artifact_key(store.version(version).name)}-hub", description=f"{version} at {repo}"
-    )
+    url, made = released.pushed.url, store.version(version)
+    create_link_artifact(url, key=f"{artifact_key(made.name)}-hub", description=f"{version} at {repo}")
+    if made.report_digest:  # the link that `compress` gave is of the disk of its worker
+        create_link_artifact(
+            f"{url}/{REPORT_FOLDER}", key=f"{artifact_key(made.name)}-report", description=f"The report of {version}"
+        )
     return url
 
 

@@ -125,6 +125,8 @@ def test_night_after_night(
     registry = Registry(home / "bitsmith" / "registry")
     assert str(registry.version("tiny@production")) == "tiny:1"
     assert set(hub.repos[REPO].tags) == {"v1"}
+    assert f"{hub.endpoint}/{REPO}/tree/v1/report" in _last_artifact("bitsmith-tiny-report")
+    assert "report/index.html" in hub.head(REPO)
 
     second = trigger("watch/nightly")
     assert (second.state.type.value, second.state.name) == ("COMPLETED", "Skipped"), _log(worker)
@@ -213,6 +215,15 @@ def _ended(run_id: Any, worker: Path) -> Any:
             return run
         time.sleep(0.5)
     raise AssertionError(f"the run did not end\n{_log(worker)}")
+
+
+def _last_artifact(key: str) -> str:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(sort=ArtifactSort.CREATED_DESC)
+    return str(next(page.data for page in found if page.key == key))
 
 
 def _log(worker: Path) -> str:
