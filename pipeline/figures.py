@@ -90,6 +90,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
                 "predicted_cost": plan.predicted_cost,
                 "embeddings_cost": plan.expected_cost - plan.predicted_cost,
                 "achieved_cost": math.fsum(facts.errors.values()),
+                "rank_correlation": rank_correlation(facts),
                 "lower_bound": plan.lower_bound,
                 "gap": plan.gap,
                 "status": plan.status,
@@ -207,6 +208,17 @@ def costs_of_layers(facts: ReportFacts) -> list[dict[str, Any]]:
         {"layer": layer, "predicted": math.fsum(predicted[layer]), "achieved": math.fsum(achieved[layer])}
         for layer in sorted(predicted)
     ]
+
+
+def rank_correlation(facts: ReportFacts) -> float | None:
+    """Spearman's, of the matrices' predicted and achieved errors; None where one of both is the same for all."""
+    from scipy.stats import spearmanr  # takes a second
+
+    predicted = [matrix.cost for matrix in facts.plan.matrices.values()]
+    achieved = [facts.errors[module] for module in facts.plan.matrices]
+    if min(predicted) == max(predicted) or min(achieved) == max(achieved):
+        return None
+    return float(spearmanr(predicted, achieved).statistic)
 
 
 def budget_curve(table: CostTable, plan: Plan, recipe: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pipeline.figures import (
     figures,
     heat_map,
     matrix_types,
+    rank_correlation,
     sizes,
     skipped,
 )
@@ -73,6 +74,10 @@ def test_choices_and_layers_add_up(facts: ReportFacts) -> None:
     assert [row["layer"] for row in layers] == [0, 1]
     assert math.fsum(row["predicted"] for row in layers) == pytest.approx(facts.plan.predicted_cost)
     assert all(row["achieved"] == pytest.approx(1.05 * row["predicted"]) for row in layers)
+    assert rank_correlation(facts) == pytest.approx(1)
+    reversed_errors = {module: -error for module, error in facts.errors.items()}
+    assert rank_correlation(replace(facts, errors=reversed_errors)) == pytest.approx(-1)
+    assert rank_correlation(replace(facts, errors=dict.fromkeys(facts.errors, 1.0))) is None
 
 
 def test_sizes_add_up_to_the_folder(facts: ReportFacts) -> None:

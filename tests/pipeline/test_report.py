@@ -133,6 +133,17 @@ def test_a_sample_that_is_left_out_is_explained(
     assert ("It scatters." in text) == quoted
 
 
+@pytest.mark.parametrize("sensitivity", ["kronecker", "fisher", "input", "none"])
+def test_expected_divergence_stands_beside_the_measured_one_where_both_are_nats(
+    sensitivity: str, facts: ReportFacts, tmp_path: Path
+) -> None:
+    write_report(replace(facts, recipe=facts.recipe | {"sensitivity": sensitivity}), tmp_path)
+    text = " ".join(_page(tmp_path).text.split())
+    told = f"{facts.plan.expected_cost:.3g} nats a token were expected"
+    assert (told in text) == (sensitivity in ("kronecker", "fisher"))
+    assert "the rank correlation of both over the matrices is 1.000" in text
+
+
 def test_without_an_evaluation(tiny_model_dir: Path, tmp_path: Path) -> None:
     write_report(made_up_facts(tiny_model_dir, evaluated=False), tmp_path)
     text = _page(tmp_path).text
