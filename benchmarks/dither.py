@@ -20,8 +20,9 @@ BLOCK_SIZE = 32
 CODES = 15  # steps between the smallest and the largest weight of a block
 
 
-def dithered_copy(model: Model, folder: Path) -> Path:
-    """Write the copy into `folder`, unless it is there; returns `folder`."""
+def dithered_copy(model: Model, parent: Path) -> Path:
+    """Write the copy into a folder of its own below `parent`, unless it is there; returns it."""
+    folder = parent / f"{Path(model.spec).name}-{model.digest[:12]}"
     if (folder / "done.json").exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -40,7 +41,8 @@ def dithered_copy(model: Model, folder: Path) -> Path:
 
 def dithered(weight: Tensor, seed: int) -> Tensor:
     """`weight` [out, in] plus uniform noise of one step of its block, in its own dtype."""
-    blocks = weight.float().reshape(-1, BLOCK_SIZE)
+    padded = torch.nn.functional.pad(weight.float(), (0, -weight.shape[-1] % BLOCK_SIZE), mode="replicate")
+    blocks = padded.reshape(-1, BLOCK_SIZE)
     step = (blocks.amax(dim=1, keepdim=True) - blocks.amin(dim=1, keepdim=True)) / CODES
     noise = torch.rand(blocks.shape, generator=torch.Generator().manual_seed(seed)) - 0.5
-    return (blocks + noise * step).view(weight.shape).to(weight.dtype)
+    return (blocks + noise * step).view(padded.shape)[:, : weight.shape[-1]].to(weight.dtype).contiguous()

@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import date
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import torch
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.dither import dithered_copy
 from benchmarks.peers.float32_copy import float32_copy
+from benchmarks.peers.job import is_projection
 from benchmarks.peers.result import load_weights
 from benchmarks.peers.rows import ROWS
 from benchmarks.peers.run import run as run_peers
@@ -43,7 +43,7 @@ from pipeline.parallel import map_in_order
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.recovered import KEPT_FILE, read_kept
 from pipeline.run import Run
-from pipeline.stages import StageLog
+from pipeline.stages import StageLog, forget_peak, peak_memory_bytes
 from pipeline.statistics import Statistics
 from quantizers import AbstractQuantizer, LayerStatistics, LowRankPlus, NormalFloat, quantizer_from_label
 from registry import Artifact, Registry
@@ -139,10 +139,12 @@ def ours(bench: Bench, seconds: Seconds, name: str, preset: str, budget: float, 
     statistics, *first = seconds.of(run.statistics, run.log)
     costs, *second = seconds.of(lambda: run.costs(statistics), run.log)
     assert costs is not None
-    plan = run.plan(costs, statistics)
+    with run.log.stage("plan"):  # the rival's decomposition and measurement, where there is one
+        plan = run.plan(costs, statistics)
+    planned = [run.log.stages[-1].seconds, run.log.stages[-1].peak_memory_bytes]
     matrices, *third = seconds.of(lambda: run.matrices(plan, statistics), run.log)
     assert matrices is not None
-    spent = [first, second, third]
+    spent = [first, second, planned, third]
     if run.recipe.recover:
         matrices, *fourth = seconds.of(lambda: run.recovered(plan, matrices, statistics), run.log)
         assert matrices is not None
@@ -159,8 +161,15 @@ def quantized(
     name: str,
     chosen: Callable[[Matrix], AbstractQuantizer],
     learnt: Callable[[Matrix], LayerStatistics | None],
+    *,
+    before: tuple[float, float] = (0.0, 0.0),
 ) -> None:
-    """Quantize every matrix as chosen, under what was learnt about it; evaluate, print."""
+    """Quantize every matrix as chosen, under what was learnt about it; evaluate, print.
+
+    Args:
+        before: seconds and peak bytes of what led to the choice.
+    """
+    forget_peak()
     started = time.monotonic()
 
     def dense(matrix: Matrix) -> tuple[Matrix, Tensor, int]:
@@ -171,22 +180,26 @@ def quantized(
     for matrix, weight, bits in map_in_order(dense, bench.model.matrices):
         weights[matrix.name] = weight
         size_bits += bits
-    seconds = time.monotonic() - started
+    seconds = time.monotonic() - started + before[0]
+    peak_bytes = max(peak_memory_bytes(), before[1])
     bench.put(weights)
-    bench.row(name, size_bits, seconds, None)
+    bench.row(name, size_bits, seconds, peak_bytes)
 
 
 class Published:
     """LQ-LoRA's recipe, its cost table measured once."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, seconds: Seconds) -> None:
         self.bench = bench
         run = bench.run_of("default", 3.0, sensitivity="fisher")
-        artifact = run.statistics()
+        artifact, *of_statistics = seconds.of(run.statistics, run.log)
         assert artifact is not None
         self.statistics = Statistics.open(lambda name: bench.registry.path(artifact, name))
         self.by_label = {quantizer.format.label: quantizer for quantizer in PUBLISHED}
-        self.table = self._table(run.recipe.cost_rows)
+        with run.log.stage("costs"):
+            self.table = self._table(run.recipe.cost_rows)
+        table = run.log.stages[-1]
+        self.before = of_statistics[0] + table.seconds, max(of_statistics[1], table.peak_memory_bytes)
 
     def row(self, budget: float) -> None:
         """The plan for a budget, quantized and evaluated."""
@@ -198,7 +211,8 @@ class Published:
             return
         chosen = {name: self.table.choices[c] for name, c in zip(self.table.matrices, choice, strict=True)}
         name = "LQ-LoRA, published recipe"
-        quantized(self.bench, name, lambda matrix: self.by_label[chosen[matrix.name]], self.statistics.of)
+        by_matrix = {matrix: self.by_label[label] for matrix, label in chosen.items()}
+        quantized(self.bench, name, lambda matrix: by_matrix[matrix.name], self.statistics.of, before=self.before)
 
     def _table(self, num_rows: int) -> CostTable:
         matrices = self.bench.model.matrices
@@ -230,6 +244,11 @@ def others(bench: Bench, only: list[str]) -> None:
     tokens = folder / "tokens.safetensors"
     save_file({"tokens": bench.calibration.contiguous()}, tokens)
     rows = [row for row in ROWS if not only or {row.peer, row.label} & set(only)]
+    unknown = [matrix.name for matrix in bench.model.matrices if not is_projection(matrix.name)]
+    if unknown:
+        for row in rows:
+            print(f"| {row.label} | failed: {unknown[0]}, like {len(unknown)} in all, is no *_proj | | | | | |")
+        return
     model = float32_copy(bench.model.path, folder / "float32")
     for outcome in run_peers(model, tokens, folder, rows):
         if outcome.weights is None or outcome.facts is None:
@@ -254,14 +273,14 @@ def main() -> None:
     asked = parser.parse_args()
     model = asked.model
     if asked.dither:
-        model = str(dithered_copy(open_model(model), home() / "dithered" / Path(model).name))
+        model = str(dithered_copy(open_model(model), home() / "dithered"))
     bench, seconds = Bench(model, asked.device), Seconds()
     print(f"\n### Quality at equal stored bits, {date.today()}{', dithered copy' if asked.dither else ''}\n")
     bench.put(bench.weights)
     print("| method | bits | perplexity | KL, nats/token | top-1 % | seconds | peak GB |")
     print("| --- | --: | --: | --: | --: | --: | --: |", flush=True)
     bench.row("original", 8 * sum(bench.model.tensors[m.name].size_bytes for m in bench.model.matrices), None, None)
-    published = Published(bench) if PUBLISHED_RECIPE in asked.recipes else None
+    published = Published(bench, seconds) if PUBLISHED_RECIPE in asked.recipes else None
     for budget in asked.budgets:
         print(f"| **budget {budget}** | | | | | | |", flush=True)
         if published is not None:

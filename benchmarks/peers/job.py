@@ -77,12 +77,17 @@ class Quantized:
             self.forward_error = forward_error(weight, forward)
 
 
+def is_projection(name: str) -> bool:
+    """Is it the weight of a matrix that peers quantize?"""
+    return name.endswith(f"{PROJECTION}.weight")
+
+
 def projections(model: Path) -> Iterator[tuple[str, Tensor]]:
     """Name and weight [out, in] of every `*_proj` matrix of a model folder, the only ones that peers quantize."""
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in sorted(file.keys()):
-                if name.endswith(f"{PROJECTION}.weight"):
+                if is_projection(name):
                     yield name, file.get_tensor(name)
 
 
