@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Embedding", "Matrix", "Model", "Skipped", "TensorInfo", "open_model"]
 
 FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+LARGEST_WEIGHT = 1e18  # in magnitude: errors are summed as squares in float32
 
 
 @dataclass(frozen=True)
@@ -161,17 +162,23 @@ class Model:
         """Read every stored tensor once.
 
         Raises:
-            NonFiniteError: one holds a NaN or an infinity; names it.
+            NonFiniteError: one holds a NaN, an infinity or a number beyond LARGEST_WEIGHT; names it.
         """
         for name in progress.track(self.tensors, "Check the weights", total=len(self.tensors)):
-            tensor = self.tensor(name)
-            num_bad = tensor.numel() - int(torch.isfinite(tensor).sum()) if tensor.is_floating_point() else 0
-            if num_bad:
-                raise self._not_finite(name, num_bad, tensor.numel())
+            self._check_finite(name, self.tensor(name))
 
-    def _not_finite(self, name: str, num_bad: int, num: int) -> NonFiniteError:
-        return NonFiniteError(
-            f"{name} in {self.path} has {num_bad} NaN or infinite values of {num}; every weight must be finite. The "
+    def _check_finite(self, name: str, tensor: Tensor) -> None:
+        if not tensor.is_floating_point() or not tensor.numel():
+            return
+        num_bad, bad = tensor.numel() - int(torch.isfinite(tensor).sum()), "NaN or infinite values"
+        if not num_bad:
+            smallest, largest = tensor.aminmax()
+            if max(-float(smallest), float(largest)) <= LARGEST_WEIGHT:
+                return
+            num_bad = int((tensor.abs().double() > LARGEST_WEIGHT).sum())
+            bad = f"values beyond {LARGEST_WEIGHT:.0e}, whose squares float32 cannot hold,"
+        raise NonFiniteError(
+            f"{name} in {self.path} has {num_bad} {bad} of {tensor.numel()}; every weight must be finite. The "
             "checkpoint is damaged or its training diverged: download it again, or take another one."
         )
 
@@ -202,13 +209,11 @@ class Model:
         """float32 [out, in] on the CPU, read now.
 
         Raises:
-            NonFiniteError: it holds a NaN or an infinity.
+            NonFiniteError: as `check_finite`.
         """
         stored = self.tensor(matrix.name)
         weight = stored.T if matrix.transposed else stored
-        num_bad = weight.numel() - int(torch.isfinite(weight).sum())
-        if num_bad:
-            raise self._not_finite(matrix.name, num_bad, weight.numel())
+        self._check_finite(matrix.name, weight)
         return weight.to(torch.float32).contiguous()
 
     def load(self, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "PreTrainedModel":

@@ -334,8 +334,10 @@ def test_tokenizer_missing(copied: Path) -> None:
 # --- bad input ---
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-def test_non_finite_weight_names_the_tensor(copied: Path, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "told"), [(float("nan"), "NaN or inf"), (float("inf"), "NaN or inf"), (-3e19, "values beyond 1e\\+18")]
+)
+def test_non_finite_weight_names_the_tensor(copied: Path, value: float, told: str) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
 
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
@@ -344,8 +346,9 @@ def test_non_finite_weight_names_the_tensor(copied: Path, value: float) -> None:
     edit_weights(copied, spoil)
     model = open_model(str(copied))
     bad = next(matrix for matrix in model.matrices if matrix.name == name)
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .* 3 NaN or infinite"):
-        model.weight(bad)
+    for reads in (lambda: model.weight(bad), model.check_finite):
+        with pytest.raises(NonFiniteError, match=rf"model\.layers\.1\.mlp\.up_proj\.weight .* 3 {told}"):
+            reads()
     assert torch.isfinite(model.weight(model.matrices[0])).all()
 
 

@@ -16,6 +16,7 @@ from pipeline.packed import load_packed
 from pipeline.recipe import PRESETS, Recipe
 from pipeline.statistics import Statistics, collect_statistics
 from registry import Registry
+from tests.models import build_llama, save_model
 from tests.pipeline.notes import Notes
 from tests.pipeline.small import SMALL
 
@@ -58,6 +59,30 @@ def test_strange_matrices_end_in_a_valid_checkpoint(change, tiny_model_dir: Path
             assert not weight.any()
     assert done.evaluation is not None
     assert done.evaluation.kl_divergence.mean < 1
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_strange_matrices_under_the_other_presets(preset: str, tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Zeros, rank one and an outlier, each in another matrix of one model; with recovery where the preset has it."""
+    places = {"self_attn.v_proj": torch.zeros_like, "self_attn.q_proj": torch.ones_like, "mlp.down_proj": outlier}
+    model = tiny_model_dir
+    for number, (name, change) in enumerate(places.items()):
+        model = changed(model, tmp_path / f"model{number}", change, f"model.layers.0.{name}.weight")
+    kept = {name: PRESETS[preset][name] for name in ("candidates", "sensitivity")}
+    recovery = {"recover": True, "recover_samples": 4, "recover_steps": 2} if preset == "best" else {}
+    done = default_run(model, tmp_path, **kept, **recovery)
+    assert all(torch.isfinite(layer).all() for layer in load_packed(done.folder).state_dict().values())
+    assert done.evaluation is not None
+    assert done.evaluation.kl_divergence.mean < 1
+
+
+@pytest.mark.parametrize("width", [1, 3, 37])
+def test_dimensions_that_divide_by_nothing(width: int, tiny_tokenizer, tmp_path: Path) -> None:
+    network = build_llama(hidden_size=60, intermediate_size=width)
+    model = save_model(network, tmp_path / "model", tokenizer=tiny_tokenizer)
+    done = default_run(model, tmp_path, budget="5bpw", ranks=(1,))
+    assert done.plan.bits_per_param <= 5
+    assert all(torch.isfinite(layer).all() for layer in load_packed(done.folder).state_dict().values())
 
 
 @pytest.mark.parametrize("folder", ["odd_model_dir", "tiny_gpt2_dir"])
