@@ -20,20 +20,22 @@ from pipeline.recipe import Recipe
 from registry import Registry, Version
 from registry.publication import REPORT_FOLDER
 
+BY_FLOW = "by a flow"  # the reason of a move that nobody decided on
+
 
 class Looked(TypedDict):
     """What `look` found.
 
     Attributes:
-        names: in the registry, one for each budget.
+        versions: that are as they should be now, one for each budget; empty where there is something to compress.
         out: folder for what is compressed now; another one for another base or recipe.
         is_new: there is something to compress.
-        is_settled: there is nothing to compress, and the latest versions are published and promoted; or they were, and
+        is_settled: there is nothing to compress, and these versions are published and promoted; or they were, and
             somebody took the alias from them.
         reason: both of it in words.
     """
 
-    names: list[str]
+    versions: list[str]
     out: str
     is_new: bool
     is_settled: bool
@@ -58,7 +60,7 @@ def look(
     repo: str | None,
     alias: str | None,
 ) -> Looked:
-    """Has the base or the recipe changed since the latest versions? No model is loaded to find out.
+    """Has the base or the recipe changed since there were versions of it? No model is loaded to find out.
 
     Raises:
         GateError: it has, and the evaluation of such a model does not measure what a gate asks for.
@@ -78,16 +80,17 @@ def look(
         base = recipes[0]
         source = find_source(base.model, base.revision, RunProgress(), trust_remote_code=base.trust_remote_code)
         check_measured(gates, base, source.path)
-    unsettled = [] if news.changes else _unsettled(store, names, gates, repo, alias)
+    versions = list(news.versions)
+    unsettled = _unsettled(store, versions, gates, repo, alias)
     reason = "; ".join(news.changes) or f"{recipe['model']} is {news.base[:12]} and its recipe is the same, as when "
     if not news.changes:
-        reason += f"{', '.join(str(store.version(each)) for each in names)} {'was' if len(names) == 1 else 'were'} made"
-        reason += "".join(f"; {each}" for each in [*unsettled, *_left_by_hand(store, names, alias)])
+        reason += f"{', '.join(versions)} {'was' if len(versions) == 1 else 'were'} made"
+        reason += "".join(f"; {each}" for each in [*unsettled, *_left_by_hand(store, versions, alias)])
     # several budgets have folders of their own below one; another single budget is another checkpoint
     folder = news.key if len(recipes) > 1 else f"{news.key}-{Budget.parse(recipes[0].budget).label}"
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
-        names=names,
+        versions=versions,
         out=str(output_path(out) / folder),
         is_new=bool(news.changes),
         is_settled=not news.changes and not unsettled,
@@ -96,12 +99,11 @@ def look(
 
 
 @task(**PLAIN)
-def judge(names: list[str], gates: list[str], registry: str | None) -> list[Verdict]:
-    """Do the latest versions meet the gates? Their figures beside those of the version before, as a table."""
+def judge(references: list[str], gates: list[str], registry: str | None) -> list[Verdict]:
+    """Do the versions meet the gates? Their figures beside those of the version before, as a table."""
     store = open_registry(registry)
     verdicts = []
-    for name in names:
-        version = str(store.version(name))
+    for version in (str(store.version(each)) for each in references):
         verdicts.append(Verdict(version=version, refusal=_refusal(store, version, gates)))
         show_beside_last(store, version)
     return verdicts
@@ -153,7 +155,7 @@ def promote(version: str, alias: str, gates: list[str], registry: str | None) ->
         RunProgress().say(f"{by_hand}.")
         return
     if store.aliases(name.name).get(alias) != name.number:
-        promote_version(store, version, alias, [Requirement.parse(gate) for gate in gates])
+        promote_version(store, version, alias, [Requirement.parse(gate) for gate in gates], BY_FLOW)
     RunProgress().say(f"{name.name}@{alias} names version {name.number}.")
 
 
@@ -167,7 +169,9 @@ def open_registry(registry: str | None) -> Registry:
     return Registry(registry_folder(registry))
 
 
-def _unsettled(store: Registry, names: list[str], gates: list[str], repo: str | None, alias: str | None) -> list[str]:
+def _unsettled(
+    store: Registry, versions: list[str], gates: list[str], repo: str | None, alias: str | None
+) -> list[str]:
     """What an earlier run left undone, be it that it died, that a gate refused, or that nobody had asked yet.
 
     Where a version goes nowhere, gates are all that is asked of it, and it is judged anew.
@@ -175,15 +179,15 @@ def _unsettled(store: Registry, names: list[str], gates: list[str], repo: str | 
     from registry.publication_record import publications
 
     left = []
-    for name in names:
-        version = store.version(name)
+    for version in map(store.version, versions):
         if gates and not repo and not alias and _refusal(store, str(version), gates):
             left.append(f"{version} does not meet its gates")
         places = [record.metadata.get("repo_id") for record in publications(store, version.digest)]
         if repo and repo not in places:
             left.append(f"{version} is not at {repo} yet")
-        if alias and store.aliases(name).get(alias) != version.number and not _moved_by_hand(store, version, alias):
-            left.append(f"{name}@{alias} does not name {version} yet")
+        named = store.aliases(version.name).get(alias) if alias else version.number
+        if alias and named != version.number and not _moved_by_hand(store, version, alias):
+            left.append(f"{version.name}@{alias} does not name {version} yet")
     return left
 
 
@@ -198,15 +202,16 @@ def _refusal(store: Registry, version: str, gates: list[str]) -> str | None:
     return None
 
 
-def _left_by_hand(store: Registry, names: list[str], alias: str | None) -> list[str]:
-    versions = [store.version(name) for name in names if alias]
-    return [said for version in versions if (said := _moved_by_hand(store, version, str(alias)))]
+def _left_by_hand(store: Registry, versions: list[str], alias: str | None) -> list[str]:
+    named = [store.version(version) for version in versions if alias]
+    return [said for version in named if (said := _moved_by_hand(store, version, str(alias)))]
 
 
 def _moved_by_hand(store: Registry, version: Version, alias: str) -> str | None:
-    """Who took the alias from the version that it named; None where nobody did. Flows only move it to new versions."""
+    """Who took the alias from the version that it named; None where only flows did, which go on with it."""
     moves = store.alias_moves(version.name, alias)
-    if all(move.to_version != version.number for move in moves) or moves[-1].to_version == version.number:
+    away = [move for move in moves if move.from_version == version.number and move.to_version != version.number]
+    if not away or moves[-1].to_version == version.number or away[-1].reason.startswith(BY_FLOW):
         return None
     last = moves[-1]
     now = "nothing" if last.to_version is None else f"version {last.to_version}"

@@ -57,10 +57,12 @@ def watch(
     found = release.look(recipe, budgets, registry, out, name, gates or [], repo, alias)
     if found["is_settled"]:
         return skipped(found["reason"])
+    versions = found["versions"]
     if found["is_new"]:
         with tags(*tags_within()):
-            compress(recipe, found["out"], budgets, name or Path(out).name, registry, device, runner)
-    verdicts = release.judge(found["names"], gates or [], registry)
+            made = compress(recipe, found["out"], budgets, name or Path(out).name, registry, device, runner)
+        versions = [outcome["version"] for outcome in made]
+    verdicts = release.judge(versions, gates or [], registry)
     for version in [verdict["version"] for verdict in verdicts if verdict["refusal"] is None]:
         if repo:
             release.push(version, repo, registry, private=private, layout=layout)

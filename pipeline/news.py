@@ -1,8 +1,8 @@
 """read_news(): is there anything to compress again? Told before a model is opened.
 
-There is where a name has no version yet, where the recipe is another one than its latest version was made with, and
-where the base has moved on: of a model on the Hub the commit is asked for, of local files the hash is taken (about a
-second per GB).
+There is where none of a name's versions was made from the base as it is now with the recipe: of a model on the Hub the
+commit is asked for, of local files the hash is taken (about a second per GB). Where both are what they were once
+before, the version of then is what is wanted, be there later ones.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
+from pipeline.errors import PipelineError
 from pipeline.home import expanded
 from pipeline.origin import hub_id, without_local_folders
 from pipeline.progress import SILENT, Progress
@@ -29,15 +30,17 @@ class News:
         changes: a sentence each; empty if nothing is new.
         base: what the base is now: the commit on the Hub, or the hash of local files.
         key: 12 hex digits that name base and recipe; other ones for anything that would give other bytes.
+        versions: of each name, the version that is as it should be now; empty if something is new.
     """
 
     changes: tuple[str, ...]
     base: str
     key: str
+    versions: tuple[str, ...] = ()
 
 
 def read_news(registry: Registry, recipes: Sequence[Recipe], names: Sequence[str], progress: Progress = SILENT) -> News:
-    """Compare each recipe, and its base as it is now, with the latest version of its name.
+    """Compare each recipe, and its base as it is now, with the versions of its name.
 
     Args:
         recipes: of one model; they differ in the budget.
@@ -47,22 +50,35 @@ def read_news(registry: Registry, recipes: Sequence[Recipe], names: Sequence[str
         ModelError: there is no such model on this disk.
     """
     field, base = _base(recipes[0], registry, progress)
-    changes = [
-        change
-        for recipe, name in zip(recipes, names, strict=True)
-        for change in _changes(registry, recipe, name, field, base)
-    ]
+    changes: list[str] = []
+    versions: list[str] = []
+    for recipe, name in zip(recipes, names, strict=True):
+        try:
+            latest = registry.version(name)
+        except NotFoundError:
+            changes.append(f"{name} has no version yet")
+            continue
+        since = list(_changes(registry, recipe, latest, field, base))
+        others = reversed(registry.versions()) if since else [latest]
+        made_so = (each for each in others if each.name == name and _is_of(registry, recipe, each, field, base))
+        if (found := next(made_so, None)) is None:
+            changes += since
+        else:
+            versions.append(str(found))
     state = [recipes[0].model_copy(update={"budget": ""}).to_json(), base]
     key = sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:12]
-    return News(tuple(dict.fromkeys(changes)), base, key)
+    return News(tuple(dict.fromkeys(changes)), base, key, () if changes else tuple(versions))
 
 
-def _changes(registry: Registry, recipe: Recipe, name: str, field: str, base: str) -> Iterator[str]:
+def _is_of(registry: Registry, recipe: Recipe, version: Version, field: str, base: str) -> bool:
     try:
-        version = registry.version(name)
-    except NotFoundError:
-        yield f"{name} has no version yet"
-        return
+        return not list(_changes(registry, recipe, version, field, base))
+    except (PipelineError, RegistryError):  # one of long ago that is damaged, or whose recipe nobody can read
+        return False
+
+
+def _changes(registry: Registry, recipe: Recipe, version: Version, field: str, base: str) -> Iterator[str]:
+    """Since the version was made."""
     before = _recipe_of(registry, version)
     public = without_local_folders(recipe.to_json() | {field: base})  # as recipe.json has it
     for setting in recipe.to_json():

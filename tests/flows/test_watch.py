@@ -16,7 +16,9 @@ def base(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path
     return shutil.copytree(tiny_model_dir, tmp_path_factory.mktemp("models") / "base")
 
 
-def test_night_after_night(server: str, base: Path, recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_night_after_night(
+    server: str, base: Path, tiny_model_dir: Path, recipe: dict[str, Any], tmp_path: Path
+) -> None:
     """One test, as each night goes on from the one before."""
     from flows.watch import watch
     from tests.models import build_llama, save_model
@@ -64,6 +66,18 @@ def test_night_after_night(server: str, base: Path, recipe: dict[str, Any], tmp_
     watched["budget"] = "4bpw"  # another checkpoint, in a folder of its own
     assert night().result() == ["tiny:3"]
 
+    settings["alias"] = "staging"
+    assert night("kld<=1e9").result() == ["tiny:3"]
+    watched["budget"] = recipe["budget"]  # what was made then is what is wanted now
+    back = night("kld<=1e9")
+    assert (back.name, back.result()) == ("Completed", ["tiny:2"])
+    assert registry.aliases("tiny") == {"staging": 2}
+    assert night("kld<=1e9").name == "Skipped"
+    shutil.copytree(tiny_model_dir, base, dirs_exist_ok=True)  # and so with the base
+    assert night("kld<=1e9").result() == ["tiny:1"]
+    assert registry.aliases("tiny") == {"staging": 1}
+    assert len(registry.versions()) == 3
+
 
 def test_a_version_that_lost_its_alias_by_hand_is_not_promoted_on_the_way_to_the_hub(tmp_path: Path) -> None:
     """A run that has something else to do, too."""
@@ -77,11 +91,11 @@ def test_a_version_that_lost_its_alias_by_hand_is_not_promoted_on_the_way_to_the
         release.promote.fn(f"tiny:{number + 1}", "production", [], str(registry.root))
     assert registry.aliases("tiny") == {"production": 2}
     registry.alias("tiny:1", "production")
-    left = release._unsettled(registry, ["tiny"], [], "alice/small", "production")
+    left = release._unsettled(registry, ["tiny:2"], [], "alice/small", "production")
     assert left == ["tiny:2 is not at alice/small yet"]
     release.promote.fn("tiny:2", "production", [], str(registry.root))
     assert registry.aliases("tiny") == {"production": 1}
     registry.alias("tiny:2", "production")
     registry.rollback("tiny", "production")
     registry.alias("tiny:2", "production")  # as it was
-    assert release._left_by_hand(registry, ["tiny"], "production") == []
+    assert release._left_by_hand(registry, ["tiny:2"], "production") == []

@@ -64,3 +64,15 @@ def test_each_budget_has_a_version_of_its_own_and_one_key(registry: Registry, ti
     news = read_news(registry, recipes, ["tiny-3bpw", "tiny-4bpw"])
     assert news.changes == ("tiny-4bpw has no version yet",)
     assert news.key == read_news(registry, recipes[:1], ["tiny-3bpw"]).key
+
+
+def test_what_was_made_so_before_is_found_among_all_versions(registry: Registry, tiny_model_dir: Path) -> None:
+    recipes = [Recipe.of(model=str(tiny_model_dir), budget="3bpw", seed=seed) for seed in range(3)]
+    for recipe in recipes[:2]:
+        _publish(registry, "tiny", recipe)
+    assert [read_news(registry, [recipe], ["tiny"]).versions for recipe in recipes] == [("tiny:1",), ("tiny:2",), ()]
+    old = registry.get(registry.version("tiny:1").digest)
+    registry.path(old, "recipe.json").chmod(0o600)
+    registry.path(old, "recipe.json").write_text("{", encoding="utf-8")
+    changes = "the recipe of tiny:2 had seed 1, and it is 0 now"
+    assert read_news(registry, recipes[:1], ["tiny"]).changes == (changes,)  # nobody can tell what the damaged one is
