@@ -60,7 +60,7 @@ def _compress_in_flow(
 
     if quiet:
         logging.getLogger("prefect").setLevel(logging.ERROR)
-    options["registry"] = str(registry.root)
+    options["registry"], output = str(registry.root.absolute()), output.absolute()  # a flow's are below BITSMITH_HOME
     budgets = [recipe.budget for recipe in recipes]
     done = [read_outcome(outcome) for outcome in compress(recipes[0].to_json(), str(output), budgets, **options)]
     return done[0] if len(done) == 1 else Sweep(output, tuple(done))

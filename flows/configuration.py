@@ -14,7 +14,7 @@
 from collections import Counter
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -72,7 +72,7 @@ class WorkPool(_Strict):
 class Deployment(_Strict):
     """One entry of the file."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(pattern=r"^[^\s/%&<>]([^/%&<>]*[^\s/%&<>])?$")  # what Prefect takes, and no blank around it
     entrypoint: str
     description: str | None = None
     version: str | None = None
@@ -81,7 +81,7 @@ class Deployment(_Strict):
     schedule: Schedule | None = None
     schedules: tuple[Schedule, ...] = ()
     paused: bool | None = None
-    concurrency_limit: int | Limit = Field(default_factory=lambda: Limit.model_validate({}))
+    concurrency_limit: Annotated[int, Field(ge=1)] | Limit = Field(default_factory=lambda: Limit.model_validate({}))
     work_pool: WorkPool = Field(default_factory=WorkPool)
     enforce_parameter_schema: bool = True
 
@@ -99,6 +99,10 @@ class Deployment(_Strict):
     def all_schedules(self) -> tuple[Schedule, ...]:
         """One or several."""
         return (*((self.schedule,) if self.schedule else ()), *self.schedules)
+
+    @property
+    def is_watch(self) -> bool:
+        return self.entrypoint.endswith(".watch")
 
     def flow(self) -> "Flow[..., Any]":
         """What the entrypoint names. Raises DeployError where that is no flow of the package."""
@@ -135,7 +139,7 @@ def read_configuration(path: Path = FILE) -> tuple[Deployment, ...]:
         DeployError: the file is missing or malformed; names the deployment and what is wrong with it.
         PipelineError: a parameter is wrong, see flows/parameters.py.
     """
-    from flows.parameters import check_parameters
+    from flows.parameters import check_apart, check_parameters
     from flows.schedules import check_schedule
 
     try:
@@ -168,6 +172,7 @@ def read_configuration(path: Path = FILE) -> tuple[Deployment, ...]:
         for schedule in deployment.all_schedules:
             if schedule.parameters:
                 check_parameters(deployment.name, deployment.flow(), deployment.parameters | schedule.parameters)
+    check_apart({deployment.name: deployment.parameters for deployment in file.deployments if deployment.is_watch})
     return file.deployments
 
 

@@ -72,7 +72,17 @@ class Outcome(TypedDict):
 
 def registry_folder(registry: str | None) -> Path:
     """What a flow's parameter means: that folder, or the user's own."""
-    return expanded(registry) if registry else home() / "registry"
+    return _placed(expanded(registry)) if registry else home() / "registry"
+
+
+def out_folder(out: str) -> Path:
+    """What a flow's parameter means."""
+    return _placed(output_path(out))
+
+
+def _placed(path: Path) -> Path:
+    """A relative one is below $BITSMITH_HOME: a worker gives each run a folder to work in, and removes it after it."""
+    return home().absolute() / path
 
 
 def prepare_job(
@@ -99,7 +109,7 @@ def prepare_job(
             log=log,
             progress=RunProgress(),
         )
-        output = OutputFolder(output_path(out), run.facts)
+        output = OutputFolder(out_folder(out), run.facts)
         if not output.is_finished():
             check_disk([run], output.path)
             log.forecasts = checked_forecast(run, where)
@@ -132,7 +142,7 @@ def prepare_jobs(
     parts = prepare_parts(
         [Recipe.from_json(recipe) for recipe in recipes],
         Registry(Path(registry)),
-        output_path(out),
+        out_folder(out),
         name=name,
         device=device,
         resume=resume,

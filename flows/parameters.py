@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flows.errors import DeployError
-from pipeline.errors import PipelineError
+from pipeline.budget import Budget
+from pipeline.errors import PipelineError, RecipeError
 from registry import RegistryError
 
 if TYPE_CHECKING:
@@ -31,6 +32,27 @@ def check_parameters(deployment: str, flow: "Flow[..., Any]", parameters: dict[s
                 check(parameters, recipes)
     except (PipelineError, RegistryError) as error:
         raise DeployError(f"Deployment {deployment}: {error}") from error
+
+
+def check_apart(watches: dict[str, dict[str, Any]]) -> None:
+    """Raise DeployError where two of them make versions of one name by different recipes: each undoes the other's.
+
+    Args:
+        watches: deployment -> parameters of its flow `watch`.
+    """
+    owners: dict[tuple[str, str], tuple[str, Recipe]] = {}
+    for deployment, parameters in watches.items():
+        for recipe in _recipes(parameters):
+            several = len(parameters.get("budgets") or ()) > 1
+            called = parameters.get("name") or Path(parameters["out"]).name
+            name = f"{called}-{Budget.parse(recipe.budget).label}" if several else called
+            place = (str(parameters.get("registry") or ""), name.lower())
+            other, made_by = owners.setdefault(place, (deployment, recipe))
+            if made_by != recipe:
+                raise DeployError(
+                    f"Deployments {other} and {deployment} both make versions of {name}, by different recipes, and "
+                    "each would take back what the other made. Give one another name, or an `out` of another name."
+                )
 
 
 def _check_names(deployment: str, flow: "Flow[..., Any]", parameters: dict[str, Any]) -> None:
@@ -70,6 +92,8 @@ def _recipes(parameters: dict[str, Any]) -> "list[Recipe]":
 def _check_budgets(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
     from pipeline.budget import parse_budgets
 
+    if not parameters["budgets"]:
+        raise RecipeError("budgets is an empty list. Leave it out for the recipe's own budget.")
     parse_budgets(",".join(parameters["budgets"]))
 
 
@@ -115,8 +139,35 @@ def _check_grace(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
 def _check_name(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
     from registry import checked_name
 
+    if not str(parameters["out"]).strip():
+        raise RecipeError("out is empty. Expected a folder.")
     if "recipe" in parameters:
         checked_name(parameters.get("name") or Path(parameters["out"]).name)
+
+
+def _check_device(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", parameters["device"]):
+        raise RecipeError(f"{parameters['device']!r} is no device. Expected cpu, cuda or cuda:1.")
+
+
+def _check_windows(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    for name, least in (("num_windows", 1), ("seq_len", 2)):
+        if parameters.get(name, least) < least:
+            raise RecipeError(f"{name} is {parameters[name]}. Expected {least} or more.")
+
+
+def _check_version(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from registry import VersionReference
+
+    VersionReference.parse(parameters["version"])
+
+
+def _check_pairs(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
+    from flows.sweep import pairs
+
+    if not recipes:
+        raise RecipeError("There is nothing to do: models or recipes are empty.")
+    pairs.fn(parameters["models"], parameters["recipes"], parameters["out"])
 
 
 def _check_runner(parameters: dict[str, Any], recipes: "list[Recipe]") -> None:
@@ -133,4 +184,9 @@ _CHECKS: dict[str, Callable[[dict[str, Any], "list[Recipe]"], None]] = {
     "grace": _check_grace,
     "out": _check_name,
     "runner": _check_runner,
+    "device": _check_device,
+    "num_windows": _check_windows,
+    "seq_len": _check_windows,
+    "version": _check_version,
+    "models": _check_pairs,
 }

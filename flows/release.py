@@ -10,12 +10,11 @@ from typing import Any, TypedDict
 from prefect import task
 from prefect.artifacts import create_link_artifact
 
-from flows.job import registry_folder
+from flows.job import out_folder, registry_folder
 from flows.steps import OPENING, PLAIN
 from flows.summary import artifact_key, show_beside_last
 from pipeline.budget import Budget
 from pipeline.gate import Requirement
-from pipeline.home import output_path
 from pipeline.recipe import Recipe
 from registry import Registry, Version
 from registry.publication import REPORT_FOLDER
@@ -91,7 +90,7 @@ def look(
     RunProgress().say(f"{'New' if news.changes else 'Unchanged'}: {reason}.")
     return Looked(
         versions=versions,
-        out=str(output_path(out) / folder),
+        out=str(out_folder(out) / folder),
         is_new=bool(news.changes),
         is_settled=not news.changes and not unsettled,
         reason=f"{reason}.",

@@ -12,11 +12,14 @@ Any of them gives the same bytes.
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import RecipeError
 
+# Ray's client alone: what else `ray.init` takes as an address waits for minutes where nobody is.
+_ADDRESS = {"dask": re.compile(r"\w+://\S+|[\w.-]+:\d+$"), "ray": re.compile(r"ray://\S+")}
 KINDS = ("threads", "dask", "ray")
 
 
@@ -32,7 +35,8 @@ class Runner:
     def parse(text: str) -> "Runner":
         """Raises RecipeError."""
         kind, _, rest = text.partition(":")
-        if kind not in KINDS or text.endswith(":") or (rest and not rest.isdigit() and kind == "threads"):
+        is_place = bool(_ADDRESS[kind].match(rest)) if kind in _ADDRESS else False
+        if kind not in KINDS or text.endswith(":") or not (not rest or rest.isdigit() or is_place):
             raise RecipeError(
                 f"{text!r} is no task runner. Expected one of {', '.join(KINDS)}, with a number of workers (dask:4) or "
                 "the address of a cluster (dask:tcp://scheduler:8786, ray:ray://head:10001) if wanted."

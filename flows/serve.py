@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import prefect
+from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.automations import make_automations
 from flows.configuration import Deployment
 from flows.deploy import check_registries, runner_deployment
 from flows.errors import DeployError
+from flows.late import collapse_late_runs
 from flows.local_server import is_answering, kept_server
 from flows.named_server import check_server
 from flows.notify import VARIABLE
@@ -41,6 +43,8 @@ def serve(deployments: Sequence[Deployment], *, port: int, limit: int) -> None:
         for each in made:
             each.work_queue_name, each.job_variables = None, {}  # there are no workers
             each.tags.append(SERVED)
+        with get_client(sync_client=True) as client:
+            collapse_late_runs(client, made)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Prefect ends runs in its own way
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:

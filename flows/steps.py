@@ -14,11 +14,10 @@ from prefect.tasks import exponential_backoff
 
 from flows import work
 from flows.failures import keep_known_errors_short, only_network_failures
-from flows.job import Done, Job, Outcome, prepare_job, prepare_jobs, read_outcome, registry_folder
+from flows.job import Done, Job, Outcome, out_folder, prepare_job, prepare_jobs, read_outcome, registry_folder
 from flows.progress import RunProgress
 from flows.stage import do
 from flows.summary import artifact_key, show_beside_last, summary
-from pipeline.home import output_path
 from registry import Registry
 
 keep_known_errors_short()
@@ -121,7 +120,7 @@ def compare_budgets(out: str) -> None:
     """The page, the picture and the figures of all checkpoints below `out`."""
     from pipeline.pareto import write_pareto
 
-    write_pareto(output_path(out), progress=RunProgress())
+    write_pareto(out_folder(out), progress=RunProgress())
 
 
 @task(**PLAIN)

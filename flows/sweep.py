@@ -59,6 +59,8 @@ def sweep(
 @task(**PLAIN)
 def pairs(models: list[str], recipes: dict[str, dict[str, Any]], out: str) -> list[dict[str, Any]]:
     """Each model with each recipe: what `compress` is to be given."""
+    if own := [called for called, recipe in recipes.items() if "model" in recipe]:
+        raise RecipeError(f"The recipe {own[0]} names a model, and a sweep has models of its own. Leave it out there.")
     found = [
         {"recipe": recipe | {"model": model}, "out": f"{out}/{name}", "name": name}
         for model in models

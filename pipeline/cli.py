@@ -390,6 +390,7 @@ def run_app(app: typer.Typer) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # before huggingface_hub is imported, which reads it then
     try:
         app()
     except BaseException as error:

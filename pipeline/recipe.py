@@ -89,7 +89,7 @@ class Recipe(BaseModel):
             RecipeError: names every setting that is unknown or out of range.
             BudgetError: the budget is malformed.
         """
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise RecipeError(f"There is no preset {preset!r}; choose one of {', '.join(sorted(PRESETS))}.")
         given = PRESETS[preset] | {key: value for key, value in settings.items() if value is not None}
         if isinstance(given.get("budget"), str):
@@ -98,7 +98,8 @@ class Recipe(BaseModel):
             return Recipe(**given)
         except ValidationError as error:
             faults = [
-                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault.get('input')!r})"
+                f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}"
+                + (f" (got {fault.get('input')!r})" if fault["type"] != "missing" else "")
                 for fault in error.errors()
             ]
             raise RecipeError(

@@ -26,8 +26,46 @@ def _with(**parameters: Any) -> dict[str, Any]:
     return entry | {"parameters": entry["parameters"] | parameters}
 
 
+def _evaluation(**parameters: Any) -> dict[str, Any]:
+    return {"name": "e", "entrypoint": "flows.evaluate.evaluate", "parameters": {"what": "small"} | parameters}
+
+
+def _sweep(**parameters: Any) -> dict[str, Any]:
+    given = {"models": ["a/base"], "recipes": {"r": {}}, "budgets": ["3bpw"], "out": "out"} | parameters
+    return {"name": "s", "entrypoint": "flows.sweep.sweep", "parameters": given}
+
+
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no cron": ([_watch(schedule={"cron": "every night"})], r"nightly: 'every night' is no cron. Expected five fields"),
+    "seconds in a cron": ([_watch(schedule={"cron": "0 0 2 * * *"})], "'0 0 2 . . .' is no cron. Expected five fields"),
+    "a day that never comes": ([_watch(schedule={"cron": "0 2 31 2 *"})], "no day fits the schedule '0 2 31 2 .'"),
+    "a rule that has ended": (
+        [_watch(schedule={"rrule": "FREQ=WEEKLY;BYDAY=MO;UNTIL=20200101T000000Z"})],
+        "no day fits the schedule 'FREQ=",
+    ),
+    "no runs at once": ([_watch(concurrency_limit=0)], "nightly.concurrency_limit.*greater than or equal to 1"),
+    "a slash in a name": ([_watch(name="night/ly")], "night/ly.name: String should match"),
+    "a blank for a name": ([_watch(name=" ")], "name: String should match"),
+    "a list for a preset": ([_with(recipe=RECIPE | {"preset": ["best"]})], "There is no preset"),
+    "one name for two": (
+        [_watch(), _with(out="/elsewhere/out", recipe=RECIPE | {"seed": 1}) | {"name": "weekly"}],
+        "Deployments nightly and weekly both make versions of out, by different recipes",
+    ),
+    "no budgets": ([_with(budgets=[])], "nightly: budgets is an empty list"),
+    "no folder": ([_with(out="")], "nightly: out is empty"),
+    "no model in the recipe": ([_with(recipe={"budget": "3bpw"})], r"model: Field required\. "),
+    "no device": ([_with(device="gpu")], "'gpu' is no device. Expected cpu, cuda"),
+    "no Dask cluster": ([_with(runner="dask:foo")], "'dask:foo' is no task runner"),
+    "no Ray client": ([_with(runner="ray:head:10001")], "'ray:head:10001' is no task runner"),
+    "no windows": ([_evaluation(num_windows=-1)], "num_windows is -1. Expected 1 or more"),
+    "no tokens": ([_evaluation(seq_len=1)], "seq_len is 1. Expected 2 or more"),
+    "no version": (
+        [{"name": "p", "entrypoint": "flows.publish.publish", "parameters": {"version": "a:b", "repo": "alice/small"}}],
+        "p: 'a:b' has no valid version",
+    ),
+    "models of one name": ([_sweep(models=["a/base", "c/base"])], "Several of the models would be called base-r"),
+    "a model in a sweep's recipe": ([_sweep(recipes={"r": {"model": "a/base"}})], "The recipe r names a model"),
+    "no models": ([_sweep(models=[])], "There is nothing to do"),
     "no interval": ([_watch(schedule={"interval": 0})], "nightly: 0.0 is no interval"),
     "no anchor": (
         [_watch(schedule={"interval": 3600, "anchor_date": "soon"})],
@@ -124,6 +162,14 @@ def test_wrong_entries_are_told_by_name(write: Callable[[Any], Path], case: str)
     with pytest.raises(DeployError, match=expected) as raised:
         read_configuration(write({"deployments": entries}))
     assert "\n" not in str(raised.value)
+
+
+def test_two_deployments_of_one_recipe_may_share_a_name(write: Callable[[Any], Path]) -> None:
+    from flows.configuration import read_configuration
+
+    assert (
+        len(read_configuration(write({"deployments": [_watch(), _with(gates=["kld<=1"]) | {"name": "strict"}]}))) == 2
+    )
 
 
 @pytest.mark.parametrize(

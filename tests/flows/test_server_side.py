@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,33 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(RecipeError, match="Device 'cuda:7' cannot be used"):
         gpu_id("cuda:7")
+
+
+@pytest.mark.parametrize(("strategy", "left"), [("CANCEL_NEW", [1]), ("ENQUEUE", [1, 2, 3])])
+def test_runs_that_were_missed_become_the_last_of_them(server: str, strategy: str, left: list[int]) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.states import Scheduled
+
+    from flows.configuration import Deployment
+    from flows.deploy import runner_deployment
+    from flows.late import MESSAGE, collapse_late_runs
+
+    entry = {"name": f"late-{strategy}", "entrypoint": "flows.collect_garbage.collect_garbage"}
+    limit = {"limit": 1, "collision_strategy": strategy}
+    made = runner_deployment(Deployment.model_validate(entry | {"concurrency_limit": limit}))
+    made.job_variables, now = {}, datetime.now(UTC)  # as `serve` has it
+    with get_client(sync_client=True) as client:
+        assert collapse_late_runs(client, [made]) == 0  # the server knows nothing of it yet
+        known = made.apply()
+        states = {days: Scheduled(scheduled_time=now - timedelta(days=days)) for days in (1, 2, 3, -1)}
+        runs = {days: client.create_flow_run_from_deployment(known, state=state).id for days, state in states.items()}
+        assert collapse_late_runs(client, [made]) == 3 - len(left)
+        ended = {days: client.read_flow_run(run).state for days, run in runs.items()}
+        client.delete_deployment(known)
+    assert [days for days, state in ended.items() if state.is_scheduled()] == sorted(
+        [*left, -1], key=[1, 2, 3, -1].index
+    )
+    assert {state.message for state in ended.values() if state.is_cancelled()} <= {MESSAGE}
 
 
 def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:
