@@ -113,6 +113,7 @@ def prepare_job(
         if not output.is_finished():
             check_disk([run], output.path)
             log.forecasts = checked_forecast(run, where)
+            run.model.check_finite(run.progress)
         with disk_may_fill(run, output.path.parent):
             output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()

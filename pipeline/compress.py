@@ -97,6 +97,7 @@ def compress(
         if not output.is_finished():
             check_disk([run], out)
             log.forecasts = check_memory(run)
+            run.model.check_finite(progress)
         with disk_may_fill(run, out.parent):
             output.claim(resume=resume)
         was_finished = output.is_finished() and output.is_reported()

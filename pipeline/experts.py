@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pipeline.shards import TensorInfo
+from pipeline.errors import ModelError
+from pipeline.shards import FLOAT_DTYPES, TensorInfo
 from pipeline.stored_names import StoredNames
 from quantizers.experts import LAYER_NAMES, fused_experts
 
@@ -76,6 +77,8 @@ def expert_tensors(
         stored: by stored names.
     Returns:
         None where some experts are merged in a way that is not known here; they all stay fused then.
+    Raises:
+        ModelError: an expert more than the model has, or pieces of one that are missing or unlike the others'.
     """
     merged: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     for name, entry in names.merged.items():
@@ -94,14 +97,46 @@ def expert_tensors(
                 info = stored[stored_as[fused]]
                 pieces = {index: (Piece(info, index, is_transposed),) for index in range(info.shape[0])}
             elif fused in merged and not is_transposed:
-                pieces = {index: tuple(Piece(stored[name]) for _, name in sorted(names_by_place.items()))
-                          for index, names_by_place in merged[fused].items()}  # fmt: skip
+                num_experts = module.get_parameter(fused_name).shape[0]
+                pieces = _pieces_of_experts(merged[fused], stored, num_experts)
             else:
                 return None
             for index, parts in pieces.items():
                 name = f"{module_name}.{index}.{layer}.{leaf}"
                 found[name] = _pieced(name, parts)
     return found
+
+
+def _pieces_of_experts(
+    names: Mapping[int, Mapping[int, str]], stored: Mapping[str, TensorInfo], num_experts: int
+) -> dict[int, tuple[Piece, ...]]:
+    """Of each expert: what lies one above the other in its weight. `names`: expert -> place -> stored name."""
+    whole = max(names.values(), key=len)
+    for index, by_place in names.items():
+        for place, name in by_place.items():
+            info, like = stored[name], stored[whole[place]]
+            if index >= num_experts:
+                raise ModelError(
+                    f"{name} in {info.file} is of an expert that config.json does not know: there are {num_experts}, "
+                    "counted from 0. The config and the weights do not belong together: download both again."
+                )
+            if (info.shape, info.dtype) != (like.shape, like.dtype):
+                raise ModelError(
+                    f"{name} in {info.file} is {info.dtype} {list(info.shape)}, where {like.name} is {like.dtype} "
+                    f"{list(like.shape)}, and experts are alike. The file is damaged: download it again."
+                )
+            if info.dtype not in FLOAT_DTYPES:
+                raise ModelError(
+                    f"{name} in {info.file} is stored as {info.dtype}, not as {', '.join(FLOAT_DTYPES)}. "
+                    "These weights look quantized already: open the original model instead."
+                )
+        if missing := whole.keys() - by_place.keys():
+            there = whole[min(missing)]
+            lacked = EXPERT_NUMBER.sub(f".experts.{index}.", there)
+            raise ModelError(
+                f"The weights lack {lacked}, and have {there}. Download the model again; files that are there are kept."
+            )
+    return {index: tuple(Piece(stored[name]) for _, name in sorted(found.items())) for index, found in names.items()}
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, str, bool]]:

@@ -24,12 +24,12 @@ from pipeline.completeness import check_complete, check_shapes
 from pipeline.errors import ModelError, NonFiniteError
 from pipeline.experts import PiecedTensor, expert_tensors
 from pipeline.extra_files import check_extra_files, extra_files
-from pipeline.model_config import read_config
+from pipeline.model_config import read_config, refuse_quantized
 from pipeline.own_code import TRUST_ADVICE, code_files, forget_code, names_code, refuse_code_elsewhere
 from pipeline.progress import SILENT, Progress
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.safetensors_file import DTYPES
-from pipeline.shards import TensorInfo, read_folder
+from pipeline.shards import FLOAT_DTYPES, TensorInfo, read_folder
 from pipeline.sources import find_source
 from pipeline.stored_names import StoredNames, match_names
 from pipeline.structure import Embedding, Structure, build_skeleton, read_structure
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Embedding", "Matrix", "Model", "Skipped", "TensorInfo", "open_model"]
 
-FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+UNUSED = "not used by the architecture"  # the reason of a tensor that is copied, and that transformers leaves out
 LARGEST_WEIGHT = 1e18  # in magnitude: errors are summed as squares in float32
 
 
@@ -285,6 +285,7 @@ def open_model(
     settle_architecture(config, [info.name for info in stored])
     skeleton = build_skeleton(config)
     names = match_names(skeleton, [info.name for info in stored])
+    refuse_quantized(source.path, [info for info in stored if not names.knows(info.name)])
     experts = expert_tensors(skeleton, names, {info.name: info for info in stored})
     if experts:
         set_experts_apart(skeleton)
@@ -383,7 +384,7 @@ def _skipped(
         merged = names.merged.get(info.name)
         target = merged.target if merged and merged.target in structure.shapes else None
         reason = f"merged into {target} on loading: not supported yet" if target else structure.reasons.get(name)
-        stored.append(Skipped(name, info.shape, info.dtype, info.size_bytes, reason or "not used by the architecture"))
+        stored.append(Skipped(name, info.shape, info.dtype, info.size_bytes, reason or UNUSED))
     tied = [
         Skipped(name, structure.shapes[name], tensors[source].dtype, 0, structure.reasons[name])
         for name, source in structure.ties.items()

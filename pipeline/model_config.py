@@ -12,7 +12,25 @@ from pipeline.own_code import TRUST_ADVICE, forget_code
 from pipeline.quiet import first_line, quiet_transformers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PretrainedConfig
+
+    from pipeline.shards import TensorInfo
+
+_QUANTIZED_NAMES = {
+    ".qweight": "GPTQ or AWQ",
+    ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    "_scale_inv": "a quantizer to fp8",
+    ".weight_scale": "a quantizer to fp8 or int8",
+    ".weight_packed": "compressed-tensors",
+    "_blocks": "a quantizer to mxfp4",
+}
+_ORIGINAL = (
+    "Open the original model in bf16, fp16 or fp32 instead; of one that was published in fp8 or mxfp4 alone, a copy "
+    "that was dequantized once (in transformers by `dequantize=True` of its FineGrainedFP8Config or Mxfp4Config)."
+)
 
 
 def read_config(path: Path, *, trust_remote_code: bool = False) -> "PretrainedConfig":
@@ -74,6 +92,20 @@ def load_config(path: Path, options: dict[str, Any]) -> "PretrainedConfig":
     return config
 
 
+def refuse_quantized(path: Path, unknown: "Iterable[TensorInfo]") -> None:
+    """Raise ModelError where one of the stored tensors that the architecture does not know is a quantizer's.
+
+    For checkpoints whose config.json does not say so.
+    """
+    for info in unknown:
+        for ending, method in _QUANTIZED_NAMES.items():
+            if info.name.endswith(ending):
+                raise ModelError(
+                    f"{path / info.file} holds {info.name}, as {method} leaves it: these weights are quantized "
+                    f"already, and quantizing them again would add its error to ours. {_ORIGINAL}"
+                )
+
+
 def _refuse_quantized(config_path: Path, raw: dict[str, Any]) -> None:
     nested = [raw, *(value for value in raw.values() if isinstance(value, dict))]
     found = next(
@@ -84,5 +116,5 @@ def _refuse_quantized(config_path: Path, raw: dict[str, Any]) -> None:
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
         raise ModelError(
             f"{config_path} says that this model is already quantized (quant_method {method!r}); quantizing "
-            "it again would add its error to ours. Open the original model in bf16, fp16 or fp32 instead."
+            f"it again would add its error to ours. {_ORIGINAL}"
         )

@@ -13,13 +13,14 @@ from pipeline.allocation import Plan
 from pipeline.decompose import read_matrix
 from pipeline.errors import CheckpointError
 from pipeline.memory import is_shortage
-from pipeline.model import Model
+from pipeline.model import UNUSED, Model
 from pipeline.model_config import load_config
 from pipeline.output import check_compressed
 from pipeline.own_code import TRUST_ADVICE, loading_options, names_code
 from pipeline.quiet import first_line, quiet_transformers
 from pipeline.task import auto_class
 from pipeline.unloaded import MergedError, Unloaded
+from pipeline.version_documents import read_document, reading
 from quantizers import BlockFormat, QuantizedLinear
 from quantizers.embedding import QuantizedHead, TiedHead
 from quantizers.embedding_swap import swap_in
@@ -109,12 +110,20 @@ def _check_whole(folder: Path, config: Any, found: dict[str, Any]) -> None:
     if method != QUANT_METHOD:
         raise CheckpointError(f"{folder / 'config.json'} does not say how the weights are packed: it is damaged.")
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if found[what]:
-            some = ", ".join(map(str, sorted(found[what])[:5]))
+        wrong = set(map(str, found[what])) - (_unused(folder) if what == "unexpected_keys" else set())
+        if wrong:
+            some = ", ".join(sorted(wrong)[:5])
             raise CheckpointError(
                 f"{folder} has {what.replace('_', ' ')}: {some}. It is damaged or incomplete: make it again, or pull "
                 "it from where it was pushed."
             )
+
+
+def _unused(folder: Path) -> set[str]:
+    """Tensors that the original has, too, and that its own class does not load, such as a head for another task."""
+    with reading(what := f"plan.json in {folder}"):
+        skipped = read_document(folder / "plan.json", what).get("skipped", {})
+        return {name for name, reason in skipped.items() if reason == UNUSED}
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

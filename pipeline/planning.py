@@ -83,6 +83,7 @@ def make_plans(
         elsewhere = Registry(Path(scratch)) if dry_run and start == root else None
         costs = first.found_costs()  # of which statistics, that may be large, need not be read again
         if costs is None:
+            first.model.check_finite(progress)
             first = replace(first, registry=elsewhere or registry)
             costs = first.costs(first.statistics())
         plans = [replace(run, registry=first.registry).allocate(costs, elsewhere) for run in runs]

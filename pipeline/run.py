@@ -90,19 +90,21 @@ class Run:
     ) -> "Run":
         """Open the model, tokenize the texts, and find out now whether anything cannot work later.
 
+        Of the weights only headers are read: Model.check_finite, which takes a second per GB, comes when memory and
+        disk are known to suffice.
+
         Raises:
             ModelError, CalibrationError, RecipeError, BudgetError: see pipeline/errors.py.
         """
         run = Run.open(recipe, registry, device=device, resume=resume, log=log, progress=progress)
         run.smallest_plan()
-        run.model.check_finite(progress)
         return run
 
     @staticmethod
     def open(
         recipe: Recipe, registry: Registry, *, device: str, resume: bool, log: StageLog, progress: Progress
     ) -> "Run":
-        """`prepare` without a look at the budget and at the weights' values."""
+        """`prepare` without a look at the budget."""
         model = open_model(
             recipe.model, revision=recipe.revision, trust_remote_code=recipe.trust_remote_code, progress=progress
         )

@@ -27,6 +27,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")  # of weights that are not quantized
 # safetensors' spelling -> bits of one element
 DTYPE_BITS = {
     **{"F64": 64, "I64": 64, "U64": 64, "C64": 64},
@@ -128,7 +129,14 @@ def read_header(path: Path) -> list[TensorInfo]:
         tensors = [_tensor_info(path, *entry) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, f"its header cannot be read ({error})") from error
-    num_expected_bytes = 8 + num_header_bytes + max((end for _, (_, end), _ in entries), default=0)
+    num_data_bytes = 0
+    for (begin, end), name in sorted((offsets, name) for name, offsets, _ in entries):
+        if begin != num_data_bytes:
+            raise _damaged(
+                path, f"{name} begins at byte {begin} of the data, and what is before ends at {num_data_bytes}"
+            )
+        num_data_bytes = end
+    num_expected_bytes = 8 + num_header_bytes + num_data_bytes
     if num_file_bytes < num_expected_bytes:
         raise _truncated(path, num_expected_bytes, num_file_bytes)
     if num_file_bytes > num_expected_bytes:
@@ -162,13 +170,15 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _offsets(entry: dict[str, Any]) -> tuple[int, int]:
     start, end = entry["data_offsets"]
-    if not 0 <= start <= end:
+    if not (isinstance(start, int) and isinstance(end, int) and 0 <= start <= end):
         raise ValueError(f"data_offsets {start}..{end}")
     return start, end
 
 
 def _tensor_info(path: Path, name: str, offsets: tuple[int, int], entry: dict[str, Any]) -> TensorInfo:
     dtype, shape, size_bytes = entry["dtype"], tuple(entry["shape"]), offsets[1] - offsets[0]
+    if not all(isinstance(length, int) and length >= 0 for length in shape):
+        raise ValueError(f"{name} has the shape {list(shape)}")
     if dtype in DTYPE_BITS and math.prod(shape) * DTYPE_BITS[dtype] != size_bytes * 8:
         raise ValueError(f"{name} is {dtype} {list(shape)} but has {size_bytes} bytes")
     return TensorInfo(name=name, file=path.name, dtype=dtype, shape=shape, size_bytes=size_bytes)

@@ -42,6 +42,10 @@ class StoredNames:
     merged: dict[str, Merged]
     produced: tuple[str, ...]
 
+    def knows(self, name: str) -> bool:
+        """Whether the model has a use for a stored tensor."""
+        return name in self.parameters or name in self.merged
+
     def produces(self, parameter: str) -> bool:
         """Whether a conversion that applies to this checkpoint may yield `parameter`."""
         return any(pattern in parameter for pattern in self.produced)

@@ -143,6 +143,8 @@ def prepare_parts(
         outputs = [OutputFolder(out / label, run.facts) for label, run in zip(labels, runs, strict=True)]
         check_disk([run for run, output in zip(runs, outputs, strict=True) if not output.is_finished()], out)
         before_claim(runs)
+        if not all(output.is_finished() for output in outputs):
+            runs[0].model.check_finite(progress)
         check_same_recipe(out, runs[0].facts)
         for output in outputs:
             output.check_claim(resume=resume)
@@ -167,7 +169,6 @@ def prepare_runs(
     first = Run.open(recipes[0], registry, device=device, resume=resume, log=StageLog(), progress=progress)
     runs = [replace(first, recipe=recipe, log=StageLog()) for recipe in recipes]
     _check_budgets(runs)
-    first.model.check_finite(progress)
     return runs
 
 

@@ -10,19 +10,22 @@ from pipeline import forecast as forecasting
 from pipeline import memory_check, working_memory
 from pipeline import model_memory as memory_of_model
 from pipeline.base_logits import cache_bytes
+from pipeline.compress import compress
 from pipeline.curvature_sums import Metric, sums_of
 from pipeline.errors import MemoryShortError
 from pipeline.evaluate import MOST_LOGITS_BYTES, batch_of
 from pipeline.forecast import StageForecast, forecast
 from pipeline.layered import LayeredNetwork
 from pipeline.memory_check import check_memory
-from pipeline.model import open_model
+from pipeline.model import Model, open_model
 from pipeline.model_memory import model_memory
+from pipeline.planning import make_plan
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.spread import num_workers
 from pipeline.stages import StageLog
+from pipeline.sweep import compress_budgets
 from pipeline.tail import _kept_bytes, tail_room, tail_within
 from pipeline.working_memory import LOOPS_BYTES, PROCESS_BYTES, costs_bytes, quantize_bytes
 from registry import Registry
@@ -188,6 +191,24 @@ def test_what_cannot_fit_is_refused(tiny_model_dir: Path, tmp_path: Path, free) 
     free(-GIB)
     with pytest.raises(MemoryShortError, match=r"The stage `statistics` takes about .* No setting makes it fit"):
         check_memory(run)
+
+
+def test_what_cannot_fit_is_refused_before_weights_are_read(
+    tiny_model_dir: Path, tmp_path: Path, free, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(model: Model, name: str) -> None:
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(Model, "tensor", read)
+    free(-GIB)
+    recipe = Recipe.of(model=str(tiny_model_dir), **SMALL)
+    with pytest.raises(MemoryShortError):
+        compress(recipe, Registry(tmp_path / "registry"), tmp_path / "out")
+    with pytest.raises(MemoryShortError):
+        compress_budgets([recipe], Registry(tmp_path / "registry"), tmp_path / "several")
+    with pytest.raises(MemoryShortError):
+        make_plan(recipe, tmp_path / "registry", dry_run=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_settings_that_fit_are_named(

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.machinery
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -194,6 +195,58 @@ def test_experts_that_are_merged_in_an_unknown_way_are_left(tmp_path: Path, monk
     assert all("merged into" in entry.reason for entry in experts)
 
 
+MIXTRAL_EXPERT = "model.layers.0.block_sparse_moe.experts.1"
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (
+            lambda t: t.update({MIXTRAL_EXPERT.replace("1", "2") + ".w1.weight": t[f"{MIXTRAL_EXPERT}.w1.weight"] + 0}),
+            r"experts\.2\.w1\.weight .* does not know: there are 2, counted from 0",
+        ),
+        (
+            lambda t: t.pop(f"{MIXTRAL_EXPERT}.w1.weight"),
+            r"The weights lack .*experts\.1\.w1\.weight, and have .*0\.w1",
+        ),
+        (
+            lambda t: t.update(
+                {f"{MIXTRAL_EXPERT}.w3.weight": t[f"{MIXTRAL_EXPERT}.w3.weight"].to(torch.float8_e4m3fn)}
+            ),
+            r"experts\.1\.w3\.weight .* is F8_E4M3 .*, where .*experts\.0\.w3\.weight is F32",
+        ),
+        (
+            lambda t: t.update({f"{MIXTRAL_EXPERT}.w3.weight": torch.zeros(3, 32)}),
+            r"experts\.1\.w3\.weight .* \[3, 32\], where",
+        ),
+    ],
+    ids=["one more", "one piece less", "another dtype", "another shape"],
+)
+def test_experts_that_are_not_alike_are_refused(
+    edit: Callable[[dict[str, torch.Tensor]], object], expected: str, tmp_path: Path
+) -> None:
+    config = MixtralConfig(**SMALL, num_local_experts=2, num_experts_per_tok=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    edit_weights(tmp_path, edit)
+    with pytest.raises(ModelError, match=expected):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "GPTQ or AWQ"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "a quantizer to fp8"),
+    ],
+)
+def test_quantized_weights_are_known_by_what_lies_beside_them(added: str, told: str, copied: Path) -> None:
+    edit_weights(copied, lambda tensors: tensors.update({added: torch.zeros(4)}))
+    message = message_of(copied)
+    assert f"{added}, as {told} leaves it" in message
+    assert "quantized already" in message
+
+
 def test_weight_read_without_calling_its_layer_is_no_matrix() -> None:
     structure = read_structure(build_skeleton(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2)))
     assert {site.module.rpartition(".")[2] for site in structure.sites} == {"in_proj", "x_proj", "out_proj"}
@@ -233,12 +286,15 @@ def test_open_needs_no_memory_for_the_weights(copied: Path) -> None:
     raw = path.read_bytes()
     num_header_bytes = int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8 : 8 + num_header_bytes])
-    end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    shape = [2_000_000_000, 64]
-    header["model.embed_tokens.weight"] |= {"shape": shape, "data_offsets": [end, end + 2 * 64 * shape[0]]}
+    header["model.embed_tokens.weight"]["shape"] = [2_000_000_000, 64]
+    end = 0
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = end, end + 2 * math.prod(entry["shape"])
+            entry["data_offsets"] = [start, end]
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text)
-    os.truncate(path, 8 + len(text) + end + 2 * 64 * shape[0])
+    os.truncate(path, 8 + len(text) + end)
     assert open_model(str(copied)).size_bytes > 256_000_000_000
 
 
@@ -442,6 +498,20 @@ def test_a_dtype_that_cannot_be_copied_is_refused(name: str, dtype: torch.dtype,
     message = message_of(copied)
     assert name in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("offsets", "told"), [((0, 4), "begins at byte 0"), ((8, 12), "begins at byte 8"), ((4.0, 8), "data_offsets 4.0")]
+)
+def test_tensors_that_overlap_or_leave_holes(offsets: tuple[int, int], told: str, tmp_path: Path) -> None:
+    entries = {
+        name: {"dtype": "F32", "shape": [1], "data_offsets": list(at)} for name, at in (("a", (0, 4)), ("b", offsets))
+    }
+    text = json.dumps(entries).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(int(offsets[1])))
+    with pytest.raises(ModelError, match=rf"x\.safetensors is damaged: .*{told}"):
+        read_header(path)
 
 
 def test_pickle_is_refused_unread(copied: Path) -> None:
