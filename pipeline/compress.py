@@ -148,8 +148,9 @@ def complete(
         evaluation = run.evaluation(checkpoint, output.path)
     with log.stage("report"):
         report = run.report(costs, plan, matrices, checkpoint, evaluation)
-        output.add_report(registry, report)
-    version = registry.publish(name, checkpoint, report)
+        with disk_may_fill(run, output.path.parent):
+            output.add_report(registry, report)
+            version = registry.publish(name, checkpoint, report)
     return Compressed(
         folder=output.path,
         version=version,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pipeline.budget import human_bytes
 from pipeline.errors import DiskSpaceError
+from registry import DiskFullError
 
 if TYPE_CHECKING:
     from pipeline.run import Run
@@ -138,7 +139,7 @@ def _less(run: "Run", needed: int) -> str:
 
 @contextmanager
 def disk_may_fill(run: "Run", folder: Path) -> Iterator[None]:
-    """Inside, a full disk under `folder` is a DiskSpaceError that says how much the run writes."""
+    """Inside, a full disk, of `folder` or of the registry, is a DiskSpaceError that says how much the run writes."""
     with disk_may_fill_up(folder, disk_bytes(run)):
         yield
 
@@ -148,8 +149,8 @@ def disk_may_fill_up(folder: Path, size_bytes: int) -> Iterator[None]:
     """The same for work of whatever kind that writes up to `size_bytes`."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
+    except (OSError, SafetensorError, DiskFullError) as error:
+        if isinstance(error, DiskSpaceError) or not _is_disk_full(error):
             raise
         place = _existing(folder)
         free_bytes = shutil.disk_usage(place).free
@@ -160,7 +161,9 @@ def disk_may_fill_up(folder: Path, size_bytes: int) -> Iterator[None]:
         ) from error
 
 
-def _is_disk_full(error: OSError | SafetensorError) -> bool:
+def _is_disk_full(error: OSError | SafetensorError | DiskFullError) -> bool:
+    if isinstance(error, DiskFullError):
+        return True
     full = (errno.ENOSPC, errno.EDQUOT)
     if isinstance(error, OSError):
         return error.errno in full

@@ -30,7 +30,7 @@ from pipeline.audit import audit, fixed_answer
 from pipeline.budget import Budget
 from pipeline.calibration import TokenWindows
 from pipeline.checkpoint import Checkpoint
-from pipeline.costs import CostTable, check_ranks, choices_of, cost_table, measure_costs
+from pipeline.costs import SIGNIFICANT_DIGITS, CostTable, check_ranks, choices_of, cost_table, measure_costs
 from pipeline.decompose import decompose, read_error
 from pipeline.disk_space import disk_may_fill
 from pipeline.embedding_steps import (
@@ -286,7 +286,8 @@ class Run:
         parents = (first.digest, second.digest, *(matrices.digest for matrices in quantized))
         compared = self._step("comparison", parents, settings, build)
         measured = json.loads(self.registry.path(compared, "comparison.json").read_text())
-        return second if measured["rival_kl"] < measured["plan_kl"] else first
+        rival_kl, plan_kl = (float(f"{measured[name]:.{SIGNIFICANT_DIGITS}g}") for name in ("rival_kl", "plan_kl"))
+        return second if rival_kl < plan_kl else first
 
     def _fits(self, plan: Plan) -> bool:
         """A plan of no more bits may have a larger folder: more tensors, longer labels."""
@@ -469,12 +470,12 @@ class Run:
             return done
 
         def build_and_note_tools(work: Path) -> dict[str, Any]:
-            with disk_may_fill(self, work):
-                return (build(work) or {}) | {"tools": TOOLS}
+            return (build(work) or {}) | {"tools": TOOLS}
 
-        return self.registry.step(
-            kind, parents, settings, build_and_note_tools, resume=self.resume, progress=self.progress
-        )
+        with disk_may_fill(self, self.registry.root):
+            return self.registry.step(
+                kind, parents, settings, build_and_note_tools, resume=self.resume, progress=self.progress
+            )
 
     def keyed(self, settings: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the code that they are for."""

@@ -8,6 +8,7 @@ from registry.artifact import Artifact, FileEntry, canonical_json, sha256_of
 from registry.collected import Collected
 from registry.errors import (
     AmbiguousDigestError,
+    DiskFullError,
     HubAuthError,
     HubConflictError,
     HubError,
@@ -48,6 +49,7 @@ __all__ = [
     "AmbiguousDigestError",
     "Artifact",
     "Collected",
+    "DiskFullError",
     "Exported",
     "FileEntry",
     "HubAuthError",

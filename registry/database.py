@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from registry.errors import IndexLostError, RegistryError, SchemaError
+from registry.errors import DiskFullError, IndexLostError, RegistryError, SchemaError
 from registry.lock import exclusive, flocked
 from registry.schema import REVISIONS
 
@@ -201,15 +201,19 @@ class Database:
             yield
         except (SQLAlchemyError, sqlite3.Error, OSError) as error:  # the second from `_upgrade`'s raw connection
             cause = " ".join(str(getattr(error, "orig", None) or error).split())
-            raise RegistryError(
-                f"The registry's database {self.name} cannot be used ({cause}). {self._advice()}"
-            ) from error
+            said = f"The registry's database {self.name} cannot be used ({cause})."
+            if self._is_disk_full():
+                advice = "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
+                raise DiskFullError(f"{said} {advice}") from error
+            raise RegistryError(f"{said} {self._advice()}") from error
 
-    def _advice(self) -> str:
+    def _is_disk_full(self) -> bool:
         if self.is_sqlite:
             with suppress(OSError):
-                if shutil.disk_usage(Path(self.name).parent).free < NEEDED_BYTES:
-                    return "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
+                return shutil.disk_usage(Path(self.name).parent).free < NEEDED_BYTES
+        return False
+
+    def _advice(self) -> str:
         return (
             f"If it is locked, another bitsmith has been writing for over {BUSY_TIMEOUT_SECONDS} s: wait for it. If it "
             "does not answer or is read-only, mend that. If it is malformed: `bitsmith registry doctor --repair`."

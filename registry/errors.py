@@ -61,6 +61,10 @@ class IndexLostError(RegistryError):
     """The database is gone, or is being made anew, while the records tell of versions; nothing was changed."""
 
 
+class DiskFullError(RegistryError):
+    """The disk of the registry holds no more."""
+
+
 class SchemaError(RegistryError):
     """The database was written by a newer version of the program."""
 

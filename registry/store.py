@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO
 
 from registry.artifact import Artifact, FileEntry, checked_digest
-from registry.errors import IntegrityError, NotFoundError, RegistryError, TargetExistsError
+from registry.errors import DiskFullError, IntegrityError, NotFoundError, RegistryError, TargetExistsError
 from registry.partial import remove_stale, temporary_beside
 from registry.paths import checked_path
 
@@ -376,11 +376,12 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def disk_error(error: OSError, path: Path) -> RegistryError:
     """The RegistryError for what the operating system said about `path`."""
+    kind = RegistryError
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        advice = "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
+        kind, advice = DiskFullError, "The disk is full: free some space, or point BITSMITH_HOME at a larger disk."
     elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         advice = "Access is refused: mend the permissions of the folder, or choose another with BITSMITH_HOME."
     else:
         advice = "Check the disk and the path, then run the command again."
     place = error.filename or path
-    return RegistryError(f"{place} cannot be read or written ({error.strerror or error}). {advice}")
+    return kind(f"{place} cannot be read or written ({error.strerror or error}). {advice}")
