@@ -18,7 +18,10 @@ from urllib.parse import urlsplit
 
 from flows.errors import DeployError
 
-SETTINGS = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+SETTINGS = {
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # runs leave the database 90 days after their end
+}
 START_SECONDS, SECONDS_BETWEEN_LOOKS = 180.0, 5.0
 
 
