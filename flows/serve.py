@@ -43,11 +43,11 @@ def serve(deployments: Sequence[Deployment], *, port: int, limit: int) -> None:
         for each in made:
             each.work_queue_name, each.job_variables = None, {}  # there are no workers
             each.tags.append(SERVED)
-        with get_client(sync_client=True) as client:
-            collapse_late_runs(client, made)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Prefect ends runs in its own way
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
+            with get_client(sync_client=True) as client:
+                collapse_late_runs(client, made)
             prefect.serve(*made, pause_on_shutdown=False, limit=limit)
         except Exception:  # Prefect gives up after some minutes without a server
             check_server()

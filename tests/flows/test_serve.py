@@ -101,6 +101,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr("flows.serve.server_at_hand", lambda port: nullcontext())
     monkeypatch.setattr("flows.serve.make_automations", lambda webhook: [])
+    monkeypatch.setattr("flows.serve.collapse_late_runs", lambda client, deployments: 0)
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     monkeypatch.setattr("prefect.serve", give_up)
     return given
