@@ -41,6 +41,7 @@ class ReportFacts:
             are None where they would have taken too long: of a model that is not in memory as a whole.
         recovery: None if there was none.
         rival: see Results.comparison.
+        notes: what the statistics do not tell, a sentence each.
     """
 
     model: Model
@@ -53,6 +54,7 @@ class ReportFacts:
     evaluation: dict[str, Any] | None
     recovery: RecoveryReport | None = None
     rival: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def figures(facts: ReportFacts) -> dict[str, Any]:
                 "solver": plan.solver,
             },
             "rival": facts.rival,
+            "notes": list(facts.notes),
             "embeddings": embeddings(plan),
             "skipped": skipped(model, plan),
             "recipe": recipe,

@@ -4,8 +4,12 @@ Library code calls `progress.track(items, "what")` and knows nothing of terminal
 passes a rich display, a flow passes Prefect's, and everyone else gets silence.
 """
 
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol, TypeVar
+
+from pipeline.atomic import write_json
 
 T = TypeVar("T")
 
@@ -30,6 +34,24 @@ class Silent:
 
     def say(self, message: str) -> None:
         pass
+
+
+class Noting:
+    """Another's; what is said is also written down, so that it can be said again where the work's result is used."""
+
+    def __init__(self, progress: Progress, path: Path) -> None:
+        self.progress, self.path = progress, path
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+        return self.progress.track(items, description, total, done)
+
+    def say(self, message: str) -> None:
+        write_json(self.path, list(dict.fromkeys([*self.notes(), message])))
+        self.progress.say(message)
+
+    def notes(self) -> list[str]:
+        """All of them in their order, of a killed call before this one, too."""
+        return json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else []
 
 
 SILENT = Silent()

@@ -226,7 +226,11 @@ class Run:
         if not free_to_choose(self.embeddings):
             head_curvature(self)
 
+        is_new = False
+
         def build(work: Path) -> dict[str, Any]:
+            nonlocal is_new
+            is_new = True
             collect_statistics(
                 self.model,
                 windows,
@@ -239,7 +243,14 @@ class Run:
             )
             return {"source": windows.source, "num_windows": len(windows), "seq_len": windows.tokens.shape[1]}
 
-        return self._step("statistics", (), self._statistics_settings(), build)
+        statistics = self._step("statistics", (), self._statistics_settings(), build)
+        for note in () if is_new else self._notes(statistics):
+            self.progress.say(note)
+        return statistics
+
+    def _notes(self, statistics: Artifact | None) -> tuple[str, ...]:
+        found = self.results.statistics(statistics)
+        return found.notes if found else ()
 
     def costs(self, statistics: Artifact | None) -> Artifact:
         """The cost table."""
@@ -449,6 +460,7 @@ class Run:
                 checkpoint_digest=checkpoint.digest,
                 evaluation=self.results.evaluation(evaluation),
                 recovery=self.results.recovery(matrices),
+                notes=self._notes(self.registry.get(costs.parents[0]) if costs.parents else None),
                 rival=self.results.comparison(plan, self.texts.evaluation.sha256) if self.texts.evaluation else None,
             )
             write_report(facts, work / "out", progress=self.progress)

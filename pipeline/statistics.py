@@ -25,7 +25,7 @@ from pipeline.divergence_scale import measure_divergences
 from pipeline.layered import Network, open_network
 from pipeline.model import Matrix, Model
 from pipeline.part_sums import collect_part, num_steps
-from pipeline.progress import SILENT, Progress
+from pipeline.progress import SILENT, Noting, Progress
 from pipeline.summed_parts import PART_WINDOWS, SummedParts, layer_file, layers_of, owner_of, parts_of
 from pipeline.unreached import fill_unreached
 from quantizers import LayerStatistics
@@ -40,18 +40,24 @@ SpreadParts = Callable[[Tensor, Sequence[range]], Iterator[Callable[[int], dict[
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a whole model, read from disk a matrix at a time."""
+    """Statistics of a whole model, read from disk a matrix at a time.
+
+    Attributes:
+        notes: a sentence each: matrices that the text tells nothing about, and those whose curvature is singular.
+    """
 
     file: Callable[[str], Path]
     metric: Metric
     num_tokens: int
     scales: dict[str, float]
+    notes: tuple[str, ...]
 
     @staticmethod
     def open(file: Callable[[str], Path]) -> "Statistics":
         """The statistics that `collect_statistics` left; `file` tells where each of its files is now."""
         facts = json.loads(file("statistics.json").read_text())
-        return Statistics(file, facts["metric"], facts["num_tokens"], facts["scales"])
+        notes = tuple(facts.get("notes", ()))
+        return Statistics(file, facts["metric"], facts["num_tokens"], facts["scales"], notes)
 
     def of(self, matrix: Matrix) -> LayerStatistics:
         """Statistics of one matrix, oriented as `matrix.shape`, scaled so that errors are in nats a token."""
@@ -94,6 +100,7 @@ def collect_statistics(
         else:
             network = open_network(model, device, progress.say)
             _collect_here(total, network, model, used.to(device), sums, work, seed, progress)
+    noting = Noting(progress, work / "notes.json")
     facts: dict[str, Any] = {
         "metric": metric,
         "num_sequences": len(used),
@@ -103,10 +110,12 @@ def collect_statistics(
     }
     write_json(work / "out" / "statistics.json", facts)
     found = Statistics.open(lambda name: work / "out" / name)
-    fill_unreached(model.matrices, work / "out", sums, progress.say)
+    fill_unreached(model.matrices, work / "out", sums, noting.say)
     measure = measure_divergences if sums.scaled_by_divergence else measure_scales
     if measure is measure_divergences or not num_checked:
-        say_all_degraded(model.matrices, found.of, progress.say)
+        say_all_degraded(model.matrices, found.of, noting.say)
+    facts["notes"] = noting.notes()
+    write_json(work / "out" / "statistics.json", facts)
     if measure is measure_divergences and not num_checked:
         checked = used  # a single window says both
     elif not num_checked:
@@ -114,10 +123,10 @@ def collect_statistics(
     measured = work / "scales.json"
     if not measured.exists():
         network = network or open_network(model, device, progress.say)
-        scales = measure(network, model, found.of, checked.to(device), len(used), work / "scale", seed, progress)
+        scales = measure(network, model, found.of, checked.to(device), len(used), work / "scale", seed, noting)
         write_json(measured, {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()})
     shutil.rmtree(work / "scale", ignore_errors=True)  # last: half of what is in it would pass for all of it
-    facts["scales"] = json.loads(measured.read_text())
+    facts |= {"scales": json.loads(measured.read_text()), "notes": noting.notes()}
     write_json(work / "out" / "statistics.json", facts)
 
 

@@ -99,6 +99,7 @@ def test_experts_that_no_token_reached_are_named_and_take_the_mean_of_others(met
     assert len(idle) == 1
     assert all(f"layers.1.mlp.experts.{index}." in idle[0] for index in (2, 3))
     statistics = Statistics.open(lambda name: tmp_path / "work" / "out" / name)
+    assert set(idle) <= set(statistics.notes)
     raw = load_file(tmp_path / "work" / "out" / "layer-001.safetensors")
     name = {"fisher": "fisher_diag"}.get(metric, "input_curvature")
     key = "model.layers.1.mlp.experts.{}.down" + (".weight." if metric != "kl" else ".") + name

@@ -1,5 +1,6 @@
 """The default way through (curvature, feedback, trellis) with weights, shapes and texts that nobody wishes for."""
 
+import html
 import json
 from pathlib import Path
 
@@ -111,6 +112,21 @@ def test_errors_of_which_the_text_tells_nothing_count_like_others(
     for name in names:
         torch.testing.assert_close(levels[name], levels[name].mean().expand_as(levels[name]))
         assert min(others) < float(levels[name].mean()) < max(others)
+
+
+def test_what_the_text_does_not_tell_is_said_to_all_who_use_the_statistics(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = changed(tiny_model_dir, tmp_path / "m", torch.zeros_like, "model.layers.0.self_attn.v_proj.weight")
+    said = []
+    for budget in ("3.5bpw", "4bpw"):
+        notes = Notes()
+        recipe = Recipe.of(model=str(model), **SMALL | {"budget": budget})
+        done = compress(recipe, Registry(tmp_path / "registry"), tmp_path / budget, progress=notes)
+        (told,) = [note for note in notes.said if "tells nothing about" in note]
+        said.append(told)
+        assert told in html.unescape((done.folder / "report" / "index.html").read_text(encoding="utf-8"))
+    assert said[0] == said[1]
 
 
 def importance_of(statistics: Statistics, matrix: Matrix) -> torch.Tensor:
