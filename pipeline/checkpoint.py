@@ -98,7 +98,7 @@ class Checkpoint:
         *,
         progress: Progress = SILENT,
     ) -> None:
-        """Write every file into `folder`.
+        """Write every file into `folder`; weights that a killed call of this checkpoint left there are whole, and stay.
 
         Args:
             matrix_path: module name -> file that `decompose` wrote for it.
@@ -110,7 +110,9 @@ class Checkpoint:
         for name, text in self.texts.items():
             replace_file(folder / name, partial(_write_text, text))
         reader = _Reader(self.model, self.plan, matrix_path, kept)
-        for name, file in progress.track(self.shards.items(), "Write checkpoint", total=len(self.shards)):
+        missing = {name: file for name, file in self.shards.items() if not (folder / name).exists()}
+        num_done = len(self.shards) - len(missing)
+        for name, file in progress.track(missing.items(), "Write checkpoint", len(self.shards), num_done):
             replace_file(folder / name, partial(file.write, read=reader.tensor))
 
     def _copied(self) -> list[str]:

@@ -5,6 +5,7 @@ and in order. Standard errors treat the window, not the token, as the unit of sa
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pipeline.atomic import replace_file
 from pipeline.base_logits import SLICE_TOKENS, BaseFeatures, BaseLogits, BaseWindow
 from pipeline.calibration import rendered, tokens_sha256
 from pipeline.errors import CheckpointError
@@ -35,6 +37,7 @@ def evaluate(
     tokens: Tensor,
     *,
     batch_size: int | None = None,
+    keep: Path | None = None,
     progress: Progress = SILENT,
 ) -> EvalReport:
     """Compare `model` with its original on `tokens`.
@@ -49,6 +52,7 @@ def evaluate(
         base: the original's predictions for the same `tokens`, from `base_log_probs`.
         tokens: int64 [windows, seq_len].
         batch_size: windows at a time; None takes `batch_of`.
+        keep: folder for the scores of each window, from which a call after a kill goes on.
     Raises:
         CalibrationError: `tokens` has another shape or dtype.
         CheckpointError: the two models have different vocabularies.
@@ -58,12 +62,15 @@ def evaluate(
     require_windows(tokens)
     if not torch.equal(base.tokens.cpu(), tokens.cpu()):
         raise ValueError("`base` was prepared for other tokens: call base_log_probs with the same ones.")
-    scores: list[TokenScores] = []
     batch_size = batch_size or batch_of(tokens.shape[1], task_of(model.config).answer_width(model.config))
     with inference_only(model):
-        found = _scores(model, base, tokens, batch_size)
-        scores += progress.track(found, "comparing with the original", len(tokens))
-    return _report(scores, tokens)
+        known = _kept(keep) if keep else []
+        found = _scores(model, base, tokens, batch_size, len(known))
+        for score in progress.track(found, "comparing with the original", len(tokens), len(known)):
+            if keep:
+                _keep(score, keep / f"scores-{len(known):05d}.npz")
+            known.append(score)
+    return _report(known, tokens)
 
 
 def batch_of(seq_len: int, answer_width: int) -> int:
@@ -144,9 +151,29 @@ def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prom
     return str(tokenizer.decode(output[0, num_read:], skip_special_tokens=True))
 
 
-def _scores(model: PreTrainedModel, base: BaseLogits, tokens: Tensor, batch_size: int) -> Iterator[TokenScores]:
-    """Of each window, a batch at once; one by one from where memory runs out."""
-    start = 0
+def _keep(scores: TokenScores, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    replace_file(path, lambda temporary: _write(scores, temporary))
+
+
+def _write(scores: TokenScores, path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, **scores)  # type: ignore[arg-type]
+
+
+def _kept(folder: Path) -> list[TokenScores]:
+    """Of the first windows."""
+    found: list[TokenScores] = []
+    while (path := folder / f"scores-{len(found):05d}.npz").exists():
+        with np.load(path) as stored:
+            found.append(dict(stored))
+    return found
+
+
+def _scores(
+    model: PreTrainedModel, base: BaseLogits, tokens: Tensor, batch_size: int, start: int
+) -> Iterator[TokenScores]:
+    """Of each window from `start` on, a batch at once; one by one from where memory runs out."""
     while start < len(tokens):
         batch = tokens[start : start + batch_size]
         try:

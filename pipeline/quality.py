@@ -34,12 +34,14 @@ def original_logits(model: Model, tokens: Tensor, device: str, progress: Progres
     )
 
 
-def measured(model: Model, folder: Path, windows: TokenWindows, device: str, progress: Progress) -> dict[str, Any]:
-    """The content of evaluation.json for the checkpoint in `folder`, see `ReportFacts`."""
+def measured(
+    model: Model, folder: Path, windows: TokenWindows, device: str, keep: Path, progress: Progress
+) -> dict[str, Any]:
+    """The content of evaluation.json for the checkpoint in `folder`, see `ReportFacts`; `keep` as of `evaluate`."""
     original = original_logits(model, windows.tokens, device, progress)
     # in float32, as the original: half precision would add its own divergence, and may overflow
     network = load_packed(folder, device, torch.float32, trust_remote_code=model.trust_remote_code)
-    report = evaluate(network, original, windows.tokens, progress=progress)
+    report = evaluate(network, original, windows.tokens, keep=keep, progress=progress)
     original.release()
     samples: dict[str, str | None] = {"compressed": None, "original": None}
     if model.task.generates and is_whole(model, device):  # else all would be read, or dequantized, for every token

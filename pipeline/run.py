@@ -431,7 +431,7 @@ class Run:
         settings = {"model": self.model.digest, "tokens": windows.sha256, "device": self.device}
 
         def build(work: Path) -> None:
-            content = measured(self.model, folder, windows, self.device, self.progress)
+            content = measured(self.model, folder, windows, self.device, work / "scores", self.progress)
             (work / "out").mkdir(exist_ok=True)
             write_json(work / "out" / "evaluation.json", content)
 

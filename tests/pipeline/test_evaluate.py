@@ -491,7 +491,9 @@ def test_sample_uses_the_chat_template_where_there_is_one(model, tokenizer):
 
 
 @pytest.mark.parametrize("module", [quality, evaluate_folder], ids=["run", "command"])
-def test_the_packed_model_is_measured_in_float32_like_its_original(module, tiny_model_dir, monkeypatch) -> None:
+def test_the_packed_model_is_measured_in_float32_like_its_original(
+    module, tiny_model_dir, tmp_path: Path, monkeypatch
+) -> None:
     """Also on a GPU, where a packed model is otherwise loaded in the checkpoint's own precision."""
     asked = []
 
@@ -506,9 +508,20 @@ def test_the_packed_model_is_measured_in_float32_like_its_original(module, tiny_
     windows = TokenWindows(torch.zeros(1, 8, dtype=torch.long), "0", "made up", None, 1)
     texts = {"base_revision": None, "dataset": None, "dataset_revision": None, "num_windows": 1, "seq_len": 8}
     measure = {
-        quality: lambda: quality.measured(model, tiny_model_dir, windows, "cuda", SILENT),
+        quality: lambda: quality.measured(model, tiny_model_dir, windows, "cuda", tmp_path, SILENT),
         evaluate_folder: lambda: evaluate_folder.evaluate_folder(tiny_model_dir, "base", device="cuda", **texts),
     }
     with pytest.raises(KeyboardInterrupt):
         measure[module]()
     assert asked == [torch.float32]
+
+
+def test_a_call_after_a_kill_scores_only_what_is_left(other, prepare, tokens, tmp_path: Path) -> None:
+    base = prepare()
+    whole = evaluate(other, base, tokens, batch_size=1)
+    killed = Spy(other, fail_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(killed(), base, tokens, batch_size=1, keep=tmp_path / "scores")
+    again = Spy(other)
+    assert evaluate(again(), base, tokens, batch_size=1, keep=tmp_path / "scores") == whole
+    assert again.num_windows == NUM_WINDOWS - 2

@@ -28,7 +28,7 @@ KILL_POINTS = {
     "audit": ("pipeline.run", "audit", 1),
     "finish": ("pipeline.output.OutputFolder", "finish", 1),
     "logits": ("pipeline.base_logits", "write_window", 2),
-    "evaluate": ("pipeline.quality", "evaluate", 1),
+    "evaluate": ("pipeline.evaluate", "_keep", 2),
     "report": ("pipeline.run", "write_report", 1),
     "add report": ("pipeline.output.OutputFolder", "add_report", 1),
     "publish": ("registry.registry.Registry", "publish", 1),
@@ -149,6 +149,28 @@ def test_ctrl_c_leaves_work_to_go_on_from(
         assert _run_child(children, *args, kill_point, signal.SIGINT) == 130, kill_point
     assert _run_child(children, *args, None, 0) == 0
     _check_finished(tmp_path, unbroken)
+
+
+def test_shards_that_are_written_stay(tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import checkpoint
+    from pipeline.safetensors_file import SafetensorsFile
+
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 30_000)
+    written, stop_at, write = [], 2, SafetensorsFile.write
+
+    def counting(file: SafetensorsFile, path: Path, read: Any) -> None:
+        if len(written) == stop_at:
+            raise KeyboardInterrupt
+        write(file, path, read)
+        written.append(path.name)
+
+    monkeypatch.setattr(SafetensorsFile, "write", counting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model_dir, tmp_path)
+    stop_at = -1
+    done = run(tiny_model_dir, tmp_path)
+    assert len(written) == len(list(done.folder.glob("*.safetensors"))) > 2
+    assert done.version.digest == run(tiny_model_dir, tmp_path / "again").version.digest
 
 
 def test_an_unfinished_run_with_another_recipe_is_refused(children, tiny_model_dir: Path, tmp_path: Path) -> None:
