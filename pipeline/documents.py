@@ -220,6 +220,12 @@ def _row_document(source: str, number: int, row: Row) -> Document:
                 )
             asked = "\n\n".join(filter(None, [row[question], more]))
             return [{"role": "user", "content": _whole(asked)}, {"role": "assistant", "content": _whole(row[answer])}]
+    known = {"text", *(name for pair in TURN_FIELDS if {*pair} <= row.keys() for name in pair)}
+    for field in sorted(known & row.keys()):
+        if not isinstance(row[field], str):
+            raise CalibrationError(
+                f"{source}, row {number} has a `{field}` that is a {type(row[field]).__name__}. Expected a string."
+            )
     pairs = ", ".join(f"{question}/{answer}" for question, answer in TURN_FIELDS)
     raise CalibrationError(
         f"{source}, row {number} has none of the known fields: text, {', '.join(CHAT_FIELDS)}, {pairs}. "

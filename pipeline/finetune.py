@@ -101,8 +101,8 @@ def finetune(
         CalibrationError: the dataset cannot be used.
         CheckpointError: the checkpoint is damaged, or of a model that does not go on from a text.
         DiskSpaceError: the disk is full.
-        NonFiniteError: a loss is NaN or infinite; where a measurement before that was better than the start, the
-            adapter of that step is in `output` all the same.
+        NonFiniteError: a loss is NaN or infinite; the best adapter before that, or the last where none was better
+            than the start, is in `output` all the same, unless it was the first loss.
         OutputExistsError, RecipeChangedError: `output` or its unfinished work is of something else.
         RecipeError: nothing would be trained.
     """
@@ -136,11 +136,9 @@ def finetune(
         started_with = out.recipe | {"start_sha256": sha256_of(opened.live)}
         state = TrainingState.begin(out.partial / STATE_FILE, started_with, dict(opened.live), torch.device("cpu"))
         failure = train(opened.network, opened.live, examples, settings, state, progress)
-        if failure and not state.best:
+        if failure and not state.best and not 0 < state.step == state.checks[-1].step:
             shutil.rmtree(out.partial)
-            raise NonFiniteError(
-                f"{failure} No adapter was written: the loss on the held-out examples was not below that of the start."
-            ) from failure
+            raise NonFiniteError(f"{failure} No adapter was written, for there was no step before that.") from failure
         report = FinetuneReport.of(
             state, settings, examples, base=checkpoint.resolve().name, num_trained=num_trained, stopped_by=failure
         )
@@ -156,9 +154,10 @@ def finetune(
 def _finished(output: Path, *, was_finished: bool = True) -> Finetuned:
     report = FinetuneReport.from_json(json.loads((output / REPORT_FILE).read_text(encoding="utf-8")))
     if report.stopped_by:
+        which = "the best before that" if report.has_gained else "the last before that and no better than the start"
         raise NonFiniteError(
-            f"{report.stopped_by} The adapter of step {report.kept_step}, the best before that, is in {output}; to "
-            "train with other settings, choose another folder with -o."
+            f"{report.stopped_by} The adapter of step {report.kept_step}, {which}, is in {output}; to train with other "
+            "settings, choose another folder with -o."
         )
     return Finetuned(output, report, was_finished)
 
@@ -244,7 +243,7 @@ def _write(
     tensors = opened.adapter(values)
     replace_file(staged / WEIGHTS_FILE, partial(save_file, tensors, metadata={"format": "pt"}))
     _write_config(opened, report.base, staged)
-    write_json(staged / BINDING_FILE, binding(staged, out.recipe[BASE_FIELD]))
+    write_json(staged / BINDING_FILE, binding(staged, out.recipe[BASE_FIELD], opened.network.config))
     write_json(staged / "recipe.json", out.recipe)
     write_json(staged / REPORT_FILE, report.to_json())
     write_finetune_report(report, out.recipe, staged)

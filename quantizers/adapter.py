@@ -22,7 +22,7 @@ from jaxtyping import Float
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quantizers.embedding import PackedRows
 from quantizers.linear import QuantizedLinear
@@ -30,6 +30,11 @@ from quantizers.linear import QuantizedLinear
 BINDING_FILE = "binding.json"
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 BASE_FIELD = "base_sha256"
+# Fields of a config that a network's answers do not depend on, or that are told by the tensors' hash.
+NO_COMPUTATION = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "quantization_config", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "_attn_implementation"),
+}
 
 
 class LoraQuantizedLinear(nn.Module, LoraLayer):
@@ -138,9 +143,26 @@ def _bytes(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def binding(folder: Path, base: str) -> dict[str, Any]:
-    """Content of BINDING_FILE: it binds the adapter in `folder` to the base of that `base_sha256`, and its files."""
-    return {BASE_FIELD: base, "files": {name: hash_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}}
+def binding(folder: Path, base: str, config: PretrainedConfig) -> dict[str, Any]:
+    """Content of BINDING_FILE: it binds the adapter in `folder` to the base of that `base_sha256`, and its files.
+
+    Args:
+        config: the base's, which says what it does with the same tensors.
+    """
+    files = {name: hash_of(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE)}
+    return {BASE_FIELD: base, "config": _computation(config), "files": files}
+
+
+def _computation(config: PretrainedConfig) -> dict[str, Any]:
+    """What decides a network's answers, as JSON gives it back."""
+    stored = {name: value for name, value in config.to_dict().items() if name not in NO_COMPUTATION}
+    return dict(json.loads(json.dumps(stored, default=str)))
+
+
+def _differs(before: Any, now: Any) -> bool:
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_differs(before[name], now[name]) for name in before.keys() & now.keys())
+    return bool(before != now)
 
 
 def hash_of(path: Path) -> str:
@@ -160,7 +182,7 @@ def attach_adapter(network: PreTrainedModel, folder: str | Path) -> PeftModel:
     folder = Path(folder)
     try:
         binding = json.loads((folder / BINDING_FILE).read_text(encoding="utf-8"))
-        wanted, files = str(binding[BASE_FIELD]), dict(binding["files"])
+        wanted, files, said = str(binding[BASE_FIELD]), dict(binding["files"]), dict(binding.get("config", {}))
         changed = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if hash_of(folder / name) != files.get(name)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} holds no adapter that `bitsmith finetune` wrote ({error})") from error
@@ -172,6 +194,13 @@ def attach_adapter(network: PreTrainedModel, folder: str | Path) -> PeftModel:
             f"the adapter in {folder} was trained on the base {wanted[:12]}, and this model is {found[:12]}: on any "
             "other base its factors mean nothing. Load the checkpoint that its README.md names, packed, in its own "
             "dtype or in float32"
+        )
+    now = _computation(network.config)
+    # those alone that both know: another version of transformers has other fields
+    if other := [name for name, value in said.items() if name in now and _differs(value, now[name])]:
+        raise ValueError(
+            f"the adapter in {folder} was trained on a base of the same tensors with another config: {other[0]} was "
+            f"{said[other[0]]!r}, and this model has {now[other[0]]!r}. Load the checkpoint that its README.md names"
         )
     config = for_packed(LoraConfig.from_pretrained(str(folder)))
     with quiet_peft():

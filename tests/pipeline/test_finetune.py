@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +33,7 @@ from pipeline.finetune import Answers, Finetuned, finetune
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.lora_network import Opened, open_for_finetuning
 from pipeline.merged import write_merged
-from pipeline.packed import load_packed
+from pipeline.packed import load_packed, unpack
 from pipeline.recipe import Recipe
 from pipeline.training import Training
 from quantizers import QuantizedLinear
@@ -236,6 +237,35 @@ def test_a_loss_that_becomes_nan_before_the_first_measurement_keeps_the_step_bef
     with pytest.raises(NonFiniteError, match=r"is nan at step 3 .* The adapter of step 3, "):
         run(checkpoint, dataset, tmp_path / "out", SETTINGS.model_copy(update={"check_every": 5}))
     load_tuned(checkpoint, tmp_path / "out")
+
+
+def test_a_loss_that_becomes_nan_after_no_gain_keeps_the_last_adapter(
+    checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch
+) -> None:
+    losses = Answers.losses
+    steps: list[list[int]] = []
+
+    def broken(self, indices: list[int]):
+        steps.append(indices)
+        for some, loss in losses(self, indices):
+            yield some, loss * (torch.nan if len(steps) > 3 else 1)
+
+    monkeypatch.setattr(Answers, "losses", broken)
+    told = r"is nan at step 3 .* The adapter of step 3, the last before that and no better than the start, is in"
+    with pytest.raises(NonFiniteError, match=told):
+        run(checkpoint, dataset, tmp_path / "out", SETTINGS.model_copy(update={"learning_rate": 1e-30}))
+    load_tuned(checkpoint, tmp_path / "out")
+
+
+def test_peft_itself_reads_the_factors_right(checkpoint: Path, finished: Finetuned) -> None:
+    """On the base in a dense form, where nothing of this package is asked."""
+    dense = load_packed(checkpoint)
+    unpack(dense)
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = load_tuned(checkpoint, finished.folder)(input_ids=tokens).logits
+        found = PeftModel.from_pretrained(dense, str(finished.folder)).eval()(input_ids=tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_loss_that_is_nan_at_once_leaves_nothing(checkpoint: Path, dataset: str, tmp_path: Path, monkeypatch) -> None:

@@ -39,7 +39,9 @@ def tuned(network=None) -> PeftModel:
 def saved(tmp_path: Path) -> Path:
     adapter = tuned()
     adapter.save_pretrained(tmp_path)
-    (tmp_path / BINDING_FILE).write_text(json.dumps(binding(tmp_path, base_sha256(packed_llama()))))
+    (tmp_path / BINDING_FILE).write_text(
+        json.dumps(binding(tmp_path, base_sha256(packed_llama()), packed_llama().config))
+    )
     return tmp_path
 
 
@@ -90,6 +92,18 @@ def test_on_any_other_base_it_is_an_error(saved: Path) -> None:
         louder.model.norm.weight.mul_(1.1)
     with pytest.raises(ValueError, match="any other base"):
         attach_adapter(louder, saved)
+    other = packed_llama()
+    other.config.rms_norm_eps = 0.1
+    with pytest.raises(ValueError, match=r"with another config: rms_norm_eps was 1e-06, and this model has 0\.1"):
+        attach_adapter(other, saved)
+
+
+def test_a_binding_of_before_and_fields_that_only_one_side_knows_are_no_hindrance(saved: Path) -> None:
+    path = saved / BINDING_FILE
+    known = json.loads(path.read_text())
+    for config in ({"of_another_version": 1}, None):
+        path.write_text(json.dumps({key: value for key, value in (known | {"config": config}).items() if value}))
+        attach_adapter(packed_llama(), saved)
 
 
 def test_plain_peft_does_not_take_a_packed_layer_by_mistake(saved: Path) -> None:
