@@ -188,6 +188,13 @@ def test_an_input_that_is_no_text_is_named(tmp_path: Path, tiny_tokenizer: PreTr
     assert "row 1 has an `input` that is a dict" in message_of(source, tiny_tokenizer)
 
 
+@pytest.mark.parametrize(("row", "field"), [({"question": "2 + 2", "answer": 4}, "answer"), ({"text": 4}, "text")])
+def test_a_text_that_is_a_number_is_told(row: dict[str, object], field: str, tiny_tokenizer, tmp_path: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps(row))
+    assert f"row 1 has a `{field}` that is a int. Expected a string" in message_of(source, tiny_tokenizer)
+
+
 def test_chat_without_a_template_is_joined_plainly(tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.chat_template = None
