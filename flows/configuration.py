@@ -100,10 +100,6 @@ class Deployment(_Strict):
         """One or several."""
         return (*((self.schedule,) if self.schedule else ()), *self.schedules)
 
-    @property
-    def is_watch(self) -> bool:
-        return self.entrypoint.endswith(".watch")
-
     def flow(self) -> "Flow[..., Any]":
         """What the entrypoint names. Raises DeployError where that is no flow of the package."""
         from prefect.flows import load_flow_from_entrypoint
@@ -172,7 +168,12 @@ def read_configuration(path: Path = FILE) -> tuple[Deployment, ...]:
         for schedule in deployment.all_schedules:
             if schedule.parameters:
                 check_parameters(deployment.name, deployment.flow(), deployment.parameters | schedule.parameters)
-    check_apart({deployment.name: deployment.parameters for deployment in file.deployments if deployment.is_watch})
+    check_apart(
+        (deployment.name, deployment.parameters | parameters)
+        for deployment in file.deployments
+        if deployment.flow().name == "watch"
+        for parameters in ({}, *(schedule.parameters for schedule in deployment.all_schedules))
+    )
     return file.deployments
 
 

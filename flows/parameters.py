@@ -1,7 +1,7 @@
 """Parameters of a deployment, checked when it is made as its runs would check them: a wrong one costs no night."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +34,14 @@ def check_parameters(deployment: str, flow: "Flow[..., Any]", parameters: dict[s
         raise DeployError(f"Deployment {deployment}: {error}") from error
 
 
-def check_apart(watches: dict[str, dict[str, Any]]) -> None:
+def check_apart(watches: Iterable[tuple[str, dict[str, Any]]]) -> None:
     """Raise DeployError where two of them make versions of one name by different recipes: each undoes the other's.
 
     Args:
-        watches: deployment -> parameters of its flow `watch`.
+        watches: names of deployments, each with parameters that its flow `watch` will be called with.
     """
     owners: dict[tuple[str, str], tuple[str, Recipe]] = {}
-    for deployment, parameters in watches.items():
+    for deployment, parameters in watches:
         for recipe in _recipes(parameters):
             several = len(parameters.get("budgets") or ()) > 1
             called = parameters.get("name") or Path(parameters["out"]).name
@@ -49,8 +49,9 @@ def check_apart(watches: dict[str, dict[str, Any]]) -> None:
             place = (str(parameters.get("registry") or ""), name.lower())
             other, made_by = owners.setdefault(place, (deployment, recipe))
             if made_by != recipe:
+                who = f"Deployments {other} and {deployment}" if other != deployment else f"Schedules of {deployment}"
                 raise DeployError(
-                    f"Deployments {other} and {deployment} both make versions of {name}, by different recipes, and "
+                    f"{who} both make versions of {name}, by different recipes, and "
                     "each would take back what the other made. Give one another name, or an `out` of another name."
                 )
 

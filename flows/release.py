@@ -209,8 +209,9 @@ def _left_by_hand(store: Registry, versions: list[str], alias: str | None) -> li
 def _moved_by_hand(store: Registry, version: Version, alias: str) -> str | None:
     """Who took the alias from the version that it named; None where only flows did, which go on with it."""
     moves = store.alias_moves(version.name, alias)
-    away = [move for move in moves if move.from_version == version.number and move.to_version != version.number]
-    if not away or moves[-1].to_version == version.number or away[-1].reason.startswith(BY_FLOW):
+    named = [number for number, move in enumerate(moves) if move.to_version == version.number]
+    since = moves[named[-1] + 1 :] if named else []
+    if all(move.reason.startswith(BY_FLOW) for move in since):
         return None
     last = moves[-1]
     now = "nothing" if last.to_version is None else f"version {last.to_version}"

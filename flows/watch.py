@@ -39,7 +39,7 @@ def watch(
     device: str = "cpu",
     runner: str = "threads",
 ) -> list[str] | State[Any]:
-    """Compress a model again if its base on the Hub, or the recipe, changed since the latest version.
+    """Compress a model again if no version of it is of its base, as it is on the Hub now, and of the recipe.
 
     A run goes on where an earlier one ended: what was compressed and not published yet is published.
 

@@ -152,6 +152,11 @@ def disk_may_fill_up(folder: Path, size_bytes: int) -> Iterator[None]:
     except (OSError, SafetensorError, DiskFullError) as error:
         if isinstance(error, DiskSpaceError) or not _is_disk_full(error):
             raise
+        if isinstance(error, DiskFullError):  # which knows the disk
+            raise DiskSpaceError(
+                f"{error} The whole run writes up to {human_bytes(size_bytes)}. What is finished is kept: run the same "
+                "command again."
+            ) from error
         place = _existing(folder)
         free_bytes = shutil.disk_usage(place).free
         raise DiskSpaceError(

@@ -65,6 +65,7 @@ def evaluate(
     batch_size = batch_size or batch_of(tokens.shape[1], task_of(model.config).answer_width(model.config))
     with inference_only(model):
         known = _kept(keep) if keep else []
+        del known[len(known) // batch_size * batch_size :]  # a batch's windows depend on one another in the last bit
         found = _scores(model, base, tokens, batch_size, len(known))
         for score in progress.track(found, "comparing with the original", len(tokens), len(known)):
             if keep:

@@ -111,7 +111,7 @@ def _pieces_of_experts(
     names: Mapping[int, Mapping[int, str]], stored: Mapping[str, TensorInfo], num_experts: int
 ) -> dict[int, tuple[Piece, ...]]:
     """Of each expert: what lies one above the other in its weight. `names`: expert -> place -> stored name."""
-    whole = max(names.values(), key=len)
+    whole = {place: name for by_place in reversed(list(names.values())) for place, name in by_place.items()}
     for index, by_place in names.items():
         for place, name in by_place.items():
             info, like = stored[name], stored[whole[place]]

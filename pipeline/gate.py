@@ -51,8 +51,8 @@ def check(what: str, figures: Mapping[str, float], requirements: Iterable[Requir
         return
     found = "; ".join(_judged(requirement, figures.get(requirement.figure)) for requirement in asked)
     raise GateError(
-        f"{what} does not meet what is required: {found}. Nothing was moved or published. Choose another version, or "
-        "ask for less."
+        f"{what} does not meet what is required: {found}. It was not moved or published now. Choose another version, "
+        "or ask for less."
     )
 
 

@@ -18,6 +18,7 @@ from pipeline.model_config import load_config
 from pipeline.output import check_compressed
 from pipeline.own_code import TRUST_ADVICE, loading_options, names_code
 from pipeline.quiet import first_line, quiet_transformers
+from pipeline.stored_names import loaded_names
 from pipeline.task import auto_class
 from pipeline.unloaded import MergedError, Unloaded
 from pipeline.version_documents import read_document, reading
@@ -98,19 +99,22 @@ def load_packed(
         advice = "" if trust_remote_code or not names_code(folder) else f" {TRUST_ADVICE}"
         raise CheckpointError(f"{folder} does not load: {error}{advice}") from error
     network, found = loaded
-    _check_whole(folder, config, found)
+    _check_whole(folder, network, found)
     network.to(torch.device(device))  # type: ignore[arg-type]
     return network.eval()
 
 
-def _check_whole(folder: Path, config: Any, found: dict[str, Any]) -> None:
+def _check_whole(folder: Path, network: PreTrainedModel, found: dict[str, Any]) -> None:
     """Raise CheckpointError where transformers made up a weight, or left one out, of which it only warns."""
-    named = getattr(config, "quantization_config", None)
+    named = getattr(network.config, "quantization_config", None)
     method = named.get("quant_method") if isinstance(named, dict) else getattr(named, "quant_method", None)
     if method != QUANT_METHOD:
         raise CheckpointError(f"{folder / 'config.json'} does not say how the weights are packed: it is damaged.")
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        wrong = set(map(str, found[what])) - (_unused(folder) if what == "unexpected_keys" else set())
+        wrong = set(map(str, found[what]))
+        if wrong and what == "unexpected_keys":
+            unused = _unused(folder)
+            wrong -= unused | loaded_names(network, unused)
         if wrong:
             some = ", ".join(sorted(wrong)[:5])
             raise CheckpointError(

@@ -59,7 +59,7 @@ from pipeline.results import Results
 from pipeline.rival import rival_of
 from pipeline.spread import Spread, over_cores
 from pipeline.stages import StageLog
-from pipeline.statistics import SpreadParts, collect_statistics
+from pipeline.statistics import FACTS_FILE, SpreadParts, collect_statistics, notes_of
 from pipeline.teacher import TeacherWindows, teacher_windows
 from pipeline.texts import Texts
 from pipeline.training import compute_of
@@ -90,8 +90,8 @@ class Run:
     ) -> "Run":
         """Open the model, tokenize the texts, and find out now whether anything cannot work later.
 
-        Of the weights only headers are read: Model.check_finite, which takes a second per GB, comes when memory and
-        disk are known to suffice.
+        No weight is looked at yet: Model.check_finite, which takes a second per GB, comes when memory and disk are
+        known to suffice.
 
         Raises:
             ModelError, CalibrationError, RecipeError, BudgetError: see pipeline/errors.py.
@@ -249,8 +249,8 @@ class Run:
         return statistics
 
     def _notes(self, statistics: Artifact | None) -> tuple[str, ...]:
-        found = self.results.statistics(statistics)
-        return found.notes if found else ()
+        """Read alone: the sums may be gigabytes in a store elsewhere."""
+        return notes_of(self.registry.path(statistics, FACTS_FILE)) if statistics else ()
 
     def costs(self, statistics: Artifact | None) -> Artifact:
         """The cost table."""

@@ -30,6 +30,7 @@ from pipeline.summed_parts import PART_WINDOWS, SummedParts, layer_file, layers_
 from pipeline.unreached import fill_unreached
 from quantizers import LayerStatistics
 
+FACTS_FILE = "statistics.json"
 CHECKED_SHARE = 1 / 8  # of the windows, the last ones, only check the scale of what the others say
 SCALE_DIGITS = 4  # the last digits of a sum are not the same from run to run
 
@@ -40,24 +41,18 @@ SpreadParts = Callable[[Tensor, Sequence[range]], Iterator[Callable[[int], dict[
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of a whole model, read from disk a matrix at a time.
-
-    Attributes:
-        notes: a sentence each: matrices that the text tells nothing about, and those whose curvature is singular.
-    """
+    """Statistics of a whole model, read from disk a matrix at a time."""
 
     file: Callable[[str], Path]
     metric: Metric
     num_tokens: int
     scales: dict[str, float]
-    notes: tuple[str, ...]
 
     @staticmethod
     def open(file: Callable[[str], Path]) -> "Statistics":
         """The statistics that `collect_statistics` left; `file` tells where each of its files is now."""
-        facts = json.loads(file("statistics.json").read_text())
-        notes = tuple(facts.get("notes", ()))
-        return Statistics(file, facts["metric"], facts["num_tokens"], facts["scales"], notes)
+        facts = json.loads(file(FACTS_FILE).read_text())
+        return Statistics(file, facts["metric"], facts["num_tokens"], facts["scales"])
 
     def of(self, matrix: Matrix) -> LayerStatistics:
         """Statistics of one matrix, oriented as `matrix.shape`, scaled so that errors are in nats a token."""
@@ -65,6 +60,11 @@ class Statistics:
         with safe_open(self.file(layer_file(matrix.layer)), framework="pt") as stored:
             found = {name: stored.get_tensor(f"{owner_of(matrix, sums)}.{name}") for name in sums.shapes(matrix.shape)}
         return sums.statistics(found, self.num_tokens).times(self.scales.get(matrix.name, 1.0))
+
+
+def notes_of(facts: Path) -> tuple[str, ...]:
+    """Of FACTS_FILE, a sentence each: matrices that the text tells nothing about, or whose curvature is singular."""
+    return tuple(json.loads(facts.read_text(encoding="utf-8")).get("notes", ()))
 
 
 def collect_statistics(
@@ -108,14 +108,14 @@ def collect_statistics(
         "tokens_sha256": windows.sha256,
         "scales": {},
     }
-    write_json(work / "out" / "statistics.json", facts)
+    write_json(work / "out" / FACTS_FILE, facts)
     found = Statistics.open(lambda name: work / "out" / name)
     fill_unreached(model.matrices, work / "out", sums, noting.say)
     measure = measure_divergences if sums.scaled_by_divergence else measure_scales
     if measure is measure_divergences or not num_checked:
         say_all_degraded(model.matrices, found.of, noting.say)
     facts["notes"] = noting.notes()
-    write_json(work / "out" / "statistics.json", facts)
+    write_json(work / "out" / FACTS_FILE, facts)
     if measure is measure_divergences and not num_checked:
         checked = used  # a single window says both
     elif not num_checked:
@@ -127,7 +127,7 @@ def collect_statistics(
         write_json(measured, {name: float(f"{scale:.{SCALE_DIGITS}g}") for name, scale in scales.items()})
     shutil.rmtree(work / "scale", ignore_errors=True)  # last: half of what is in it would pass for all of it
     facts |= {"scales": json.loads(measured.read_text()), "notes": noting.notes()}
-    write_json(work / "out" / "statistics.json", facts)
+    write_json(work / "out" / FACTS_FILE, facts)
 
 
 def most_windows_at_once(sums: Sums, num_windows: int) -> int:

@@ -73,3 +73,12 @@ def match_names(model: "PreTrainedModel", stored: Iterable[str]) -> StoredNames:
         elif renamed in known:
             parameters[name] = renamed
     return StoredNames(parameters, merged, tuple(sorted(produced)))
+
+
+def loaded_names(model: "PreTrainedModel", stored: Iterable[str]) -> set[str]:
+    """What transformers calls these stored tensors once its rules are applied, whether or not `model` has such."""
+    known = model.state_dict()
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return {rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0] for name in stored}

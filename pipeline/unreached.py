@@ -6,6 +6,7 @@ adds nothing. Of any other matrix nothing is known, and all its errors count ali
 others on average.
 """
 
+import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
@@ -16,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipeline.atomic import write_json
 from pipeline.curvature_sums import Sums
 from pipeline.experts import EXPERT_NUMBER
 from pipeline.model import Matrix
@@ -25,13 +27,26 @@ MOST_NAMED = 5
 
 
 def fill_unreached(matrices: Sequence[Matrix], folder: Path, sums: Sums, say: Callable[[str], None]) -> None:
-    """Fill in their sums, in the layers' files of complete sums (summed_parts.py), and name them."""
-    if idle := _fill_experts(matrices, folder, sums):
+    """Fill in their sums, in the layers' files of complete sums (summed_parts.py), and name them.
+
+    Which they are is written beside `folder` before the first of them changes: a call after a kill fills in the same.
+    """
+    by_layer = {layer: list(members) for layer, members in groupby(matrices, key=lambda matrix: matrix.layer)}
+    known = folder.parent / "unreached.json"
+    if not known.exists():
+        zeros = [
+            matrix.name
+            for layer, members in by_layer.items()
+            for matrix in _zeros(folder / layer_file(layer), members, sums)
+        ]
+        write_json(known, zeros)
+    zero = set(json.loads(known.read_text(encoding="utf-8")))
+    if idle := _fill_experts(by_layer, folder, sums, zero):
         say(
             f"The calibration text reached none of these experts: {_some(idle)}. They are treated as the mean of the "
             "layer's others; more or other text (--num-samples, --dataset) would tell more."
         )
-    if unreached := _fill_others(matrices, folder, sums):
+    if unreached := _fill_others(by_layer, folder, sums, zero - set(idle)):
         say(
             f"The calibration text tells nothing about {_some(unreached)}: no gradient reaches them, or their inputs "
             "are zero. Their errors count as much as those of the other matrices do on average; if the model takes no "
@@ -39,34 +54,35 @@ def fill_unreached(matrices: Sequence[Matrix], folder: Path, sums: Sums, say: Ca
         )
 
 
-def _fill_experts(matrices: Sequence[Matrix], folder: Path, sums: Sums) -> list[str]:
+def _fill_experts(by_layer: dict[int, list[Matrix]], folder: Path, sums: Sums, zero: set[str]) -> list[str]:
     """Those of layers in which some were reached."""
     filled: list[str] = []
-    for layer, members in groupby(matrices, key=lambda matrix: matrix.layer):
+    for layer, members in by_layer.items():
         experts = [matrix for matrix in members if EXPERT_NUMBER.search(matrix.name)]
-        idle = _zeros(folder / layer_file(layer), experts, sums)
+        idle = [matrix for matrix in experts if matrix.name in zero]
         if not idle or len(idle) == len(experts):
             continue
         path = folder / layer_file(layer)
         held, num_windows = load_file(path), num_windows_of(path)
+        keys = [key for matrix in idle for key in _keys(matrix, sums)]
+        for key in keys:
+            held[key] = torch.zeros_like(held[key])  # a killed call may have filled it in
         means: dict[str, Tensor] = {}
-        for matrix in idle:
-            for key in _keys(matrix, sums):
-                part = EXPERT_NUMBER.sub(".", key)
-                if part not in means:
-                    others = [name for name in held if EXPERT_NUMBER.sub(".", name) == part]
-                    means[part] = sum((held[name] for name in others), torch.zeros_like(held[key])) / len(others)
-        held |= {key: means[EXPERT_NUMBER.sub(".", key)] for matrix in idle for key in _keys(matrix, sums)}
+        for key in keys:
+            part = EXPERT_NUMBER.sub(".", key)
+            if part not in means:
+                others = [name for name in held if EXPERT_NUMBER.sub(".", name) == part]
+                means[part] = sum((held[name] for name in others), torch.zeros_like(held[key])) / len(others)
+        held |= {key: means[EXPERT_NUMBER.sub(".", key)] for key in keys}
         write_layer(path, {name: tensor.clone() for name, tensor in held.items()}, num_windows)
         filled += [matrix.name for matrix in idle]
     return filled
 
 
-def _fill_others(matrices: Sequence[Matrix], folder: Path, sums: Sums) -> list[str]:
-    by_layer = {layer: list(members) for layer, members in groupby(matrices, key=lambda matrix: matrix.layer)}
-    zeros = {layer: _zeros(folder / layer_file(layer), members, sums) for layer, members in by_layer.items()}
+def _fill_others(by_layer: dict[int, list[Matrix]], folder: Path, sums: Sums, zero: set[str]) -> list[str]:
+    zeros = {layer: [matrix for matrix in members if matrix.name in zero] for layer, members in by_layer.items()}
     unreached = [matrix.name for found in zeros.values() for matrix in found]
-    if not unreached or len(unreached) == len(matrices):
+    if not unreached or len(unreached) == sum(map(len, by_layer.values())):
         return []
     levels: list[float] = []
     for layer, members in by_layer.items():

@@ -54,6 +54,10 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no budgets": ([_with(budgets=[])], "nightly: budgets is an empty list"),
     "no folder": ([_with(out="")], "nightly: out is empty"),
     "no model in the recipe": ([_with(recipe={"budget": "3bpw"})], r"model: Field required\. "),
+    "one name for two schedules": (
+        [_watch(schedule={"cron": "0 2 * * *", "parameters": {"recipe": RECIPE | {"seed": 1}}})],
+        "Schedules of nightly both make versions of out, by different recipes",
+    ),
     "no device": ([_with(device="gpu")], "'gpu' is no device. Expected cpu, cuda"),
     "no Dask cluster": ([_with(runner="dask:foo")], "'dask:foo' is no task runner"),
     "no Ray client": ([_with(runner="ray:head:10001")], "'ray:head:10001' is no task runner"),

@@ -72,31 +72,44 @@ def test_a_gpu_that_is_not_there_is_told() -> None:
         gpu_id("cuda:7")
 
 
-@pytest.mark.parametrize(("strategy", "left"), [("CANCEL_NEW", [1]), ("ENQUEUE", [1, 2, 3])])
-def test_runs_that_were_missed_become_the_last_of_them(server: str, strategy: str, left: list[int]) -> None:
+@pytest.mark.parametrize("strategy", ["CANCEL_NEW", "ENQUEUE"])
+def test_runs_that_were_missed_become_the_last_of_them(
+    server: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one schedule, that is: with other parameters, or by hand, they are others."""
     from prefect.client.orchestration import get_client
     from prefect.states import Scheduled
 
+    from flows import late
     from flows.configuration import Deployment
     from flows.deploy import runner_deployment
-    from flows.late import MESSAGE, collapse_late_runs
 
     entry = {"name": f"late-{strategy}", "entrypoint": "flows.collect_garbage.collect_garbage"}
     limit = {"limit": 1, "collision_strategy": strategy}
     made = runner_deployment(Deployment.model_validate(entry | {"concurrency_limit": limit}))
     made.job_variables, now = {}, datetime.now(UTC)  # as `serve` has it
     with get_client(sync_client=True) as client:
-        assert collapse_late_runs(client, [made]) == 0  # the server knows nothing of it yet
-        known = made.apply()
-        states = {days: Scheduled(scheduled_time=now - timedelta(days=days)) for days in (1, 2, 3, -1)}
-        runs = {days: client.create_flow_run_from_deployment(known, state=state).id for days, state in states.items()}
-        assert collapse_late_runs(client, [made]) == 3 - len(left)
-        ended = {days: client.read_flow_run(run).state for days, run in runs.items()}
+        assert late.collapse_late_runs(client, [made]) == 0  # the server knows nothing of it yet
+        known, runs = made.apply(), {}
+        missed = {"1": 1, "2": 2, "3": 3, "tomorrow": -1, "weekly": 2, "by hand": 3}
+        for name, days in missed.items():
+            grace = {"grace": "1d"} if name == "weekly" else {"grace": "7d"}
+            state = Scheduled(scheduled_time=now - timedelta(days=days))
+            runs[name] = client.create_flow_run_from_deployment(known, state=state, parameters=grace).id
+        listed = client.read_flow_runs
+
+        def by_schedule(**filters: Any) -> list[Any]:
+            found = listed(**filters)
+            return [run.model_copy(update={"auto_scheduled": run.id != runs["by hand"]}) for run in found]
+
+        monkeypatch.setattr(client, "read_flow_runs", by_schedule)
+        monkeypatch.setattr(late, "AT_ONCE", 2)
+        expected = {"2", "3"} if strategy == "CANCEL_NEW" else set()
+        assert late.collapse_late_runs(client, [made]) == len(expected)
+        ended = {name: client.read_flow_run(run).state for name, run in runs.items()}
         client.delete_deployment(known)
-    assert [days for days, state in ended.items() if state.is_scheduled()] == sorted(
-        [*left, -1], key=[1, 2, 3, -1].index
-    )
-    assert {state.message for state in ended.values() if state.is_cancelled()} <= {MESSAGE}
+    assert {name for name, state in ended.items() if not state.is_scheduled()} == expected
+    assert {ended[name].message for name in expected} <= {late.MESSAGE}
 
 
 def test_a_run_without_heartbeats_is_crashed_and_told(server: str) -> None:

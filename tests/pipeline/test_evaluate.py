@@ -516,12 +516,14 @@ def test_the_packed_model_is_measured_in_float32_like_its_original(
     assert asked == [torch.float32]
 
 
-def test_a_call_after_a_kill_scores_only_what_is_left(other, prepare, tokens, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch_size", "num_kept", "num_batches"), [(1, 2, 3), (2, 2, 2), (2, 3, 2), (2, 1, 3)])
+def test_a_call_after_a_kill_scores_only_the_batches_that_are_left(
+    batch_size: int, num_kept: int, num_batches: int, other, prepare, tokens, tmp_path: Path
+) -> None:
     base = prepare()
-    whole = evaluate(other, base, tokens, batch_size=1)
-    killed = Spy(other, fail_after=2)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(killed(), base, tokens, batch_size=1, keep=tmp_path / "scores")
+    whole = evaluate(other, base, tokens, batch_size=batch_size, keep=tmp_path / "scores")
+    for path in sorted((tmp_path / "scores").iterdir())[num_kept:]:
+        path.unlink()
     again = Spy(other)
-    assert evaluate(again(), base, tokens, batch_size=1, keep=tmp_path / "scores") == whole
-    assert again.num_windows == NUM_WINDOWS - 2
+    assert evaluate(again(), base, tokens, batch_size=batch_size, keep=tmp_path / "scores") == whole
+    assert again.num_windows == num_batches

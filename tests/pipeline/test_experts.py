@@ -1,6 +1,7 @@
 """Mixtures of experts: every expert is compressed like any other matrix, whatever way its weights are stored."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from pipeline import unreached
 from pipeline.calibration import TokenWindows
+from pipeline.curvature_sums import sums_of
 from pipeline.errors import ModelError
 from pipeline.model import open_model
-from pipeline.statistics import Statistics, collect_statistics
-from pipeline.unreached import with_others_scales
+from pipeline.statistics import Statistics, collect_statistics, notes_of
+from pipeline.summed_parts import num_windows_of, write_layer
+from pipeline.unreached import fill_unreached, with_others_scales
 from quantizers.experts import fused_experts, set_experts_apart
 from tests.architectures import MIXTURES, build_causal
 from tests.models import VOCAB_SIZE, save_model
@@ -99,7 +103,7 @@ def test_experts_that_no_token_reached_are_named_and_take_the_mean_of_others(met
     assert len(idle) == 1
     assert all(f"layers.1.mlp.experts.{index}." in idle[0] for index in (2, 3))
     statistics = Statistics.open(lambda name: tmp_path / "work" / "out" / name)
-    assert set(idle) <= set(statistics.notes)
+    assert set(idle) <= set(notes_of(tmp_path / "work" / "out" / "statistics.json"))
     raw = load_file(tmp_path / "work" / "out" / "layer-001.safetensors")
     name = {"fisher": "fisher_diag"}.get(metric, "input_curvature")
     key = "model.layers.1.mlp.experts.{}.down" + (".weight." if metric != "kl" else ".") + name
@@ -109,6 +113,45 @@ def test_experts_that_no_token_reached_are_named_and_take_the_mean_of_others(met
     found = statistics.of(by_name["model.layers.1.mlp.experts.3.down.weight"])
     assert (found.fisher_diag if metric == "fisher" else found.input_curvature).any()
     assert json.loads((tmp_path / "work" / "out" / "statistics.json").read_text())["metric"] == metric
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3])
+def test_a_kill_while_they_are_filled_in_changes_nothing(
+    kill_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One idle expert in each of three layers, and one other matrix without sums."""
+    model = open_model(str(save_model(build_causal("mixtral"), tmp_path / "model", dtype=torch.float32)))
+    tokens = torch.randint(0, VOCAB_SIZE, (2, 16), generator=torch.Generator().manual_seed(1))
+    sums, made = sums_of("fisher"), tmp_path / "made"
+    made.mkdir()
+    collect_statistics(model, TokenWindows(tokens, "0", "made up", None, 1), "fisher", made, seed=0, device="cpu")
+    (made / "unreached.json").unlink()
+    for path in sorted((made / "out").glob("layer-*.safetensors")):
+        held = load_file(path)
+        empty = [name for name in held if ".experts.1." in name or "layers.0.self_attn.q_proj" in name]
+        write_layer(path, held | {name: torch.zeros_like(held[name]) for name in empty}, num_windows_of(path))
+    shutil.copytree(made, tmp_path / "killed")
+    whole, again = Notes(), Notes()
+    fill_unreached(model.matrices, made / "out", sums, whole.say)
+
+    written = []
+
+    def killing(*args: object) -> None:
+        if len(written) == kill_at:
+            raise KeyboardInterrupt
+        write_layer(*args)
+        written.append(args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(unreached, "write_layer", killing)
+        with pytest.raises(KeyboardInterrupt):
+            fill_unreached(model.matrices, tmp_path / "killed" / "out", sums, again.say)
+    again.said.clear()
+    fill_unreached(model.matrices, tmp_path / "killed" / "out", sums, again.say)
+    assert again.said == whole.said
+    assert len(whole.said) == 2
+    for path in (made / "out").glob("layer-*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "killed" / "out" / path.name).read_bytes()
 
 
 def test_a_scale_of_nothing_is_that_of_others() -> None:

@@ -210,6 +210,10 @@ MIXTRAL_EXPERT = "model.layers.0.block_sparse_moe.experts.1"
             r"The weights lack .*experts\.1\.w1\.weight, and have .*0\.w1",
         ),
         (
+            lambda t: (t.pop(f"{MIXTRAL_EXPERT}.w1.weight"), t.pop(f"{MIXTRAL_EXPERT[:-1]}0.w3.weight")),
+            r"The weights lack .*experts\.[01]\.w[13]\.weight, and have",
+        ),
+        (
             lambda t: t.update(
                 {f"{MIXTRAL_EXPERT}.w3.weight": t[f"{MIXTRAL_EXPERT}.w3.weight"].to(torch.float8_e4m3fn)}
             ),
@@ -220,7 +224,7 @@ MIXTRAL_EXPERT = "model.layers.0.block_sparse_moe.experts.1"
             r"experts\.1\.w3\.weight .* \[3, 32\], where",
         ),
     ],
-    ids=["one more", "one piece less", "another dtype", "another shape"],
+    ids=["one more", "one piece less", "two pieces less", "another dtype", "another shape"],
 )
 def test_experts_that_are_not_alike_are_refused(
     edit: Callable[[dict[str, torch.Tensor]], object], expected: str, tmp_path: Path
