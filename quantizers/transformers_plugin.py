@@ -80,7 +80,7 @@ class BitsmithConfig(QuantizationConfigMixin):
         if format_version not in READABLE_VERSIONS:
             raise ValueError(
                 f"this checkpoint has bitsmith format version {format_version}, and this program reads "
-                f"versions 1 and 2; install the bitsmith release that the checkpoint's card names"
+                f"versions 1 and 2; install the bitsmith release that its recipe.json names (field `bitsmith`)"
             )
         if not isinstance(codebooks, dict) or not isinstance(matrices, dict):
             raise ValueError("quantization_config needs `codebooks` and `matrices`; the config.json is damaged")
