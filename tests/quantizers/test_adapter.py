@@ -103,7 +103,7 @@ def test_a_binding_of_before_and_fields_that_only_one_side_knows_are_no_hindranc
     known = json.loads(path.read_text())
     for config in ({"of_another_version": 1}, None):
         path.write_text(json.dumps({key: value for key, value in (known | {"config": config}).items() if value}))
-        attach_adapter(packed_llama(), saved)
+        assert attach_adapter(packed_llama(), saved).active_adapters == ["default"]
 
 
 def test_plain_peft_does_not_take_a_packed_layer_by_mistake(saved: Path) -> None:
