@@ -54,9 +54,7 @@ class StoredNames:
 def match_names(model: "PreTrainedModel", stored: Iterable[str]) -> StoredNames:
     """Match the names in a checkpoint with those of `model` (on any device, meta included)."""
     known = model.state_dict()
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     parameters: dict[str, str] = {}
     merged: dict[str, Merged] = {}
     produced: set[str] = set()
@@ -78,7 +76,12 @@ def match_names(model: "PreTrainedModel", stored: Iterable[str]) -> StoredNames:
 def loaded_names(model: "PreTrainedModel", stored: Iterable[str]) -> set[str]:
     """What transformers calls these stored tensors once its rules are applied, whether or not `model` has such."""
     known = model.state_dict()
+    renamings, converters = _rules(model)
+    return {rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0] for name in stored}
+
+
+def _rules(model: "PreTrainedModel") -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What transformers does to stored tensors of such a model."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    return {rename_source_key(name, renamings, converters, model.base_model_prefix, known)[0] for name in stored}
+    return renamings, [rule for rule in rules if isinstance(rule, WeightConverter)]
