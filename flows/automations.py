@@ -13,12 +13,11 @@ from typing import Any
 from uuid import UUID
 
 from prefect.automations import Automation, EventTrigger, Posture
-from prefect.blocks.webhook import Webhook
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import CallWebhook, ChangeFlowRunState
-from pydantic import SecretStr
+from prefect.events.actions import ChangeFlowRunState, SendNotification
 
-from flows.notify import BLOCK
+from flows.notify import BLOCK, webhook_block
 from flows.states import GATED, SKIPPED
 from flows.version import SERVED, TAG, WITHIN
 
@@ -71,7 +70,7 @@ def make_automations(webhook: str | None, silence: timedelta = SILENCE, to_begin
                 posture=Posture.Reactive,
                 threshold=1,
             ),
-            actions=[CallWebhook(block_document_id=block, payload=_PAYLOAD)],
+            actions=[SendNotification(block_document_id=block, subject="", body=_PAYLOAD)],
         )
     )
     return [ZOMBIES, STILLBORN, SERVED_STILLBORN, SPEAKER]
@@ -107,9 +106,9 @@ def _keep(wanted: Automation) -> None:
 
 def _block(url: str | None) -> UUID | None:
     if url:
-        found: Any = Webhook(url=SecretStr(url)).save(BLOCK, overwrite=True)
+        found: Any = webhook_block(url).save(BLOCK, overwrite=True)
         return UUID(str(found))
     try:
-        return Webhook.load(BLOCK)._block_document_id  # type: ignore[union-attr]
+        return CustomWebhookNotificationBlock.load(BLOCK)._block_document_id  # type: ignore[union-attr]
     except ValueError:
         return None

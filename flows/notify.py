@@ -14,7 +14,8 @@ import urllib.request
 from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
-from prefect.blocks.webhook import Webhook
+from prefect.blocks.fields import SecretDict
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.logging import get_logger
 from prefect.settings import PREFECT_API_URL
 from prefect.utilities.urls import url_for
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun
     from prefect.states import State
 
-VARIABLE, BLOCK = "BITSMITH_WEBHOOK", "bitsmith-webhook"
+VARIABLE, BLOCK, _SECRET = "BITSMITH_WEBHOOK", "bitsmith-webhook", "address"
 TRIES, SECONDS_BETWEEN_TRIES, TIMEOUT_SECONDS = 3, 2.0, 10.0
 
 
@@ -52,6 +53,23 @@ WATCHED: dict[str, Any] = {
 }
 
 
+def webhook_block(url: str) -> CustomWebhookNotificationBlock:
+    """What the server calls it with; the body is the whole message.
+
+    Prefect's `Webhook` would be the plain choice, but all of its kind share their connections: of calls at the same
+    time, as when a machine is gone with all its runs, the first one that is answered breaks off the others.
+    """
+    return CustomWebhookNotificationBlock(
+        name="bitsmith",
+        url=f"{{{{{_SECRET}}}}}",
+        form_data="{{body}}",
+        headers={"Content-Type": "application/json"},
+        cookies=None,
+        timeout=TIMEOUT_SECONDS,
+        secrets=SecretDict({_SECRET: url}),
+    )
+
+
 def webhook_url() -> str | None:
     """None if nobody wants to be told."""
     if url := os.environ.get(VARIABLE):
@@ -59,8 +77,8 @@ def webhook_url() -> str | None:
     if not PREFECT_API_URL.value():
         return None
     try:
-        return str(Webhook.load(BLOCK).url.get_secret_value())  # type: ignore[union-attr]
-    except ValueError:  # there is no such block
+        return str(CustomWebhookNotificationBlock.load(BLOCK).secrets.get_secret_value()[_SECRET])  # type: ignore[union-attr]
+    except (ValueError, KeyError):  # there is no such block, or one of somebody else's making
         return None
 
 

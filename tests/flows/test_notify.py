@@ -1,5 +1,6 @@
 """Who is told, of what, and that the URL stays a secret."""
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def test_a_busy_webhook_is_tried_again(webhook: WebhookServer) -> None:
     webhook.refusals = 2
     assert send(webhook.url, {"run": "tonight"})
     assert webhook.received == [{"run": "tonight"}]
+
+
+def test_the_server_may_call_it_for_many_runs_at_once(webhook: WebhookServer) -> None:
+    """The first one that is answered breaks off none of the others."""
+    from flows.notify import webhook_block
+
+    async def call() -> None:
+        calls = [webhook_block(webhook.url).notify(f'{{"run": "{number}"}}') for number in range(3)]
+        await asyncio.gather(*calls)  # type: ignore[arg-type]
+
+    webhook.seconds_to_answer = 0.2
+    asyncio.run(call())
+    assert sorted(told["run"] for told in webhook.received) == ["0", "1", "2"]
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/T0PS3CRET", "no url T0PS3CRET", "http://127.0.0.1:9/T0PS3CRET 2"])
