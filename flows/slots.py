@@ -22,19 +22,22 @@ from pipeline.home import expanded
 from pipeline.sources import DEMO
 
 LEASE_SECONDS = 60.0
-_ASK_GPU = "import sys, torch; print(torch.cuda.get_device_properties(sys.argv[1]).uuid)"
+_ASK_GPUS = (
+    "import sys, torch; from pipeline.spread_gpus import gpus_of; torch.empty(0, device=sys.argv[1]); "
+    "print(*(torch.cuda.get_device_properties(each).uuid for each in gpus_of(sys.argv[1])))"
+)
 
 
 @contextmanager
 def alone_with(model: str, device: str) -> Iterator[None]:
-    """Wait until nobody else compresses the model, nor uses the device where that is a GPU; then keep others out.
+    """Wait until nobody else compresses the model, nor uses a GPU that the device means; then keep others out.
 
     Raises:
         RecipeError: there is no such device here.
     """
     names = [f"bitsmith-model-{_slug(model)}"]
     if device.startswith("cuda"):
-        names.append(f"bitsmith-gpu-{gpu_id(device)}")
+        names += [f"bitsmith-gpu-{number}" for number in gpu_ids(device)]
     with holding(names):
         yield
 
@@ -51,16 +54,16 @@ def holding(names: list[str]) -> Iterator[None]:
         yield
 
 
-def gpu_id(device: str) -> str:
-    """The GPU's own number, the same in every container that sees it.
+def gpu_ids(device: str) -> list[str]:
+    """Own numbers of the GPUs that it means, the same in every container that sees them.
 
     Asked for by another process: this one, which only waits, takes no memory there.
     """
-    asked = subprocess.run([sys.executable, "-c", _ASK_GPU, device], capture_output=True, text=True, check=False)
+    asked = subprocess.run([sys.executable, "-c", _ASK_GPUS, device], capture_output=True, text=True, check=False)
     if asked.returncode:
         reason = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise RecipeError(f"Device {device!r} cannot be used: {reason}. Expected cpu, cuda or cuda:N.")
-    return asked.stdout.strip()
+    return asked.stdout.split()
 
 
 def _make(name: str) -> None:

@@ -104,6 +104,7 @@ def measure_costs(
     num_rows: int,
     seed: int,
     work: Path,
+    device: str = "cpu",
     spread: Spread = over_cores,
     progress: Progress = SILENT,
 ) -> None:
@@ -117,7 +118,7 @@ def measure_costs(
         NonFiniteError: a weight is not finite, or a cost came out so.
     """
     (work / "matrices").mkdir(exist_ok=True)
-    task = MeasureRow(model, choices, num_rows, seed, statistics, work / "matrices")
+    task = MeasureRow(model, choices, num_rows, seed, statistics, work / "matrices", device)
     for _ in progress.track(spread(task, model.matrices), "Cost table", total=len(model.matrices)):
         pass
     costs = {matrix.name: json.loads(task.file(matrix).read_text()) for matrix in model.matrices}
@@ -144,6 +145,7 @@ class MeasureRow:
     seed: int
     statistics: Statistics | None
     folder: Path
+    device: str = "cpu"
 
     stage: ClassVar[str] = "costs"
     has_small_operations: ClassVar[bool] = False
@@ -156,9 +158,10 @@ class MeasureRow:
         """See MatrixTask."""
         if self.file(matrix).exists():
             return
-        learnt = self.statistics.of(matrix) if self.statistics else None
+        weight = self.model.weight(matrix).to(self.device)
+        learnt = self.statistics.of(matrix).to(self.device) if self.statistics else None
         offered = {label: quantizer_from_label(label) for label in self.choices[matrix.name]}
-        row = measure_matrix(self.model.weight(matrix), learnt, offered, num_rows=self.num_rows, seed=self.seed)
+        row = measure_matrix(weight, learnt, offered, num_rows=self.num_rows, seed=self.seed)
         write_json(self.file(matrix), row)
 
     def working_bytes(self, matrix: Matrix) -> int:
@@ -168,7 +171,7 @@ class MeasureRow:
     def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
         """See MatrixTask."""
         choices = {matrix.name: self.choices[matrix.name] for matrix in matrices}
-        return {"choices": choices, "num_rows": self.num_rows, "seed": self.seed}
+        return {"choices": choices, "num_rows": self.num_rows, "seed": self.seed, "device": self.device}
 
 
 def cost_table(

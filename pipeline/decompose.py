@@ -28,13 +28,13 @@ def decompose(
     statistics: Statistics | None,
     work: Path,
     *,
+    device: str = "cpu",
     spread: Spread = over_cores,
     progress: Progress = SILENT,
 ) -> None:
     """Quantize every planned matrix into `work`/out/<module>.safetensors; finished ones are kept over kills.
 
-    Always on the CPU's cores, so that the bytes do not depend on the device. Error feedback is a chain of small
-    operations, most of whose time a GPU would wait; `benchmarks.gpu_model` measures what one takes, once there is one.
+    The bytes depend on the device: one code that is rounded the other way changes all that follow.
 
     The achieved weighted error goes into each file's metadata as `error`, rounded like the costs: the last bits of
     its sum are not the same from run to run.
@@ -44,7 +44,8 @@ def decompose(
     """
     out = work / "out"
     out.mkdir(exist_ok=True)
-    task = QuantizeMatrix(model, {name: plan.matrices[name].label for name in plan.matrices}, statistics, out)
+    labels = {name: matrix.label for name, matrix in plan.matrices.items()}
+    task = QuantizeMatrix(model, labels, statistics, out, device)
     for _ in progress.track(spread(task, model.matrices), "Decompose", total=len(model.matrices)):
         pass
 
@@ -61,6 +62,7 @@ class QuantizeMatrix:
     labels: dict[str, str]
     statistics: Statistics | None
     folder: Path
+    device: str = "cpu"
 
     stage: ClassVar[str] = "decompose"
     has_small_operations: ClassVar[bool] = True
@@ -73,8 +75,8 @@ class QuantizeMatrix:
         """See MatrixTask. Raises NonFiniteError."""
         if self.file(matrix).exists():
             return
-        weight = self.model.weight(matrix)
-        learnt = self.statistics.of(matrix) if self.statistics else None
+        weight = self.model.weight(matrix).to(self.device)
+        learnt = self.statistics.of(matrix).to(self.device) if self.statistics else None
         quantized = quantizer_from_label(self.labels[matrix.module]).quantize(weight, learnt)
         write_matrix(self.file(matrix), quantized, weight, learnt)
 
@@ -85,7 +87,8 @@ class QuantizeMatrix:
 
     def settings(self, matrices: Sequence[Matrix]) -> dict[str, Any]:
         """See MatrixTask."""
-        return {"labels": {matrix.module: self.labels[matrix.module] for matrix in matrices}}
+        labels = {matrix.module: self.labels[matrix.module] for matrix in matrices}
+        return {"labels": labels, "device": self.device}
 
 
 def write_matrix(target: Path, quantized: QuantizedTensor, weight: Tensor, statistics: LayerStatistics | None) -> None:

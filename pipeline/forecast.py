@@ -21,8 +21,10 @@ from pipeline.evaluate import batch_of
 from pipeline.layered_pass import loss_bytes
 from pipeline.memory import free_bytes, give_back
 from pipeline.model_memory import FLOAT32_BYTES, ModelMemory, model_memory
+from pipeline.parallel import num_cores
 from pipeline.run import Run
 from pipeline.spread import is_in_processes, num_workers
+from pipeline.spread_gpus import gpus_of, num_slots
 from pipeline.stage_seconds import StageSeconds
 from pipeline.statistics import most_windows_at_once
 from pipeline.summed_parts import PART_WINDOWS, sum_bytes
@@ -180,6 +182,8 @@ class _Facts:
     def costs(self) -> StageForecast:
         """A matrix a thread."""
         each = [costs_bytes(matrix.shape, self.metric) for matrix in self.run.model.matrices]
+        if self.device.type != "cpu":
+            return self._on_gpus("costs", self.seconds.costs(num_cores()), each)
         workers = num_workers(each, False, self.free)
         return self._host("costs", self.seconds.costs(workers), self.now + workers * max(each))
 
@@ -208,10 +212,14 @@ class _Facts:
         shapes = {matrix.shape for matrix in model.matrices}
         each = [quantize_bytes(shape, self.metric, labels) for shape in shapes]
         in_processes = is_in_processes(True, model.matrices)
-        workers = num_workers(each, in_processes, self.free)
-        seconds = self.seconds.decompose(workers)
         packing = packing_bytes(model, self.run.embeddings, is_weighted=weighs_head(self.run))
         packing += self.now  # before the matrices (run.py)
+        if self.device.type != "cpu":
+            there = self._on_gpus("decompose", self.seconds.decompose(num_cores()), each)
+            host = max(packing, there.memory_bytes)
+            return replace(there, memory_bytes=host, total_bytes=host)
+        workers = num_workers(each, in_processes, self.free)
+        seconds = self.seconds.decompose(workers)
         if not in_processes:
             return self._host("decompose", seconds, max(packing, self.now + workers * max(each)))
         worker = PROCESS_BYTES + max(each)
@@ -283,6 +291,18 @@ class _Facts:
     def _moved(self) -> int:
         """What is made in the machine's memory before it is moved to a GPU: the original, or the packed model."""
         return max(self._loaded, self.packed) if self._is_whole else self.packed
+
+    def _on_gpus(self, name: str, seconds: float, each: list[int]) -> StageForecast:
+        """Matrices in streams (spread_gpus.py), read in the machine's memory; by the seconds of its cores, for no GPU
+        was measured."""
+        kind = sums_of(self.run.recipe.sensitivity) if self.metric else None  # type: ignore[arg-type]
+        read = [
+            matrix.num_params + sum(map(math.prod, kind.shapes(matrix.shape).values()) if kind else ())
+            for matrix in self.run.model.matrices
+        ]
+        slots = [num_slots(device, each) for device in gpus_of(self.run.device)]
+        host = self.now + sum(slots) * FLOAT32_BYTES * max(read)
+        return StageForecast(name, seconds, host, host, max(slots) * max(each))
 
     def _host(self, name: str, seconds: float, nbytes: int) -> StageForecast:
         return StageForecast(name, seconds, nbytes, nbytes)

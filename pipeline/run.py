@@ -58,6 +58,7 @@ from pipeline.report import ReportFacts, write_report
 from pipeline.results import Results
 from pipeline.rival import rival_of
 from pipeline.spread import Spread, over_cores
+from pipeline.spread_gpus import over_gpus
 from pipeline.stages import StageLog
 from pipeline.statistics import FACTS_FILE, SpreadParts, collect_statistics, notes_of
 from pipeline.teacher import TeacherWindows, teacher_windows
@@ -263,6 +264,7 @@ class Run:
                 num_rows=self.recipe.cost_rows,
                 seed=self.recipe.seed,
                 work=work,
+                device=self.device,
                 spread=self._spread,
                 progress=self.progress,
             )
@@ -307,7 +309,14 @@ class Run:
 
     @property
     def _spread(self) -> Spread:
-        return self.spread or partial(over_cores, log=self.log)
+        here: Spread = partial(over_cores, log=self.log) if self.device == "cpu" else over_gpus
+        return self.spread or here
+
+    @property
+    def _device_settings(self) -> dict[str, str]:
+        """Of what is made matrix by matrix: the results of two GPUs of a kind are the same."""
+        kind = torch.device(self.device).type
+        return {} if kind == "cpu" else {"device": kind}
 
     def _plan(self, costs: Artifact, settings: dict[str, Any], make: Callable[[], Plan]) -> Artifact:
         of_embeddings = embedding_costs(self)
@@ -331,12 +340,12 @@ class Run:
         """Every matrix quantized as planned."""
         chosen = self.results.plan(plan)
         labels = {name: matrix.label for name, matrix in chosen.matrices.items()}
-        settings = {"model": self.model.digest, "labels": labels}
+        settings = {"model": self.model.digest, "labels": labels} | self._device_settings
         embeddings = [packed_embedding(self, *planned) for planned in chosen.embeddings.items()]
 
         def build(work: Path) -> None:
             learnt = self.results.statistics(statistics)
-            decompose(self.model, chosen, learnt, work, spread=self._spread, progress=self.progress)
+            decompose(self.model, chosen, learnt, work, device=self.device, spread=self._spread, progress=self.progress)
             for packed in embeddings:
                 for name in packed.files:
                     replace_file(work / "out" / name, partial(shutil.copyfile, self.registry.path(packed, name)))
@@ -511,7 +520,7 @@ class Run:
             "offered": self.offered,
             "num_rows": recipe.cost_rows,
             "seed": recipe.seed,
-        }
+        } | self._device_settings
 
     def _allocate(self, table: CostTable, embeddings: Offered) -> Plan:
         return allocate_to_budget(

@@ -1,4 +1,4 @@
-"""How the work of a stage is spread, where each matrix is treated by itself: over the cores here, or by a flow.
+"""How the work of a stage is spread, where each matrix is treated by itself: over the cores here, GPUs, or by a flow.
 
 A `MatrixTask` leaves one file a matrix, written whole or not at all, so that finished ones outlive a kill, and so that
 the result is the same whoever made which of them, and in what order.
@@ -26,6 +26,11 @@ class MatrixTask(Protocol):
     @property
     def stage(self) -> str:
         """Its name in reports and errors."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where `make` computes: what the bytes depend on."""
         ...
 
     @property
@@ -75,10 +80,11 @@ def is_in_processes(has_small_operations: bool, matrices: Sequence[Matrix]) -> b
     return has_small_operations and sum(matrix.num_params for matrix in matrices) >= PARAMS_FOR_PROCESSES
 
 
-def num_workers(working_bytes: Iterable[int], in_processes: bool, free: int) -> int:
-    """How many jobs run side by side: one a core, if so many of the largest fit into `free` bytes; at least one."""
+def num_workers(working_bytes: Iterable[int], in_processes: bool, free: int, most: int | None = None) -> int:
+    """How many jobs run side by side: one a core, or `most`, if so many of the largest fit into `free` bytes; at least
+    one."""
     each = max(working_bytes, default=0) + in_processes * PROCESS_BYTES
-    return max(1, min(num_cores(), free // each if each else 1))
+    return max(1, min(most or num_cores(), free // each if each else 1))
 
 
 def _made(task: MatrixTask, matrix: Matrix) -> int:

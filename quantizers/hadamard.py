@@ -76,7 +76,7 @@ def _signs_for(x: Tensor, seed: int, dim: int) -> Tensor:
 def _signs_on(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
     """Kept on the device: a copy to a GPU for each product would stop it, and a CUDA graph forbids it."""
     with _disable_current_modes(), torch.inference_mode(False):  # else an export's fake tensors would be kept
-        return signs(n, seed).to(device, dtype)
+        return _for_all_streams([signs(n, seed).to(device, dtype)])[0]
 
 
 def _transform(x: Float[Tensor, "*batch n"], dim: int) -> Float[Tensor, "*batch n"]:
@@ -105,7 +105,14 @@ def _transform_columns(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n column
 def _factors_on(n: int, dtype: torch.dtype, device: torch.device) -> list[Float[Tensor, "order order"]]:
     """Kept on the device, like signs."""
     with _disable_current_modes(), torch.inference_mode(False):
-        return [factor.to(device, dtype) for factor in _factors(n)]
+        return _for_all_streams([factor.to(device, dtype) for factor in _factors(n)])
+
+
+def _for_all_streams(made: list[Tensor]) -> list[Tensor]:
+    """The same, once it is there: a GPU's other streams read what is kept without waiting for this one."""
+    if made[0].is_cuda and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.current_stream(made[0].device).synchronize()
+    return made
 
 
 @functools.lru_cache(maxsize=8)

@@ -63,13 +63,13 @@ def test_the_slot_of_a_gpu_is_a_limit_of_one_that_must_exist(server: str) -> Non
 def test_a_gpu_that_is_not_there_is_told() -> None:
     import torch
 
-    from flows.slots import gpu_id
+    from flows.slots import gpu_ids
     from pipeline.errors import RecipeError
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(RecipeError, match="Device 'cuda:7' cannot be used"):
-        gpu_id("cuda:7")
+        gpu_ids("cuda:7")
 
 
 @pytest.mark.parametrize("strategy", ["CANCEL_NEW", "ENQUEUE"])

@@ -24,6 +24,7 @@ from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.spread import num_workers
+from pipeline.spread_gpus import STREAMS
 from pipeline.stages import StageLog
 from pipeline.sweep import compress_budgets
 from pipeline.tail import _kept_bytes, tail_room, tail_within
@@ -260,3 +261,20 @@ def test_blocks_are_decoded_sooner_than_trellises(tiny_model_dir: Path, tmp_path
     )
     for stage in ("checkpoint", "evaluate"):
         assert blocks[stage].seconds < trellises[stage].seconds
+
+
+def test_on_gpus_so_many_matrices_are_held_at_once_as_fit(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = dataclasses.replace(opened(tiny_model_dir, Registry(tmp_path), sensitivity="kronecker"), device="cuda")
+    shapes = [matrix.shape for matrix in run.model.matrices]
+    most = max(quantize_bytes(shape, "kronecker", run.labels) for shape in shapes)
+    gpus = [torch.device("cuda", number) for number in range(2)]
+    monkeypatch.setattr(forecasting, "gpus_of", lambda device: gpus)
+    monkeypatch.setattr("pipeline.stage_seconds.flops", lambda device: 1e12)
+    found = []
+    for fit in (2, 100):  # matrices on a GPU
+        for module in ("pipeline.forecast", "pipeline.spread_gpus", "pipeline.unloaded"):
+            monkeypatch.setattr(f"{module}.free_bytes", lambda device, fit=fit: fit * most)
+        found.append(by_name(forecast(run))["decompose"])
+    assert [stage.device_bytes for stage in found] == [2 * most, STREAMS * most]

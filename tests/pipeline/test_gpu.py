@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from pipeline.compress import compress
+from pipeline.decompose import QuantizeMatrix
 from pipeline.model import open_model
 from pipeline.packed import load_packed
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.run import Run
+from pipeline.spread_gpus import over_gpus
 from pipeline.stages import StageLog
 from pipeline.statistics import Statistics
 from registry import Registry
@@ -66,3 +68,19 @@ def test_compress_from_end_to_end(loud_model_dir: Path, tmp_path: Path) -> None:
     on_cpu = load_packed(tmp_path / "out", "cpu")(tokens).logits
     error = torch.linalg.norm(on_gpu - on_cpu) / torch.linalg.norm(on_cpu)
     assert error < 0.03  # bfloat16 there, float32 here
+
+
+def test_matrices_in_streams_are_those_one_after_the_other(
+    loud_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_model(str(loud_model_dir))
+    labels = {matrix.module: ("trellis2-l8", "lloyd4-g32-s4")[i % 2] for i, matrix in enumerate(model.matrices)}
+    found = []
+    for streams in (1, 4):
+        monkeypatch.setattr("pipeline.spread_gpus.STREAMS", streams)
+        task = QuantizeMatrix(model, labels, None, tmp_path / str(streams), "cuda")
+        task.folder.mkdir()
+        list(over_gpus(task, model.matrices))
+        found.append({path.name: path.read_bytes() for path in task.folder.iterdir()})
+    assert len(found[0]) == len(model.matrices)
+    assert found[0] == found[1]

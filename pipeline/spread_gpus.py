@@ -1,0 +1,96 @@
+"""A pipeline.spread.Spread over the GPUs of this machine, several matrices at once on each.
+
+What is done to a matrix is a chain of operations, some of them small, between which Python decides something: a GPU
+would wait most of the time. Here each of a few threads has a matrix and a stream of its own, so that one's operations
+fill the gaps of another's, and none waits for the others. `cuda` means all GPUs that there are to be seen, and `cuda:1`
+that one.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+
+import torch
+
+from pipeline.memory import free_bytes, give_back, is_shortage
+from pipeline.model import Matrix
+from pipeline.parallel import map_in_order
+from pipeline.spread import MatrixTask, num_workers
+
+STREAMS = 4  # a GPU; not measured yet
+
+
+def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
+    """Make every matrix's file; yields once for each.
+
+    A matrix for which a GPU's memory ran out is made once more after the others, by itself.
+
+    Raises:
+        torch.OutOfMemoryError: then, too.
+    """
+    slots: SimpleQueue[Slot] = SimpleQueue()
+    devices = gpus_of(task.device)
+    sizes = [task.working_bytes(matrix) for matrix in matrices]
+    for device in devices:
+        for _ in range(num_slots(device, sizes)):
+            slots.put(Slot(device))
+
+    def is_made(matrix: Matrix) -> bool:
+        slot = slots.get()
+        try:
+            with slot.current():
+                task.make(matrix)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            return False
+        finally:
+            slots.put(slot)
+        return True
+
+    left = []
+    for matrix, was_made in zip(matrices, map_in_order(is_made, matrices, slots.qsize()), strict=True):
+        if was_made:
+            yield
+        else:
+            left.append(matrix)
+    for matrix in left:
+        give_back()
+        with Slot(devices[0]).current():
+            task.make(matrix)
+        yield
+
+
+def gpus_of(device: str) -> list[torch.device]:
+    """All that a name means."""
+    if device == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device(device)]
+
+
+def num_slots(device: torch.device, working_bytes: Sequence[int]) -> int:
+    """How many matrices are worked on at once on it: `STREAMS`, or as many of the largest as its memory holds."""
+    return num_workers(working_bytes, in_processes=False, free=free_bytes(device), most=STREAMS)
+
+
+class Slot:
+    """A place for one matrix at a time.
+
+    Attributes:
+        device: which "cuda" means in it.
+        stream: of that device; None for one without streams.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """What this thread does in the context is done here, and is done at its end."""
+        if self.stream is None:
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+            self.stream.synchronize()
