@@ -9,7 +9,7 @@ DEMO_BUDGET ?= 4.0bpw
 DEMO_OUT := demo/smollm2-135m-$(DEMO_BUDGET)
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-quality bench-flows bench-memory bench-encoder bench-finetune bench-kernels show-flows drill-registry drill-flows drill-compress peers clean
+.PHONY: demo test test-slow lint format bench bench-quality bench-flows bench-memory bench-encoder bench-finetune bench-gpu show-flows drill-registry drill-flows drill-compress peers clean
 
 demo: $(READY) ## compress SmolLM2-135M-Instruct, print the result; a second run says that it is done
 	BITSMITH_HOME=demo/home $(BIN)/python -m pipeline compress demo --budget $(DEMO_BUDGET) -o $(DEMO_OUT) --preset fast
@@ -65,10 +65,9 @@ bench-finetune: $(READY) ## LoRA through packed weights beside dense weights and
 	$(PIP) --no-deps bitsandbytes
 	BITSMITH_HOME=demo/home $(BIN)/python -m benchmarks.finetune
 
-bench-kernels: $(READY) ## the GPU kernels beside a copy, bfloat16 and NF4, and a 7B Llama: tokens a second, decomposition; wants a GPU
+bench-gpu: $(READY) ## wants a GPU: kernels beside a copy, bfloat16 and NF4; a 7B Llama: tokens a second, decomposition, finetuning
 	$(PIP) --no-deps bitsandbytes
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.gpu_model
+	$(BIN)/python -m benchmarks.gpu
 
 # Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.
 show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gate; four nights, some minutes each

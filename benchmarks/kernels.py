@@ -39,7 +39,7 @@ DRY_SHAPES = ((5, 70), (70, 300))
 DRY_ROWS = (*ROWS, 20)  # the last as many as prefill has
 DRY_TOLERANCE = 0.02  # of the largest value, in bfloat16
 DENSE = ("dequantize", "trellis")  # kernels that write a dense weight
-NO_GPU = "bench-kernels measures a CUDA device, and torch finds none here; `--dry-run` checks the results without one"
+NO_GPU = "this measures a CUDA device, and torch finds none here; `--dry-run` checks the results without one"
 
 
 def main(arguments: list[str] | None = None) -> None:
