@@ -33,8 +33,12 @@ def case(levels: Tensor, has_zeros: bool, rows: int, width: int) -> tuple[Tensor
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 24), (40, 16)])
 @pytest.mark.parametrize(
     ("levels", "has_zeros"),
-    [(lloyd_max(2), False), (normal_float(3), False), (lloyd_max(8), False), (torch.arange(8.0), True)],
-    ids=["lloyd2", "nf3", "lloyd8", "int3"],
+    [
+        *((lloyd_max(bits), False) for bits in (2, 4, 5, 8)),
+        (normal_float(3), False),
+        *((torch.arange(2.0**bits), True) for bits in (2, 3, 4, 5, 8)),
+    ],
+    ids=[*(f"lloyd{bits}" for bits in (2, 4, 5, 8)), "nf3", *(f"int{bits}" for bits in (2, 3, 4, 5, 8))],
 )
 def test_codes_and_values_are_the_same(levels: Tensor, has_zeros: bool, rows: int, width: int) -> None:
     given = case(levels, has_zeros, rows, width)
@@ -46,6 +50,14 @@ def test_codes_and_values_are_the_same(levels: Tensor, has_zeros: bool, rows: in
     same_rows = (codes == wanted_codes).all(dim=2)
     assert same_rows.float().mean() > 0.9
     torch.testing.assert_close(values[same_rows], wanted_values[same_rows], rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_is_rounded_to_nothing() -> None:
+    kernels = KernelSwitch(("cpu",))
+    codes, values = found_by(kernels, *case(lloyd_max(3), False, 0, 16))
+    assert kernels.failure is None
+    assert codes.shape == values.shape == (0, 2, 16)
+    assert codes.dtype == torch.uint8
 
 
 def test_views_are_read_and_left_alone() -> None:

@@ -26,7 +26,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("is_weighted", [False, True])
 @pytest.mark.parametrize("size", [16, 24, 128])
-@pytest.mark.parametrize("levels", [lloyd_max(2), lloyd_max(3), normal_float(4), lloyd_max(8)], ids=len)
+@pytest.mark.parametrize("levels", [lloyd_max(2), lloyd_max(3), normal_float(4), lloyd_max(5), lloyd_max(8)], ids=len)
 def test_scales_are_the_same(levels: Tensor, size: int, is_weighted: bool) -> None:
     blocks = drawn(70, size, seed=1) * drawn(70, 1, seed=2).exp()
     blocks[3] = 0

@@ -56,6 +56,11 @@ def test_a_path_is_found_again_whatever_the_scratch_holds(monkeypatch) -> None:
     assert sum(num_filled) > 0
 
 
+def test_nothing_is_encoded_to_nothing() -> None:
+    assert encode(torch.zeros(0, 12), drawn(64, seed=1), 2).shape == (0, 12)
+    assert trellis.KERNELS.failure is None
+
+
 def test_views_are_read_and_left_alone() -> None:
     levels, values = drawn(64, seed=1), drawn(9, 4, seed=2)
     before = values.clone()
