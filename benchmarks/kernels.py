@@ -25,10 +25,13 @@ import torch
 from torch import Tensor
 
 from quantizers import BlockFormat, TrellisFormat
+from quantizers.block_grid import BlockGrid
 from quantizers.kernels.abstract_weight import AbstractKernelWeight
 from quantizers.kernels.block_weight import BlockWeight
-from quantizers.kernels.configs import CONFIGS, Config
+from quantizers.kernels.column_feedback import columns_in_turn
+from quantizers.kernels.configs import CONFIGS, DEFAULT, Config
 from quantizers.kernels.trellis_weight import TrellisWeight
+from quantizers.scale_search import search_scales
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192))  # out, in
 BITS = (2, 3, 4)
@@ -38,7 +41,7 @@ COPY_BYTES = 2**30
 DRY_SHAPES = ((5, 70), (70, 300))
 DRY_ROWS = (*ROWS, 20)  # the last as many as prefill has
 DRY_TOLERANCE = 0.02  # of the largest value, in bfloat16
-DENSE = ("dequantize", "trellis")  # kernels that write a dense weight
+TUNED_SHAPE, TUNED_BLOCK = (8192, 8192), 64
 NO_GPU = "this measures a CUDA device, and torch finds none here; `--dry-run` checks the results without one"
 
 
@@ -232,33 +235,49 @@ def dense_of(weight: BlockWeight | TrellisWeight) -> Tensor:
 
 def tuned() -> str:
     """The fastest configuration of each kernel for 8192 x 8192 at 4 bits, as a row of CONFIGS."""
-    row = CONFIGS.setdefault(torch.cuda.get_device_name(), {})
-    weights = {kind: copies_of(make((8192, 8192), 4, "cuda")) for kind, make in KINDS.items()}
-    sizes = {  # rows and columns of a tile
-        "matvec": product((4, 8, 16, 32), (256, 512, 1024, 2048)),
-        "matmul": product((16, 32, 64, 128), (256,)),
-        "dequantize": product((4, 8, 16, 32), (256, 512, 1024, 2048)),
-        "trellis": product((16, 32, 64), (128, 256, 512)),
-        "trellis_product": product((16, 32, 64, 128), (64, 128, 256)),
-    }
-    for kernel, tiles in sizes.items():
-        ours = weights["trellis" if kernel.startswith("trellis") else "levels"]
-        x = torch.randn(1 if kernel == "matvec" else 16, 8192, dtype=torch.bfloat16, device="cuda")
-
-        def run(ours: Sequence[BlockWeight | TrellisWeight] = ours, x: Tensor | None = x) -> list[Tensor]:
-            return [dense_of(each) if x is None else each.product(x) for each in ours]
-
+    card = torch.cuda.get_device_name()
+    row = CONFIGS.setdefault(card, dict(CONFIGS[DEFAULT]))
+    for kernel, (tiles, run) in tunable("cuda").items():
         took: dict[Config, float] = {}
         for (rows, columns), warps, stages in product(tiles, (4, 8), (1, 2, 3)):
             row[kernel] = Config(rows, columns, warps, stages)
             try:
-                took[row[kernel]] = seconds(partial(run, ours[:4], None) if kernel in DENSE else run, 1)
+                took[row[kernel]] = seconds(run, 1)
             except Exception as error:  # too much shared memory, too many registers
                 print(f"{kernel} {row[kernel]}: {type(error).__name__}", file=sys.stderr)
         if not took:
-            sys.exit(f"no configuration of {kernel} runs on {torch.cuda.get_device_name()}")
+            sys.exit(f"no configuration of {kernel} runs on {card}")
         row[kernel] = min(took, key=lambda config: took[config])
-    return f"{torch.cuda.get_device_name()!r}: {row},"
+    return f"{card!r}: {row},"
+
+
+def tunable(device: str) -> dict[str, tuple[list[tuple[int, int]], Callable[[], object]]]:
+    """Of each kernel, rows and columns of the tiles to try, and something that it does."""
+    shape = TUNED_SHAPE
+    levels, trellis = (copies_of(make(shape, 4, device)) for make in KINDS.values())
+
+    def products(weights: Sequence[BlockWeight | TrellisWeight], rows: int) -> Callable[[], object]:
+        x = torch.randn(rows, shape[1], dtype=torch.bfloat16, device=device)
+        return lambda: [weight.product(x) for weight in weights]
+
+    def written(weights: Sequence[BlockWeight | TrellisWeight]) -> Callable[[], object]:
+        return lambda: [dense_of(weight) for weight in weights[:4]]
+
+    blocks = torch.randn(shape[0], shape[1] // TUNED_BLOCK, TUNED_BLOCK, device=device)
+    lloyd = BlockFormat(4, TUNED_BLOCK, 8, 256, "lloyd").levels.to(device)
+    grid = BlockGrid(torch.rand(*blocks.shape[:2], 1, device=device) + 0.5, lloyd)
+    right = torch.eye(TUNED_BLOCK, device=device).repeat(blocks.shape[1], 1, 1)
+    flat = blocks.flatten(0, 1)
+    wide = list(product((4, 8, 16, 32), (256, 512, 1024, 2048)))
+    return {
+        "matvec": (wide, products(levels, 1)),
+        "matmul": (list(product((16, 32, 64, 128), (256,))), products(levels, 16)),
+        "dequantize": (wide, written(levels)),
+        "trellis": (list(product((16, 32, 64), (128, 256, 512))), written(trellis)),
+        "trellis_product": (list(product((16, 32, 64, 128), (64, 128, 256))), products(trellis, 16)),
+        "column_feedback": (list(product((8, 16, 32, 64, 128), (1,))), lambda: columns_in_turn(blocks, grid, right)),
+        "scale_search": (list(product((1,), (512, 1024, 2048, 4096))), lambda: search_scales(flat, None, lloyd)),
+    }
 
 
 if __name__ == "__main__":

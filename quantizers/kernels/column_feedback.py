@@ -8,11 +8,10 @@ import triton.language as tl
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
+from quantizers.kernels.configs import config_of
+
 if TYPE_CHECKING:
     from quantizers.block_grid import BlockGrid
-
-_ROWS = 32  # a program
-_NUM_WARPS = 4
 
 
 @triton.jit
@@ -79,10 +78,10 @@ def columns_in_turn(
     target, levels = target.contiguous(), grid.levels.contiguous()
     rows, num_tiles, width = target.shape
     codes, values = torch.empty_like(target, dtype=torch.uint8), torch.empty_like(target)
-    scales = grid.scales.contiguous()
+    scales, config = grid.scales.contiguous(), config_of("column_feedback", target.device)
     bounds = torch.nn.functional.pad((levels[1:] + levels[:-1]) / 2, (0, 1), value=torch.inf)
     with torch.cuda.device_of(target):
-        column_feedback_kernel[(triton.cdiv(rows, _ROWS), num_tiles)](
+        column_feedback_kernel[(triton.cdiv(rows, config.rows), num_tiles)](
             codes,
             values,
             target,
@@ -97,7 +96,8 @@ def columns_in_turn(
             PADDED=triton.next_power_of_2(width),
             NUM_LEVELS=len(levels),
             INTEGER=grid.zeros is not None,
-            ROWS=_ROWS,
-            num_warps=_NUM_WARPS,
+            ROWS=config.rows,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return codes, values

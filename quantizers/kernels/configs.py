@@ -15,7 +15,9 @@ class Config:
     """How a kernel is cut into programs; all numbers but num_stages are powers of two.
 
     Attributes:
-        rows, columns: of the weight, in a tile: whole superblocks of 256 columns, or whole tiles of a trellis.
+        rows, columns: of the weight, in a tile: whole superblocks of 256 columns, or whole tiles of a trellis. Feedback
+            from column to column goes through blocks as wide as they are, and the search of scales through so many
+            weights, in whatever blocks.
         num_warps, num_stages: see `triton.Config`.
     """
 
@@ -33,6 +35,8 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "matmul": Config(rows=64, columns=256, num_warps=4, num_stages=2),
         "trellis": Config(rows=16, columns=512, num_warps=8, num_stages=1),
         "trellis_product": Config(rows=64, columns=256, num_warps=8, num_stages=1),
+        "column_feedback": Config(rows=32, columns=1, num_warps=4, num_stages=1),
+        "scale_search": Config(rows=1, columns=2048, num_warps=4, num_stages=1),
     },
     # Triton's interpreter, which takes a program's time whatever its size
     "cpu": {
@@ -41,6 +45,8 @@ CONFIGS: dict[str, dict[str, Config]] = {
         "matmul": Config(rows=64, columns=256, num_warps=4, num_stages=1),
         "trellis": Config(rows=16, columns=256, num_warps=4, num_stages=1),
         "trellis_product": Config(rows=64, columns=64, num_warps=4, num_stages=1),
+        "column_feedback": Config(rows=32, columns=1, num_warps=4, num_stages=1),
+        "scale_search": Config(rows=1, columns=2048, num_warps=4, num_stages=1),
     },
 }
 PROGRAMS_A_MULTIPROCESSOR = 4

@@ -8,9 +8,7 @@ import triton.language as tl
 from jaxtyping import Float32
 from torch import Tensor
 
-_WEIGHTS = 2048  # a program
-_NUM_WARPS = 4
-
+from quantizers.kernels.configs import config_of
 
 # Triton 3.6 takes numbers below float32's least normal one for float64, and all that they meet becomes float64.
 LEAST_NORM = tl.constexpr(1.2e-38)
@@ -84,7 +82,8 @@ def search_scales(
         return scales
     blocks = blocks.contiguous()
     padded = triton.next_power_of_2(size)
-    rows = max(1, _WEIGHTS // padded)
+    config = config_of("scale_search", blocks.device)
+    rows = max(1, config.columns // padded)
     with torch.cuda.device_of(blocks):
         scale_search_kernel[(triton.cdiv(num_blocks, rows),)](
             scales,
@@ -100,6 +99,7 @@ def search_scales(
             TRIALS=len(multiples),
             WEIGHTED=weights is not None,
             ROWS=rows,
-            num_warps=_NUM_WARPS,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )
     return scales

@@ -5,6 +5,7 @@ import torch
 
 from benchmarks import kernels
 from quantizers.kernels import reference
+from quantizers.kernels.configs import CONFIGS, DEFAULT
 from quantizers.kernels.trellis_weight import TrellisWeight
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -53,3 +54,13 @@ def test_copies_share_no_memory(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
     (other.words if isinstance(other, TrellisWeight) else other.planes[0]).zero_()
     assert torch.equal(one.dense(torch.float32), before)
     assert not torch.equal(other.dense(torch.float32), before)
+
+
+def test_what_is_tuned_is_every_kernel_of_the_table_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "num_copies", lambda size_bytes: 1)
+    monkeypatch.setattr(kernels, "TUNED_SHAPE", (32, 256))
+    found = kernels.tunable("cpu")
+    assert found.keys() == CONFIGS[DEFAULT].keys()
+    for tiles, run in found.values():
+        assert tiles
+        assert run() is not None

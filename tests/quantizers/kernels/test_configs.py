@@ -6,7 +6,7 @@ import torch
 from quantizers.kernels import configs
 from quantizers.kernels.configs import CONFIGS, DEFAULT, config_of, num_splits
 
-KERNELS = ("dequantize", "matvec", "matmul", "trellis", "trellis_product")
+KERNELS = ("dequantize", "matvec", "matmul", "trellis", "trellis_product", "column_feedback", "scale_search")
 CPU = torch.device("cpu")
 
 
