@@ -30,8 +30,9 @@ from quantizers.kernels.abstract_weight import AbstractKernelWeight
 from quantizers.kernels.block_weight import BlockWeight
 from quantizers.kernels.column_feedback import columns_in_turn
 from quantizers.kernels.configs import CONFIGS, DEFAULT, Config
+from quantizers.kernels.scale_search import search_scales
 from quantizers.kernels.trellis_weight import TrellisWeight
-from quantizers.scale_search import search_scales
+from quantizers.scale_search import BINS, FINE_MULTIPLES, SMALLEST_SCALE
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192))  # out, in
 BITS = (2, 3, 4)
@@ -267,7 +268,8 @@ def tunable(device: str) -> dict[str, tuple[list[tuple[int, int]], Callable[[], 
     lloyd = BlockFormat(4, TUNED_BLOCK, 8, 256, "lloyd").levels.to(device)
     grid = BlockGrid(torch.rand(*blocks.shape[:2], 1, device=device) + 0.5, lloyd)
     right = torch.eye(TUNED_BLOCK, device=device).repeat(blocks.shape[1], 1, 1)
-    flat = blocks.flatten(0, 1)
+    flat, table = blocks.flatten(0, 1), torch.linspace(-1, 1, BINS, device=device)
+    tried = torch.tensor(FINE_MULTIPLES, device=device)  # made here: a graph takes no copies
     wide = list(product((4, 8, 16, 32), (256, 512, 1024, 2048)))
     return {
         "matvec": (wide, products(levels, 1)),
@@ -276,7 +278,10 @@ def tunable(device: str) -> dict[str, tuple[list[tuple[int, int]], Callable[[], 
         "trellis": (list(product((16, 32, 64), (128, 256, 512))), written(trellis)),
         "trellis_product": (list(product((16, 32, 64, 128), (64, 128, 256))), products(trellis, 16)),
         "column_feedback": (list(product((8, 16, 32, 64, 128), (1,))), lambda: columns_in_turn(blocks, grid, right)),
-        "scale_search": (list(product((1,), (512, 1024, 2048, 4096))), lambda: search_scales(flat, None, lloyd)),
+        "scale_search": (
+            list(product((1,), (512, 1024, 2048, 4096))),
+            lambda: search_scales(flat, None, table, tried, SMALLEST_SCALE),
+        ),
     }
 
 

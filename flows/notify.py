@@ -1,7 +1,8 @@
 """A message to a webhook when a gate refuses, or a run fails, crashes or is cancelled.
 
 The URL is in BITSMITH_WEBHOOK, or else in the server's block `bitsmith-webhook`, where `python -m flows deploy` puts
-it. It is a secret, as whoever knows it can write there: it stands in no log, no message and no parameter.
+it. It is a secret, as whoever knows it can write there: it stands in no message, no parameter and no log but
+the server's own, where a webhook answered the server with an error.
 
 The message is JSON with `text`, which Slack, Mattermost and others show, and `flow`, `run`, `state`, `message` and
 `url`, the page of the run.

@@ -33,7 +33,7 @@ def do(job: Job, stage: str, work: Work, *inputs: Done, spread: Literal["windows
         work: of flows/work.py; called with the run, the job and `inputs`.
         spread: what the stage treats one by one, so that workers may share it; matrices read the statistics, the last
             of `inputs`. This process then only hands out and takes in; without workers elsewhere, windows stay in one
-            child, for one pass over a model uses all cores.
+            child, for one pass over a model uses all cores, and so do matrices on GPUs (pipeline/spread_gpus.py).
     Raises:
         WorkerError: the child, or a worker, died.
         PipelineError, RegistryError: as of the stage.
@@ -41,7 +41,8 @@ def do(job: Job, stage: str, work: Work, *inputs: Done, spread: Literal["windows
     import torch
 
     runner, started = Runner.parse(job["runner"]), time.monotonic()
-    if spread == "matrices" or (spread == "windows" and not runner.is_here):
+    is_by_child = runner.is_here and (spread == "windows" or job["device"] != "cpu")
+    if spread and not is_by_child:
         done = _measured(Call(job, stage, work, inputs, torch.get_num_threads()), RunProgress(), spread)
     else:
         with borrowed_child() as child:

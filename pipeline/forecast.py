@@ -53,7 +53,7 @@ class StageForecast:
         seconds: about.
         memory_bytes: of the machine's memory, by the process that takes most, as in `Stage`.
         total_bytes: by all processes together.
-        device_bytes: of a GPU's memory.
+        device_bytes: of a GPU's memory, of the first one's where matrices are spread over several.
         disk_bytes: written at most, in the registry and beside it.
     """
 
@@ -302,7 +302,7 @@ class _Facts:
         ]
         slots = [num_slots(device, each) for device in gpus_of(self.run.device)]
         host = self.now + sum(slots) * FLOAT32_BYTES * max(read)
-        return StageForecast(name, seconds, host, host, max(slots) * max(each))
+        return StageForecast(name, seconds, host, host, slots[0] * max(each))
 
     def _host(self, name: str, seconds: float, nbytes: int) -> StageForecast:
         return StageForecast(name, seconds, nbytes, nbytes)

@@ -309,8 +309,8 @@ class Run:
 
     @property
     def _spread(self) -> Spread:
-        here: Spread = partial(over_cores, log=self.log) if self.device == "cpu" else over_gpus
-        return self.spread or here
+        here: Spread = partial(over_cores, log=self.log)
+        return self.spread or (over_gpus if self._device_settings else here)
 
     @property
     def _device_settings(self) -> dict[str, str]:

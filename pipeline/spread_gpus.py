@@ -32,6 +32,8 @@ def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
     devices = gpus_of(task.device)
     sizes = [task.working_bytes(matrix) for matrix in matrices]
     for device in devices:
+        if device.type == "cuda":  # loads the library, which threads must not do at the same moment
+            torch.linalg.cholesky_ex(torch.eye(1, device=device))
         for _ in range(num_slots(device, sizes)):
             slots.put(Slot(device))
 
@@ -56,7 +58,7 @@ def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
             left.append(matrix)
     for matrix in left:
         give_back()
-        with Slot(devices[0]).current():
+        with Slot(max(devices, key=free_bytes)).current():
             task.make(matrix)
         yield
 

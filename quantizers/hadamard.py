@@ -72,7 +72,7 @@ def _signs_for(x: Tensor, seed: int, dim: int) -> Tensor:
     return found if dim == -1 else found[:, None]
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # what is thrown out may still be read by another stream
 def _signs_on(n: int, seed: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " n"]:
     """Kept on the device: a copy to a GPU for each product would stop it, and a CUDA graph forbids it."""
     with _disable_current_modes(), torch.inference_mode(False):  # else an export's fake tensors would be kept
@@ -101,7 +101,7 @@ def _transform_columns(x: Float[Tensor, "n columns"]) -> Float[Tensor, "n column
     return y.reshape(x.shape)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.cache
 def _factors_on(n: int, dtype: torch.dtype, device: torch.device) -> list[Float[Tensor, "order order"]]:
     """Kept on the device, like signs."""
     with _disable_current_modes(), torch.inference_mode(False):

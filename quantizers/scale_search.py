@@ -48,7 +48,8 @@ def search_scales(
 def _by_kernel(blocks: Tensor, weights: Tensor | None, table: Tensor, multiples: tuple[float, ...]) -> Tensor:
     from quantizers.kernels.scale_search import search_scales as search  # it imports Triton
 
-    return search(blocks, weights, table, multiples, SMALLEST_SCALE)
+    tried = torch.tensor(multiples, dtype=torch.float32, device=blocks.device)
+    return search(blocks, weights, table, tried, SMALLEST_SCALE)
 
 
 def nearest(values: Tensor, levels: Float32[Tensor, " levels"]) -> Tensor:

@@ -66,7 +66,7 @@ def search_scales(
     blocks: Float32[Tensor, "blocks block_size"],
     weights: Float32[Tensor, "blocks block_size"] | None,
     table: Float32[Tensor, " bins"],
-    multiples: tuple[float, ...],
+    multiples: Float32[Tensor, " trials"],
     smallest_scale: float,
 ) -> Float32[Tensor, " blocks"]:
     """The scale of each block, found as there but for the order of sums.
@@ -90,7 +90,7 @@ def search_scales(
             blocks,
             blocks if weights is None else weights.contiguous(),
             table,
-            torch.tensor(multiples, dtype=torch.float32, device=blocks.device),
+            multiples,
             num_blocks,
             SIZE=size,
             PADDED=padded,

@@ -1,4 +1,4 @@
-"""`make bench-kernels` without a GPU: one sentence, or a dry run that finds wrong results."""
+"""`benchmarks.kernels` without a GPU: one sentence, or a dry run that finds wrong results."""
 
 import pytest
 import torch

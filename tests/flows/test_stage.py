@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -81,3 +82,37 @@ def test_what_a_network_did_in_a_child_may_be_tried_again(job: Any, lines: list[
     with pytest.raises(ModelError, match="the download broke off") as raised:
         do(job, "evaluate", _lose_the_network)
     assert is_network_failure(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("spread", "runner", "device", "is_by_child"),
+    [
+        ("matrices", "threads", "cpu", False),
+        ("matrices", "threads", "cuda", True),  # which spreads them over the GPUs
+        ("matrices", "dask", "cuda", False),
+        ("windows", "threads", "cpu", True),
+        ("windows", "dask", "cpu", False),
+        (None, "dask", "cpu", True),
+    ],
+)
+def test_what_is_spread_over_workers(
+    spread: Any, runner: str, device: str, is_by_child: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows import stage
+
+    asked = []
+
+    class Child:
+        def call(self, *_arguments: Any, **_named: Any) -> dict[str, Any]:
+            asked.append(True)
+            return {}
+
+    def measured(*_arguments: Any) -> dict[str, Any]:
+        asked.append(False)
+        return {}
+
+    monkeypatch.setattr(stage, "borrowed_child", lambda: nullcontext(Child()))
+    monkeypatch.setattr(stage, "_measured", measured)
+    some_job: Any = {"runner": runner, "device": device}
+    stage.do(some_job, "costs", lambda *_: None, spread=spread)  # type: ignore[arg-type]
+    assert asked == [is_by_child]

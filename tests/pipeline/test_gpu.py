@@ -73,12 +73,17 @@ def test_compress_from_end_to_end(loud_model_dir: Path, tmp_path: Path) -> None:
 def test_matrices_in_streams_are_those_one_after_the_other(
     loud_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = open_model(str(loud_model_dir))
+    recipe = Recipe.of(model=str(loud_model_dir), **(BEST | {"sensitivity": "kronecker"}))
+    registry, model = Registry(tmp_path / "registry"), open_model(str(loud_model_dir))
+    run = Run.prepare(recipe, registry, device="cpu", resume=True, log=StageLog(), progress=SILENT)
+    artifact = run.statistics()
+    assert artifact is not None
+    learnt = Statistics.open(lambda name: registry.path(artifact, name))
     labels = {matrix.module: ("trellis2-l8", "lloyd4-g32-s4")[i % 2] for i, matrix in enumerate(model.matrices)}
     found = []
     for streams in (1, 4):
         monkeypatch.setattr("pipeline.spread_gpus.STREAMS", streams)
-        task = QuantizeMatrix(model, labels, None, tmp_path / str(streams), "cuda")
+        task = QuantizeMatrix(model, labels, learnt, tmp_path / str(streams), "cuda")
         task.folder.mkdir()
         list(over_gpus(task, model.matrices))
         found.append({path.name: path.read_bytes() for path in task.folder.iterdir()})

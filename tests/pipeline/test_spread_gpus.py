@@ -1,6 +1,6 @@
 """Matrices on several devices at once, tried with two that are both the CPU; streams are in test_gpu.py."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -14,7 +14,7 @@ from pipeline.model import Matrix, Model, open_model
 from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.run import Run
-from pipeline.spread import over_cores
+from pipeline.spread import MatrixTask, over_cores
 from pipeline.spread_gpus import over_gpus
 from pipeline.stages import StageLog
 from registry import Registry
@@ -106,3 +106,24 @@ def test_what_a_gpu_made_is_not_taken_for_what_the_cpu_makes(tiny_model_dir: Pat
     assert "device" not in settings[0]
     assert settings[1] == settings[2] == settings[0] | {"device": "cuda"}
     assert replace(run, device="cuda")._spread is over_gpus
+
+
+def test_the_device_reaches_the_work_and_its_key(tiny_model_dir: Path, tmp_path: Path) -> None:
+    recipe = Recipe.of(model=str(tiny_model_dir), **SMALL | {"budget": "4.5bpw"})
+    run = Run.open(recipe, Registry(tmp_path), device="cpu", resume=True, log=StageLog(), progress=SILENT)
+    statistics = run.statistics()
+    plan = run.plan(run.costs(statistics), statistics)
+    on_cpu = run.matrices(plan, statistics)
+    seen: list[tuple[str, str]] = []
+
+    def spy(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
+        seen.append((task.stage, task.device))
+        yield from over_cores(replace(task, device="cpu"), matrices)  # type: ignore[type-var]
+
+    on_gpu = replace(run, device="cuda", spread=spy)
+    on_gpu.costs(statistics)
+    on_gpu.matrices(plan, statistics)
+    assert seen == [("costs", "cuda"), ("decompose", "cuda")]
+    seen.clear()
+    assert run.matrices(plan, statistics) == on_cpu
+    assert not seen
