@@ -162,9 +162,11 @@ def test_secret_of_the_webhook_stands_nowhere(deployed: str, server: str) -> Non
     with get_client(sync_client=True) as client:
         shown = [each.model_dump_json() for each in client.read_deployments()]
         shown += [each.model_dump_json() for each in client.read_work_pools()]
-        shown.append(client.read_block_document_by_name("bitsmith-webhook", "webhook", False).model_dump_json())
+        block = client.read_block_document_by_name("bitsmith-webhook", "custom-webhook", False)
+        shown.append(block.model_dump_json())
     assert WebhookServer.SECRET not in deployed
     assert WebhookServer.SECRET not in "".join(shown)
+    assert block.data["secrets"] == {"address": "********"}
 
 
 def test_runs_send_heartbeats_often_enough(deployed: str, server: str) -> None:
