@@ -67,7 +67,7 @@ bench-finetune: $(READY) ## LoRA through packed weights beside dense weights and
 
 bench-gpu: $(READY) ## wants a GPU: kernels beside a copy, bfloat16 and NF4; a 7B Llama: tokens a second, decomposition, finetuning
 	$(PIP) --no-deps bitsandbytes
-	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu --commit
 
 # Needs PostgreSQL (apt-get install postgresql), or `--database sqlite`.
 show-flows: $(READY) ## the flows as a service: schedule, worker, Dask, Hub, gate; four nights, some minutes each

@@ -1,10 +1,10 @@
 """All that is to be measured on a GPU, in one run, into a file with the card's name and the day.
 
-    python -m benchmarks.gpu [--commit]       benchmarks/results/<card>-<day>.md; about half an hour
+    python -m benchmarks.gpu [--commit] [--only kernels] [--out FOLDER]      FOLDER/<card>-<day>.md; about half an hour
     python -m benchmarks.gpu --dry-run        on any machine, tiny shapes, no file: does it all run?
 
 It has the tables of `benchmarks.kernels`, `benchmarks.gpu_model` and `benchmarks.gpu_finetune`, each in a process of
-its own, so that one which fails does not cost the others.
+its own, so that one which fails does not cost the others; the file has each as soon as it ends.
 """
 
 import argparse
@@ -27,15 +27,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--commit", action="store_true", help="commit the file")
+    parser.add_argument("--only", nargs="+", choices=MODULES, default=MODULES)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args(arguments)
     if not asked.dry_run and not torch.cuda.is_available():
         sys.exit(NO_GPU)
-    found = {module: _printed(module, ["--dry-run", "--layers", "1"] if asked.dry_run else []) for module in MODULES}
-    failed = [module for module, (status, _) in found.items() if status]
+    card = "none" if asked.dry_run else _slug(torch.cuda.get_device_name())
+    target, text, failed = asked.out / f"{card}-{date.today()}.md", "", []
+    for module in asked.only:
+        status, printed = _printed(module, ["--dry-run", "--layers", "1"] if asked.dry_run else [])
+        failed += [module] * bool(status)
+        text += printed
+        if not asked.dry_run:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
     if not asked.dry_run:
-        target = RESULTS / f"{_slug(torch.cuda.get_device_name())}-{date.today()}.md"
-        target.parent.mkdir(exist_ok=True)
-        target.write_text("".join(text for _, text in found.values()))
         print(f"\n{target}")
         if asked.commit:
             _commit(target)

@@ -5,16 +5,21 @@
 
 Weights, texts and codes are made up: neither memory nor seconds depend on them. All rows have the same loop
 (pipeline/training.py), rank and batch, new factors on every linear layer, and compute activations again in the backward
-pass. Memory is the peak of the GPU's allocator; masters and moments are in the machine's memory.
+pass. Seconds are the median of the steps after the first three. Memory is the peak of the GPU's allocator; masters and
+moments are in the machine's memory.
 """
 
 import argparse
 import gc
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -35,13 +40,14 @@ from pipeline.conversations import Example, Examples
 from pipeline.finetune import train
 from pipeline.finetune_settings import FinetuneSettings
 from pipeline.lora_network import open_for_finetuning
-from pipeline.progress import SILENT
+from pipeline.progress import Silent
 from pipeline.trainable import checkpoint_activations
 from pipeline.training_state import TrainingState
 
 NF4 = "NF4, bitsandbytes"
 LABELS = ("lloyd4-g64-s8", "lloyd3-g64-s8", "trellis3-l12")
-STEPS, TOKENS, BATCH = 10, 512, 4
+STEPS, WARM_UP, TOKENS, BATCH = 20, 3, 512, 4  # the first steps compile
+T = TypeVar("T")
 HEAD = "| weights | parameters trained | seconds a step | of dense | peak GB |\n| --- | --: | --: | --: | --: |"
 
 
@@ -91,11 +97,30 @@ def _opened(name: str, shape: Shape, num_layers: int, device: str, settings: Fin
         return open_for_finetuning(network, settings).network
     if name == NF4:
         to_nf4(network)
+        network.is_loaded_in_4bit = True  # PEFT's own layers for it, which are those of QLoRA
     names = [name for name, _ in linear_layers(network)]
     tuned = get_peft_model(network, LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=names))
     checkpoint_activations(network)
     assert isinstance(tuned, PeftModel)
     return tuned
+
+
+class Clock(Silent):
+    """Notes when each step begins, and when the last one has ended."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None, done: int = 0) -> Iterator[T]:
+        """See Progress."""
+        for item in items:
+            self.marks.append(time.monotonic())
+            yield item
+        self.marks.append(time.monotonic())
+
+    def seconds(self) -> list[float]:
+        """Of each step."""
+        return [after - before for before, after in pairwise(self.marks)]
 
 
 def _trained(network: PeftModel, settings: FinetuneSettings) -> tuple[int, float, int]:
@@ -111,10 +136,10 @@ def _trained(network: PeftModel, settings: FinetuneSettings) -> tuple[int, float
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as place:
         state = TrainingState.begin(Path(place) / "training.safetensors", {}, dict(live), torch.device("cpu"))
-        started = time.monotonic()
-        if failure := train(network, live, examples, settings, state, SILENT):
+        clock = Clock()
+        if failure := train(network, live, examples, settings, state, clock):
             raise failure
-        seconds = (time.monotonic() - started) / settings.steps
+    seconds = statistics.median(clock.seconds()[WARM_UP:] or clock.seconds())
     peak = torch.cuda.max_memory_allocated() if is_on_gpu else 0
     return sum(parameter.numel() for parameter in live.values()), seconds, peak
 

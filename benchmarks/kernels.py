@@ -26,6 +26,7 @@ from torch import Tensor
 
 from quantizers import BlockFormat, TrellisFormat
 from quantizers.block_grid import BlockGrid
+from quantizers.block_rounding import MOST_ROWS
 from quantizers.kernels.abstract_weight import AbstractKernelWeight
 from quantizers.kernels.block_weight import BlockWeight
 from quantizers.kernels.column_feedback import columns_in_turn
@@ -264,11 +265,14 @@ def tunable(device: str) -> dict[str, tuple[list[tuple[int, int]], Callable[[], 
     def written(weights: Sequence[BlockWeight | TrellisWeight]) -> Callable[[], object]:
         return lambda: [dense_of(weight) for weight in weights[:4]]
 
-    blocks = torch.randn(shape[0], shape[1] // TUNED_BLOCK, TUNED_BLOCK, device=device)
+    blocks = torch.randn(MOST_ROWS, shape[1] // TUNED_BLOCK, TUNED_BLOCK, device=device)  # rows as in feedback
     lloyd = BlockFormat(4, TUNED_BLOCK, 8, 256, "lloyd").levels.to(device)
     grid = BlockGrid(torch.rand(*blocks.shape[:2], 1, device=device) + 0.5, lloyd)
     right = torch.eye(TUNED_BLOCK, device=device).repeat(blocks.shape[1], 1, 1)
-    flat, table = blocks.flatten(0, 1), torch.linspace(-1, 1, BINS, device=device)
+    flat, table = (
+        torch.randn(shape[0] * shape[1] // TUNED_BLOCK, TUNED_BLOCK, device=device),
+        torch.linspace(-1, 1, BINS, device=device),
+    )
     tried = torch.tensor(FINE_MULTIPLES, device=device)  # made here: a graph takes no copies
     wide = list(product((4, 8, 16, 32), (256, 512, 1024, 2048)))
     return {

@@ -48,7 +48,7 @@ def is_shortage(error: BaseException) -> bool:
     """Did memory run out: Python's, the system's, that of torch on the CPU, or a device's (torch.OutOfMemoryError)?"""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
-    said = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 

@@ -9,6 +9,7 @@ that one.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
+from threading import Lock
 
 import torch
 
@@ -23,7 +24,8 @@ STREAMS = 4  # a GPU; not measured yet
 def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
     """Make every matrix's file; yields once for each.
 
-    A matrix for which a GPU's memory ran out is made once more after the others, by itself.
+    A matrix for which a GPU's memory ran out is made once more after the others, by itself, and the GPU works on one
+    less at a time, or on none where others have room.
 
     Raises:
         torch.OutOfMemoryError: then, too.
@@ -31,13 +33,16 @@ def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
     slots: SimpleQueue[Slot] = SimpleQueue()
     devices = gpus_of(task.device)
     sizes = [task.working_bytes(matrix) for matrix in matrices]
-    for device in devices:
+    for device in [each for each in devices if free_bytes(each) >= max(sizes)] or [max(devices, key=free_bytes)]:
         if device.type == "cuda":  # loads the library, which threads must not do at the same moment
             torch.linalg.cholesky_ex(torch.eye(1, device=device))
         for _ in range(num_slots(device, sizes)):
             slots.put(Slot(device))
 
+    num_left, lock = slots.qsize(), Lock()
+
     def is_made(matrix: Matrix) -> bool:
+        nonlocal num_left
         slot = slots.get()
         try:
             with slot.current():
@@ -45,13 +50,17 @@ def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
         except Exception as error:
             if not is_shortage(error):
                 raise
-            return False
-        finally:
+            with lock:  # a slot that has no room fails at once, and would take all that is left
+                if num_left > 1:
+                    num_left -= 1
+                    return False
             slots.put(slot)
+            return False
+        slots.put(slot)
         return True
 
     left = []
-    for matrix, was_made in zip(matrices, map_in_order(is_made, matrices, slots.qsize()), strict=True):
+    for matrix, was_made in zip(matrices, map_in_order(is_made, matrices, num_left), strict=True):
         if was_made:
             yield
         else:

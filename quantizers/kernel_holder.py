@@ -86,6 +86,11 @@ class KernelHolder(nn.Module, ABC):
 
     @torch.compiler.disable  # changes buffers and catches what Triton raises
     def _try_kernels(self, run: Callable[[AbstractKernelWeight], Tensor]) -> Tensor | None:
+        if self._kernel_weight is None and _is_captured(self.levels):
+            raise RuntimeError(
+                "a CUDA graph is captured before the first product of a packed layer, which puts its codes in another "
+                "order and would do so in each replay. Run the model once, then capture it"
+            )
         y = KERNELS.attempt(lambda: run(self._enter_kernels()))
         if y is None:
             self._leave_kernels()
@@ -134,3 +139,8 @@ class KernelHolder(nn.Module, ABC):
             if moved.dtype != tensor.dtype:
                 setattr(self, name, tensor.to(moved.device))
         return self
+
+
+def _is_captured(levels: Tensor) -> bool:
+    """Is what is done with them put into a CUDA graph?"""
+    return levels.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Found = TypeVar("Found")
+SHORTAGES = ("out of memory", "STATUS_ALLOC_FAILED")  # of Triton, which loads a kernel, and of NVIDIA's libraries
 
 
 class KernelSwitch:
@@ -31,13 +32,16 @@ class KernelSwitch:
         """What `run` gives, or None where Triton is missing or fails.
 
         Raises:
-            torch.OutOfMemoryError: from `run`; memory is no reason to think that kernels do not work.
+            torch.OutOfMemoryError, RuntimeError: memory ran out in `run`, which is no reason to think that kernels do
+                not work.
         """
         try:
             return run()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers, drivers and Triton raise all kinds
+            if any(words in str(error) for words in SHORTAGES):
+                raise
             self.failure = f"{type(error).__name__}: {str(error).strip() or 'without a message'}"
             warnings.warn(
                 f"bitsmith's GPU kernels do not work here ({self.failure[:500]}); torch does what they would, but "

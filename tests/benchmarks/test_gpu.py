@@ -41,12 +41,11 @@ def test_tables_of_all_modules_are_kept_and_committed(tmp_path: Path, monkeypatc
     """Also where one of them failed, which is told."""
     for command in (["init"], ["config", "user.name", "us"], ["config", "user.email", "us@example.org"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True, capture_output=True)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "results")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB")
     monkeypatch.setattr(gpu, "_printed", lambda module, flags: (int(module == "gpu_model"), f"table of {module}\n"))
     with pytest.raises(SystemExit, match="failed: gpu_model; what they said"):
-        gpu.main(["--commit"])
+        gpu.main(["--commit", "--out", str(tmp_path / "results")])
     (target,) = (tmp_path / "results").iterdir()
     assert target.name.startswith("nvidia-h100-80gb-20")
     assert target.read_text() == "table of kernels\ntable of gpu_model\ntable of gpu_finetune\n"

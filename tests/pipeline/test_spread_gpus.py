@@ -127,3 +127,31 @@ def test_the_device_reaches_the_work_and_its_key(tiny_model_dir: Path, tmp_path:
     seen.clear()
     assert run.matrices(plan, statistics) == on_cpu
     assert not seen
+
+
+def test_one_without_room_leaves_the_work_to_the_others(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, free = torch.device("cpu", 0), torch.device("cpu")
+    monkeypatch.setattr(spread_gpus, "gpus_of", lambda device: [full, free])
+    monkeypatch.setattr(spread_gpus, "free_bytes", lambda device: 0 if device is full else 2)
+    used: list[torch.device] = []
+
+    class Seen(spread_gpus.Slot):
+        def __init__(self, device: torch.device) -> None:
+            used.append(device)
+            super().__init__(device)
+
+    monkeypatch.setattr(spread_gpus, "Slot", Seen)
+    list(over_gpus(Failing(tmp_path, iter([])), model.matrices))
+    assert used == [free, free]  # as many as it has room for
+
+
+@pytest.mark.usefixtures("_two_devices")
+def test_a_slot_that_ran_out_of_memory_takes_no_more(model: Model, tmp_path: Path) -> None:
+    """All but the last one: what they could not make is made in the end."""
+    num_slots = 2 * spread_gpus.STREAMS
+    errors: list[Exception | None] = [torch.OutOfMemoryError("CUDA out of memory")] * num_slots
+    task = Failing(tmp_path, iter(errors))
+    assert len(list(over_gpus(task, model.matrices))) == len(model.matrices)
+    assert all(task.file(matrix).exists() for matrix in model.matrices)

@@ -195,3 +195,11 @@ def test_kernels_that_fail_leave_the_dense_packing_and_one_warning(monkeypatch: 
             torch.testing.assert_close(layer(x), x @ dense.T, rtol=1e-5, atol=1e-5)
             assert not uses_kernels(layer)
     torch.testing.assert_close(y, x @ dense.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_graph_is_not_captured_before_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would put the codes in order again in each replay, from memory that was given back."""
+    layer = QuantizedLinear.from_quantized(LloydMax(3).quantize(normal_weight((8, 32)), None), None)
+    monkeypatch.setattr("quantizers.kernel_holder._is_captured", lambda levels: True)
+    with pytest.raises(RuntimeError, match="Run the model once, then capture it"):
+        layer._try_kernels(lambda weight: weight.product(torch.ones(1, 32)))

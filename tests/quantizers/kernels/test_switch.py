@@ -26,12 +26,21 @@ def test_the_first_failure_is_told_and_the_last() -> None:
     assert switch.failure == "RuntimeError: no C compiler"
 
 
-def test_memory_that_runs_out_is_the_callers() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("20 MiB are missing"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_runs_out_is_the_callers(error: Exception) -> None:
     switch = KernelSwitch()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(torch.OutOfMemoryError):
-            switch.attempt(fail(torch.OutOfMemoryError("20 MiB are missing")))
+        with pytest.raises(type(error)):
+            switch.attempt(fail(error))
     assert switch.failure is None
 
 
