@@ -97,7 +97,8 @@ def _launch(api_url: str, log: Path) -> subprocess.Popen[bytes]:
     place = urlsplit(api_url)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", str(place.hostname)]
-    log.touch(0o600)  # Prefect writes there with what address a webhook refused
+    log.touch()
+    log.chmod(0o600)  # Prefect writes there which address refused a message
     with log.open("ab") as output:
         return subprocess.Popen(
             [*command, "--port", str(place.port)],
