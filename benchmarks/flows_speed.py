@@ -1,11 +1,11 @@
 """Costs and decomposition by the flows' runners and by the plain command line, in one run; then a 70B model, simulated.
 
-    python -m benchmarks.flows_speed [--layers 10] [--runners threads:1 threads:2 dask:1 dask:2] [--repeats 2]
+    python -m benchmarks.flows_speed [--layers 30] [--runners threads:1 threads:2 dask:1 dask:2] [--repeats 2]
 
 The first layers of the demo model with a preset's choices; low-rank parts, which take several times as long, only where
 `--ranks` asks for them. `cores` is the plain command line's way: all cores of this machine, without Prefect. A stage's
-seconds are its wall time as a user waits for it, processes that must start included; of several repeats, which go
-through all ways in turn, the least counts, as other work on the machine only adds.
+seconds are its wall time as a user waits for it, processes that must start included: once for both stages, as in the
+flow. Of several repeats, through all ways in turn, the shortest counts, as other work on the machine only adds.
 
 Orchestration is what keeps a worker from working, as a share of workers x wall time: what lies outside all of its tasks
 (start and end of the task runs as the server has them: processes that start, gaps, waiting at the end for the others),
@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,14 +149,13 @@ class Bench:
         return sum(matrix.num_params for matrix in self.run.model.matrices)
 
     def measure(self, ways: list[str], num_repeats: int) -> dict[str, dict[str, Measured]]:
-        """way -> stage -> the repeat of the least wall time."""
-        found: dict[str, dict[str, Measured]] = {way: {} for way in ways}
+        """way -> stage -> of the repeat of the least wall time."""
+        found: dict[str, dict[str, Measured]] = {}
         for number in range(num_repeats):
             for way in ways:
-                for stage in STAGES:
-                    now = self._stage(stage, way, self.folder / f"{stage}-{way.replace(':', '-')}-{number}")
-                    print(f"{way} {stage}: {now.wall:.1f} s", flush=True)
-                    found[way][stage] = min(now, found[way].get(stage, now), key=lambda each: each.wall)
+                now = self._stages(way, self.folder / f"{way.replace(':', '-')}-{number}")
+                print(", ".join(f"{way} {stage}: {each.wall:.1f} s" for stage, each in now.items()), flush=True)
+                found[way] = min(now, found.get(way, now), key=lambda each: both(each).wall)
         return found
 
     def hand_out(self, runner: str) -> Handing:
@@ -190,27 +190,33 @@ class Bench:
         close_idle()
         return Handing(*((times[-1] - times[0]) / (len(times) - 1) for times in (finished, submitted)))
 
-    def _stage(self, stage: str, way: str, work: Path) -> Measured:
+    def _stages(self, way: str, work: Path) -> dict[str, Measured]:
+        """Both, one after the other as in the flow, where the second finds the workers of the first."""
         from benchmarks.in_flow import in_flow
+        from flows.cluster import kept_workers
         from flows.runner import Runner
         from flows.spread import TaskSpread
         from pipeline.spread import over_cores
         from pipeline.stages import StageLog
 
-        work.mkdir()
+        folders = {stage: work / stage for stage in STAGES}
+        for folder in folders.values():
+            folder.mkdir(parents=True)
         if way == CORES:
-            return Measured(_times(lambda: self._do(stage, work, over_cores))[1])
+            return {stage: Measured(seconds) for stage, (_, seconds) in self._timed(folders, over_cores).items()}
         runner = Runner.parse(way)
         spread = TaskSpread(self.run.model, self.run.registry, self.statistics, runner, StageLog())
-        (began, seconds), flow_run = in_flow(lambda: _times(lambda: self._do(stage, work, spread)))
-        tasks = _task_runs(flow_run)
-        return Measured(
-            seconds,
-            tasks=sum((task.end_time - task.start_time).total_seconds() for task in tasks),
-            start=min(task.start_time.timestamp() for task in tasks) - began,
-            num_tasks=len(tasks),
-            num_workers=runner.num_workers,
-        )
+
+        def stages() -> dict[str, tuple[float, float]]:
+            with kept_workers():
+                return self._timed(folders, spread)
+
+        found, flow_run = in_flow(stages)
+        task_runs = _task_runs(flow_run)
+        return {stage: _measured(stage, *times, task_runs, runner.num_workers) for stage, times in found.items()}
+
+    def _timed(self, folders: dict[str, Path], spread: "Spread") -> dict[str, tuple[float, float]]:
+        return {stage: _times(partial(self._do, stage, folder, spread)) for stage, folder in folders.items()}
 
     def _do(self, stage: str, work: Path, spread: "Spread") -> None:
         from pipeline.costs import measure_costs
@@ -228,6 +234,29 @@ class Bench:
 
         labels = {name: matrix.label for name, matrix in self.plan.matrices.items()}
         return QuantizeMatrix(self.run.model, labels, None, folder)
+
+
+def both(stages: dict[str, Measured]) -> Measured:
+    """The stages as one."""
+    all_of_them = [*stages.values()]
+    return Measured(
+        wall=sum(each.wall for each in all_of_them),
+        tasks=sum(each.tasks for each in all_of_them),
+        start=sum(each.start for each in all_of_them),
+        num_tasks=sum(each.num_tasks for each in all_of_them),
+        num_workers=all_of_them[0].num_workers,
+    )
+
+
+def _measured(stage: str, began: float, seconds: float, task_runs: list[Any], num_workers: int) -> Measured:
+    tasks = [task for task in task_runs if task.name.startswith(f"{stage}, ")]
+    return Measured(
+        seconds,
+        tasks=sum((task.end_time - task.start_time).total_seconds() for task in tasks),
+        start=min(task.start_time.timestamp() for task in tasks) - began,
+        num_tasks=len(tasks),
+        num_workers=num_workers,
+    )
 
 
 def simulate(sizes: list[int], num_workers: int, rate: float, handing: Handing) -> tuple[float, float, float]:
@@ -305,7 +334,7 @@ def _print_stages(
     )
     print("| way | costs, s | decompose, s | both, of `cores` | both, of one worker |")
     print("| --- | --: | --: | --: | --: |")
-    total = {way: sum(each.wall for each in stages.values()) for way, stages in found.items()}
+    total = {way: both(stages).wall for way, stages in found.items()}
     for way, stages in found.items():
         alone = total.get(f"{_kind(way)}:1")
         times = f"{total[CORES] / total[way]:.2f}x | {f'{alone / total[way]:.2f}x' if alone else '-'}"
@@ -316,9 +345,10 @@ def _print_stages(
     for way, stages in found.items():
         if way == CORES:
             continue
-        for stage, each in stages.items():
+        for stage, each in (stages | {"both": both(stages)}).items():
             empty = handing[_kind(way)].empty
-            single = len(matrices) * empty / (each.num_workers * (each.wall - each.start))
+            num_singles = len(matrices) * (len(STAGES) if stage == "both" else 1)
+            single = num_singles * empty / (each.num_workers * (each.wall - each.start))
             print(f"| {way}, {stage} | {each.num_tasks} | {each.start:.1f} | {each.idle():.1f} | {1e3 * empty:.0f} "
                   f"| {1e3 * handing[_kind(way)].submit:.0f} | {each.orchestration(empty):.1%} "
                   f"| {each.orchestration(empty, with_start=False):.1%} | {single:.1%} |")  # fmt: skip

@@ -13,6 +13,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows import steps
+from flows.cluster import end_workers, kept_workers
 from flows.job import Done, Job, Outcome
 from flows.notify import WATCHED
 from flows.slots import alone_with
@@ -59,7 +60,7 @@ def compress(
         PipelineError, RegistryError: the run is then Failed, with that message.
     """
     check_version()
-    with alone_with(str(recipe.get("model")), device):
+    with alone_with(str(recipe.get("model")), device), kept_workers():
         jobs = _named(steps.prepare)(recipe, budgets, registry, out, name, device, runner, resume)
         statistics = _named(steps.collect_statistics)(jobs[0])
         costs = _named(steps.measure_costs)(jobs[0], statistics)
@@ -80,6 +81,7 @@ def complete(job: Job, statistics: Done, costs: Done, before: list[Done]) -> Out
     budget = job["recipe"]["budget"]
     plan = _named(steps.allocate, budget)(job, costs, statistics)
     matrices = _named(steps.decompose, budget)(job, plan, statistics)
+    end_workers()
     before = [*before, plan, matrices]
     if job["recipe"]["recover"]:
         matrices = _named(steps.recover, budget)(job, plan, matrices, statistics)

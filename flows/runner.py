@@ -2,7 +2,7 @@
 
     threads          child processes on this machine, one a core
     threads:4        four of them
-    dask             a Dask cluster on this machine, a process a core, for the time of a stage
+    dask             a Dask cluster on this machine, a process a core, until the last matrix is decomposed
     dask:4           of four processes
     dask:tcp://scheduler:8786      an existing Dask cluster
     ray              Ray on this machine; ray:4 on four cores

@@ -5,7 +5,7 @@ Only JSON crosses the border; results come back as blobs (pipeline/batch.py).
 
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flows.child import Say, borrowed_child, close_idle
+from flows.cluster import has_workers, workers_of
 from flows.failures import only_lost_workers_and_network
 from flows.runner import Runner
 from pipeline.batch import Batch, Blob, PartBatch, batches_of, part_batches, take_result
@@ -36,7 +37,6 @@ from registry import Artifact, Registry
 SECONDS_BETWEEN_LOOKS = 10.0
 MOST_SECONDS_WITHOUT_WORKERS = 90.0
 NUM_TOLD = 3  # matrices that a message names
-NOT_STARTED = "failed to start"  # what Dask says of a worker that was lost before it was there
 # what Dask and Ray raise once they have given up; by name, for either may not be installed
 LOST_WORKERS = {"KilledWorker", "WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "LocalRayletDiedError"}
 
@@ -56,7 +56,7 @@ class TaskSpread:
 
     Attributes:
         statistics: what the task reads; None for an unweighted error.
-        runner: has the workers, for the time of a call.
+        runner: has the workers.
         log: told what memory they took.
     """
 
@@ -76,7 +76,7 @@ class TaskSpread:
         batches = batches_of(matrix_task, todo, self.model, self.statistics, self.registry)
         in_child = self.runner.is_here
         try:
-            with _told_where_the_server_is(), _workers_of(self.runner) as started:
+            with _told_where_the_server_is(), workers_of(self.runner) as started:
                 futures: dict[Future, str] = {}
                 for name, batch in _named(batches):
                     asked = {"batch": batch, "in_child": in_child}
@@ -109,7 +109,7 @@ class PartsSpread:
         batches = part_batches(
             used, parts, self.model, self.registry, metric=self.metric, seed=self.seed, device=self.device
         )
-        with _told_where_the_server_is(), _workers_of(self.runner) as started:
+        with _told_where_the_server_is(), workers_of(self.runner) as started:
             futures: dict[Future, str] = {}
             for number, batch in enumerate(batches, start=1):
                 name = f"statistics, part {number} of {len(batches)}"
@@ -130,43 +130,6 @@ def _told_where_the_server_is() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _workers_of(runner: Runner) -> Iterator[TaskRunner]:
-    """One that is killed while they start takes the cluster along, and a new one is started; then WorkerError.
-
-    Raises:
-        WorkerError: they did not start, twice; or no cluster is at the runner's address.
-    """
-    with ExitStack() as stack:
-        try:
-            started = _started(runner, stack)
-        except RuntimeError as error:
-            if NOT_STARTED not in str(error):
-                raise
-            try:
-                started = _started(runner, stack)
-            except RuntimeError as again:
-                raise WorkerError(
-                    f"The {runner.kind} workers did not start, tried twice: {again} Look at the memory and the disk of "
-                    "this machine, and run it again: what is finished is kept."
-                ) from again
-        yield started
-
-
-def _started(runner: Runner, stack: ExitStack) -> TaskRunner:
-    try:
-        started: TaskRunner = stack.enter_context(runner.task_runner())
-        _client(started)  # Dask starts its cluster, or looks for the one there is, when first asked for this
-    except OSError as error:
-        if runner.address is None:
-            raise
-        raise WorkerError(
-            f"No {runner.kind} cluster answers at {runner.address} ({' '.join(str(error).split())}). Check that "
-            "address in the setting `runner`, and that the cluster runs, and run it again: what is finished is kept."
-        ) from error
-    return started
-
-
 def _as_they_finish(futures: Collection[Future], started: TaskRunner) -> Iterator[Future]:
     """Raises WorkerError if there is nobody to finish them."""
     finished: SimpleQueue[Future] = SimpleQueue()
@@ -178,7 +141,7 @@ def _as_they_finish(futures: Collection[Future], started: TaskRunner) -> Iterato
             yield finished.get(timeout=SECONDS_BETWEEN_LOOKS)
             num_left, idle_since = num_left - 1, time.monotonic()
         except Empty:
-            if _has_workers(started):
+            if has_workers(started):
                 idle_since = time.monotonic()
             elif time.monotonic() - idle_since > MOST_SECONDS_WITHOUT_WORKERS:
                 raise WorkerError(
@@ -195,16 +158,6 @@ def _in_order(futures: list[Future], started: TaskRunner) -> Iterator[Future]:
         while number < len(futures) and futures[number] not in waiting:
             yield futures[number]
             number += 1
-
-
-def _has_workers(started: TaskRunner) -> bool:
-    """Dask waits for workers for ever; the other runners have theirs, or say that they are lost."""
-    client = _client(started)
-    return client is None or bool(client.scheduler_info(n_workers=-1)["workers"])
-
-
-def _client(started: TaskRunner) -> Any:
-    return getattr(started, "client", None)
 
 
 def _taken(future: Future, doing: str, log: StageLog) -> dict[str, Blob]:

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,38 @@ from pipeline.home import home
 
 
 @pytest.fixture(scope="module")
-def finished(server: None, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def happened() -> list[str]:
+    """Each start and end of workers, and the stages between."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def finished(
+    server: None, recipe: dict[str, Any], tmp_path_factory: pytest.TempPathFactory, happened: list[str]
+) -> Any:
     """The state of one run of the flow, into the user's registry, which is the test session's own."""
+    from flows import cluster, stage
     from flows.compress import compress
 
+    def telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *given: (happened.append(name), function(*given))[1]
+
+    class Log(stage.StageLog):
+        def stage(self, name: str) -> Any:
+            happened.append(name)
+            return super().stage(name)
+
     out = tmp_path_factory.mktemp("flow") / "Tiny"
-    return compress(recipe, str(out), return_state=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "_started", telling("start", cluster._started))
+        patch.setattr(cluster._Kept, "end", telling("end", cluster._Kept.end))
+        patch.setattr(stage, "StageLog", Log)
+        return compress(recipe, str(out), return_state=True)
+
+
+def test_workers_are_started_once_and_end_with_the_last_matrix(finished: Any, happened: list[str]) -> None:
+    """The stages that are not listed are a child's."""
+    assert happened == ["costs", "start", "decompose", "end", "end"]
 
 
 @pytest.mark.usefixtures("quick")

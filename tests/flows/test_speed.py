@@ -9,7 +9,7 @@ from uuid import UUID
 
 import pytest
 
-from benchmarks.flows_speed import Bench, Handing, simulate
+from benchmarks.flows_speed import Bench, Handing, Measured, both, simulate
 from pipeline.model import open_model
 from registry import Registry
 
@@ -50,21 +50,30 @@ def test_empty_batches_are_handed_out_and_the_children_closed(bench: Bench, monk
     assert [(each["batch"]["names"], each["in_child"]) for each in submitted] == [([], True)] * 4
 
 
-def test_a_stage_on_a_runner_is_given_that_runner_s_workers(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_on_a_runner_are_given_that_runner_s_workers(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(Bench, "_do", lambda self, stage, work, spread: given.append(spread))
+    monkeypatch.setattr(Bench, "_do", lambda self, stage, work, spread: given.append((stage, spread)))
     monkeypatch.setattr("benchmarks.in_flow.in_flow", lambda work: (work(), UUID(int=0)))
-    monkeypatch.setattr("benchmarks.flows_speed._task_runs", lambda flow_run: [_task_run()])
-    measured = bench._stage("costs", "dask:2", bench.folder / "work")
-    assert (measured.num_tasks, measured.num_workers) == (1, 2)
-    assert given[0].runner.kind == "dask"
+    runs = [_task_run("costs, part 1 of 1", 3.0)] + [_task_run(f"decompose, part {n} of 2", 5.0) for n in (1, 2)]
+    monkeypatch.setattr("benchmarks.flows_speed._task_runs", lambda flow_run: runs)
+    measured = bench._stages("dask:2", bench.folder / "work")
+    assert [(each.num_tasks, each.num_workers, each.tasks) for each in measured.values()] == [(1, 2, 3.0), (2, 2, 10.0)]
+    assert [(stage, spread.runner.kind) for stage, spread in given] == [("costs", "dask"), ("decompose", "dask")]
 
 
-def _task_run() -> Any:
-    from datetime import UTC, datetime
+def test_both_stages_as_one() -> None:
+    stages = {"costs": Measured(10.0, 12.0, 2.0, 4, 2), "decompose": Measured(20.0, 36.0, 0.0, 6, 2)}
+    assert both(stages) == Measured(30.0, 48.0, 2.0, 10, 2)
+    assert both(stages).idle() == 8.0
+    assert both(stages).orchestration(0.3) == pytest.approx(1 - 45 / 60)
+    assert both(stages).orchestration(0.3, with_start=False) == pytest.approx(1 - 45 / 56)
+
+
+def _task_run(name: str, seconds: float) -> Any:
+    from datetime import UTC, datetime, timedelta
 
     now = datetime.now(UTC)
-    return SimpleNamespace(start_time=now, end_time=now)
+    return SimpleNamespace(name=name, start_time=now, end_time=now + timedelta(seconds=seconds))
 
 
 def test_the_simulation_is_list_scheduling() -> None:

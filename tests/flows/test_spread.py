@@ -102,58 +102,6 @@ def test_a_cluster_without_a_worker_is_an_error_and_no_endless_wait(
             _quantized(tmp_path / "made", tiny_model_dir, tasks)
 
 
-@pytest.mark.parametrize(("num_failures", "error"), [(1, None), (2, WorkerError)])
-def test_workers_that_do_not_start_are_started_again_once(
-    monkeypatch: pytest.MonkeyPatch, num_failures: int, error: type[Exception] | None
-) -> None:
-    """By Prefect's own runner, which enters at once and makes the cluster later."""
-    import prefect_dask.task_runners
-
-    from flows import spread
-    from flows.runner import Runner
-
-    num_starts = 0
-
-    def start(**_settings: Any) -> Any:
-        nonlocal num_starts
-        num_starts += 1
-        if num_starts <= num_failures:
-            raise RuntimeError("Cluster failed to start: Nanny failed to start.")
-        return nullcontext("workers")
-
-    class Client:
-        dashboard_link = None
-
-        def __init__(self, cluster: str, **_settings: Any) -> None:
-            self.cluster = cluster
-
-        def __enter__(self) -> "Client":
-            return self
-
-        def __exit__(self, *_error: object) -> None:
-            pass
-
-    monkeypatch.setattr("distributed.LocalCluster", start)
-    monkeypatch.setattr(prefect_dask.task_runners, "PrefectDaskClient", Client)
-    monkeypatch.setattr(prefect_dask.task_runners, "to_qualified_name", str)
-    refused = pytest.raises(error, match=r"tried twice: .*Nanny failed") if error else nullcontext()
-    with refused, spread._workers_of(Runner.parse("dask:2")) as started:
-        assert started.client.cluster == "workers"  # type: ignore[attr-defined]
-    assert num_starts == 2
-
-
-def test_a_cluster_that_is_not_there_is_named_by_its_address() -> None:
-    import dask
-
-    from flows import spread
-    from flows.runner import Runner
-
-    quickly = dask.config.set({"distributed.comm.timeouts.connect": "500ms"})
-    nowhere = pytest.raises(WorkerError, match=r"No dask cluster answers at tcp://127\.0\.0\.1:9 \(Timed out.*Check")
-    with quickly, nowhere, spread._workers_of(Runner.parse("dask:tcp://127.0.0.1:9")):
-        pass
-
-
 def test_finished_matrices_are_not_made_again(
     server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path
 ) -> None:
