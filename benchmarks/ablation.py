@@ -26,6 +26,7 @@ SCALARS = ("lloyd6-g64-s6", "nf8-g64-s8")  # of the default
 STEPS: dict[str, dict[str, Any]] = {
     "default": {},
     "factors from gradients of whole windows (sketch of YAQA)": {"sensitivity": "sequence"},
+    "with gradients but one-sided (GuidedQuant in one group)": {"sensitivity": "guided"},
     "without gradients (second moment of the input, one-sided)": {"sensitivity": "input"},
     "without curvature and feedback (Fisher diagonal)": {"sensitivity": "fisher"},
     "without feedback (row and column means of the Fisher diagonal)": {"sensitivity": "factored"},

@@ -152,6 +152,7 @@ def draw_budget_curve(figures: dict[str, Any], theme: Theme) -> "Figure":
 ERROR_NAMES = {
     "kronecker": "Expected divergence, nats a token",
     "sequence": "Expected divergence, nats a token",
+    "guided": "Expected divergence, nats a token",
     "kl": "Expected divergence, nats a token",
     "fisher": "Fisher-weighted error, nats a token",
     "factored": "Fisher-weighted error, nats a token",

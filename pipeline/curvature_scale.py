@@ -1,4 +1,4 @@
-"""How large the curvature really is: Kronecker factors checked on windows that they were not made from.
+"""How large the curvature really is: its factors checked on windows that they were not made from.
 
 The factors of a matrix neglect how tokens of a window act together, and fit the windows that they come from. Both make
 the expected divergence too small, by more for some matrices than for others, which misleads the integer program.
@@ -9,6 +9,7 @@ labels drawn from the model,
     mean over windows and probes of <G, E>^2,    <G, E> = sum over tokens of (g . p) (x . q)
 
 is set against what the factors expect of the same probes, tr(H_O E H_I E^T). The ratio is the matrix's scale.
+H_O is the identity where a metric has none.
 """
 
 import json
@@ -48,7 +49,7 @@ def measure_scales(
     """The factor by which each matrix's `input_curvature` is to be multiplied, by parameter name.
 
     Args:
-        statistics_of: Kronecker factors, in nats a token.
+        statistics_of: both factors or the inputs' alone, in nats a token.
         tokens: [windows, seq_len], which the factors were not made from.
         first: number of the first of them.
         folder: made, for what passes between blocks and what is known of them; goes on from what is there.
@@ -76,10 +77,8 @@ def measure_scales(
                 learnt = statistics_of(matrix).to(str(network.device))
                 sides = _probes(matrix, learnt, seed + numbers[matrix.name], progress.say)
                 out, into = (side.double() for side in sides)
-                assert learnt.input_curvature is not None
-                assert learnt.output_curvature is not None
-                by_rows = (learnt.output_curvature.double() @ out * out).sum(dim=0)
-                expected[matrix.name] = float(by_rows @ (learnt.input_curvature.double() @ into * into).sum(dim=0))
+                by_rows, by_columns = _expected(learnt.output_curvature, out), _expected(learnt.input_curvature, into)
+                expected[matrix.name] = float(by_rows @ by_columns)
                 hook = _probing(out, into, responses[matrix.name])
                 stack.callback(network.network.get_submodule(matrix.module).register_forward_hook(hook).remove)
             yield window_is_done
@@ -105,22 +104,29 @@ def _probe_bytes(network: Network, model: Model, block: int) -> int:
 
 
 def _probes(matrix: Matrix, learnt: LayerStatistics, seed: int, say: Callable[[str], None]) -> tuple[Tensor, Tensor]:
-    """p [out, probes] and q [in, probes]."""
+    """p [out, probes] and q [in, probes]. Where no factor is of the outputs, they are white there in any basis."""
     rounding = TrellisCoded(2)
     assert learnt.input_curvature is not None
     sides = rounding.sides(matrix.shape, learnt, learnt.input_curvature.device)
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for factor, rotation, side in (
-        (sides.outputs, rounding.seed, "outputs"),
-        (sides.inputs, rounding.seed + 1, "inputs"),
+    for size, factor, rotation, side in (
+        (matrix.shape[0], sides.outputs, rounding.seed, "outputs"),
+        (matrix.shape[1], sides.inputs, rounding.seed + 1, "inputs"),
     ):
-        assert factor is not None
+        white = torch.randn(size, NUM_PROBES, generator=generator).to(learnt.input_curvature.device)
+        if factor is None:
+            found.append(white)
+            continue
         say_if_degraded(matrix.name, side, factor, say)
-        white = torch.randn(len(factor.pivots), NUM_PROBES, generator=generator).to(factor.pivots.device)
         probes = torch.linalg.solve_triangular(factor.unit_upper.T, white, upper=False, unitriangular=True)
         found.append(unrotate(probes.T.contiguous(), rotation).T.contiguous())
     return found[0], found[1]
+
+
+def _expected(curvature: Tensor | None, probes: Tensor) -> Tensor:
+    """p^T H p of each of the probes [n, probes]; H is the identity where there is none."""
+    return ((probes if curvature is None else curvature.double() @ probes) * probes).sum(dim=0)
 
 
 def _probing(out: Tensor, into: Tensor, response: Tensor):

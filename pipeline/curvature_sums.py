@@ -7,14 +7,16 @@ layer's output, and G = g^T x the weight's gradient:
     factored   F's row and column sums, from which comes its best rank-one estimate    (LQ-LoRA's reduction of F)
     input      H_I = sum over tokens of x x^T                  (GPTQ, arXiv:2210.17323)
     kl         the same H_I, times what disturbing the matrix does to the model's output: no gradients
+    guided     H_I = sum over tokens of |g|^2 x x^T            (GuidedQuant, arXiv:2505.07004, in one group of outputs)
     kronecker  H_I = sum over tokens of |g|^2 x x^T,
-               H_O = sum over tokens of |x|^2 g g^T            (GuidedQuant, arXiv:2505.07004, on both sides)
+               H_O = sum over tokens of |x|^2 g g^T            (the same on both sides)
     sequence   H_I = sum over windows of G^T G,
                H_O = sum over windows of G G^T                 (YAQA's sketch B, arXiv:2505.22988)
 
-The last two metrics take labels drawn from the model, so that they estimate the curvature of the divergence from the
-original itself. Both are the first power iteration towards the best Kronecker factors of the Fisher information; a
-window is one sample for `sequence` and hundreds for `kronecker`, which neglects how tokens of a window act together.
+The last three metrics take labels drawn from the model, so that they estimate the curvature of the divergence from the
+original itself. `guided` takes all outputs of a matrix for alike; the last two are the first power iteration towards
+the best Kronecker factors of the Fisher information. A window is one sample for `sequence` and hundreds for the others,
+which neglect how tokens of a window act together.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +27,7 @@ from torch import Tensor
 
 from quantizers import LayerStatistics
 
-Metric = Literal["fisher", "factored", "input", "kl", "kronecker", "sequence"]
+Metric = Literal["fisher", "factored", "input", "kl", "guided", "kronecker", "sequence"]
 SHRINKAGE = 0.3  # of what is beside the diagonal of a factor
 
 
@@ -44,6 +46,7 @@ class Sums(ABC):
     of_input_alone: ClassVar[bool] = False
     scaled_by_divergence: ClassVar[bool] = False
     forms_gradients: ClassVar[bool] = False  # G [out, in], while a window is added
+    in_nats: ClassVar[bool] = True  # what errors are weighted to: the divergence that they cause, a token
 
     @abstractmethod
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
@@ -134,6 +137,7 @@ class InputSums(Sums):
 
     title = "Second moments of the inputs"
     of_input_alone = True
+    in_nats = False
 
     def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
         """See Sums."""
@@ -160,6 +164,35 @@ class DivergenceSums(InputSums):
     """See the module. With the scale that is measured for each matrix, its errors are in nats too."""
 
     scaled_by_divergence = True
+    in_nats = True
+
+
+class GuidedSums(Sums):
+    """See the module. Half of the numbers of `kronecker` where a matrix is square, and half of the work."""
+
+    title = "Second moments of the inputs, by gradients"
+    labels_are_drawn = True
+
+    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
+        """See Sums."""
+        return {"input_curvature": (shape[1], shape[1])}
+
+    def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
+        """See Sums. A row's own curvature would weight with that row's gradient; this is their mean over the rows."""
+        weighted = x * (g.norm(dim=1, keepdim=True) / g.shape[1] ** 0.5)
+        held["input_curvature"].addmm_(weighted.T, weighted)
+
+    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
+        """See Sums."""
+        return float(held["input_curvature"].double().trace()) / shape[1]
+
+    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
+        """See Sums."""
+        return {"input_curvature": level * torch.eye(shape[1])}
+
+    def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
+        """See Sums."""
+        return LayerStatistics(input_curvature=shrunk(held["input_curvature"]) / (2 * num_tokens))
 
 
 class KroneckerSums(Sums):
@@ -230,6 +263,7 @@ _SUMS: dict[Metric, Sums] = {
     "factored": FactoredSums(),
     "input": InputSums(),
     "kl": DivergenceSums(),
+    "guided": GuidedSums(),
     "kronecker": KroneckerSums(),
     "sequence": SequenceSums(),
 }

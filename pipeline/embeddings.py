@@ -19,6 +19,7 @@ from pipeline.allocation import AS_STORED, EMBEDDINGS_ADVICE, Offered, PlannedEm
 from pipeline.atomic import replace_file
 from pipeline.budget import Budget
 from pipeline.costs import full_label
+from pipeline.curvature_sums import sums_of
 from pipeline.decompose import matrix_file
 from pipeline.errors import RecipeError
 from pipeline.model import Model
@@ -32,7 +33,6 @@ RUN_BYTES = {False: 40, True: 65}  # for each weight of a run, likewise
 CURVATURE_BYTES = 31  # for each of its numbers, while it is factorized in float64
 SCALE_BYTES = 32  # for each block, while scales are found and stored
 CANDIDATES = ("nf8-g64-s8", "lloyd6-g64-s6", "lloyd5-g64-s6", "lloyd4-g32-s6", "lloyd3-g32-s6", "lloyd2-g32-s6")
-IN_NATS = ("kronecker", "sequence", "kl", "fisher", "factored")  # sensitivities whose costs compare with a divergence
 
 
 def offered_embeddings(model: Model, recipe: Recipe) -> Offered:
@@ -44,7 +44,9 @@ def offered_embeddings(model: Model, recipe: Recipe) -> Offered:
     if recipe.embeddings is not None and recipe.embeddings != LEFT:
         return {module: (each,) for module, each in planned_embeddings(model, recipe.embeddings).items()}
     is_free = recipe.embeddings is None and Budget.parse(recipe.budget).bits_per_param is None
-    if not is_free or recipe.sensitivity not in IN_NATS or not model.embeddings:
+    if not is_free or recipe.sensitivity == "none" or not model.embeddings:
+        return {}
+    if not sums_of(recipe.sensitivity).in_nats:  # costs that do not compare with a divergence
         return {}
     packed = [planned_embeddings(model, label) for label in CANDIDATES]
     dense = {

@@ -68,7 +68,8 @@ Seed = Annotated[int | None, typer.Option(help="of every random draw")]
 Sensitivity = Annotated[
     str | None,
     typer.Option(
-        help="metric of the error: kronecker, sequence, kl (no gradients), input, fisher, factored (megabytes), or none"
+        help="metric of the error: kronecker, sequence, guided, kl (no gradients), input, fisher, factored "
+        "(megabytes), or none"
     ),
 ]
 Candidate = Annotated[list[str] | None, typer.Option(help="quantizer on offer, e.g. lloyd3-g64-s4; repeat for several")]

@@ -41,7 +41,7 @@ class Recipe(BaseModel):
     num_samples: int = Field(ge=1, description="calibration windows for statistics")
     seq_len: int = Field(512, ge=2, description="tokens of a window")
     seed: int = Field(0, ge=0, lt=2**42, description="of every random draw")
-    sensitivity: Literal["kronecker", "sequence", "kl", "input", "fisher", "factored", "none"] = Field(
+    sensitivity: Literal["kronecker", "sequence", "guided", "kl", "input", "fisher", "factored", "none"] = Field(
         description="metric of the error, see pipeline/curvature_sums.py; `none` needs no text"
     )
     candidates: tuple[str, ...] = Field(min_length=1, description="quantizers on offer")

@@ -56,7 +56,8 @@ class StageSeconds:
 
     @property
     def _curved_sides(self) -> int:
-        return {"input": 1, "kl": 1, "kronecker": 2, "sequence": 2}.get(self.run.recipe.sensitivity, 0)
+        metric = self.run.recipe.sensitivity
+        return 0 if metric == "none" else sum("curvature" in name for name in sums_of(metric).shapes((1, 1)))
 
     @property
     def _has_curvature(self) -> bool:

@@ -132,7 +132,7 @@ def test_what_is_in_the_registry_is_no_work(tiny_model_dir: Path, tmp_path: Path
     assert [stage.name for stage in forecast(dataclasses.replace(run, resume=False))][:2] == ["statistics", "costs"]
 
 
-@pytest.mark.parametrize("metric", ["fisher", "factored", "input", "kl", "kronecker", "sequence"])
+@pytest.mark.parametrize("metric", ["fisher", "factored", "input", "kl", "guided", "kronecker", "sequence"])
 def test_more_text_at_once_takes_more(metric: Metric, tiny_model_dir: Path, tmp_path: Path) -> None:
     run = opened(tiny_model_dir, Registry(tmp_path), sensitivity=metric, seq_len=32)
     longer = opened(tiny_model_dir, Registry(tmp_path), sensitivity=metric, seq_len=64)

@@ -39,7 +39,7 @@ def loud_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer) -> 
     return save_model(original_llama().to(torch.bfloat16), tmp_path_factory.mktemp("loud"), tokenizer=tiny_tokenizer)
 
 
-@pytest.mark.parametrize("metric", ["fisher", "input", "kronecker", "sequence"])
+@pytest.mark.parametrize("metric", ["fisher", "input", "guided", "kronecker", "sequence"])
 def test_statistics_are_those_of_the_cpu(loud_model_dir: Path, tmp_path: Path, metric: str) -> None:
     registry, model = Registry(tmp_path), open_model(str(loud_model_dir))
     recipe = Recipe.of(model=str(loud_model_dir), **(BEST | {"sensitivity": metric}))

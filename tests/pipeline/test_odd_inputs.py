@@ -92,7 +92,7 @@ def test_odd_shapes(folder: str, request: pytest.FixtureRequest, tmp_path: Path)
     assert done.plan.bits_per_param <= 5
 
 
-@pytest.mark.parametrize("metric", ["kronecker", "sequence", "kl", "input", "fisher", "factored"])
+@pytest.mark.parametrize("metric", ["kronecker", "sequence", "guided", "kl", "input", "fisher", "factored"])
 @pytest.mark.parametrize("num_samples", [1, 4], ids="{} windows".format)
 def test_errors_of_which_the_text_tells_nothing_count_like_others(
     metric: Metric, num_samples: int, tiny_model_dir: Path, tmp_path: Path
