@@ -14,6 +14,8 @@ from prefect.task_runners import TaskRunner
 from flows.runner import Runner
 from pipeline.errors import WorkerError
 
+# a head asks for a token as soon as its machine has one, and Ray's client tells of that only by a timeout
+TOKEN_HINT = ", and set RAY_AUTH_MODE=token here if it wants a token (`ray get-auth-token`)"
 NOT_STARTED = "failed to start"  # what Dask says of a worker that was lost before it was there
 
 
@@ -95,9 +97,11 @@ def _started(runner: Runner, stack: ExitStack) -> TaskRunner:
     except OSError as error:
         if runner.address is None:
             raise
+        hint = TOKEN_HINT if runner.kind == "ray" else ""
         raise WorkerError(
             f"No {runner.kind} cluster answers at {runner.address} ({' '.join(str(error).split())}). Check that "
-            "address in the setting `runner`, and that the cluster runs, and run it again: what is finished is kept."
+            f"address in the setting `runner`, and that the cluster runs{hint}, and run it again: what is finished is "
+            "kept."
         ) from error
     return started
 

@@ -2,6 +2,11 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.loopback import free_port
 from pipeline.errors import NonFiniteError, RecipeError, WorkerError
 from pipeline.model import open_model
 from pipeline.stages import StageLog
@@ -85,6 +91,46 @@ def test_a_killed_dask_worker_costs_nothing_but_time(
         there = _quantized(tmp_path / "there", tiny_model_dir, tasks, kill_one)
     assert killed
     assert there == here
+
+
+@pytest.fixture
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where a cluster's clients connect: a head with two workers, started as its operator would."""
+    ports = [free_port() for _ in range(2)]
+    command = ["start", "--head", "--block", "--num-cpus", "2", "--include-dashboard", "false", "--disable-usage-stats"]
+    command += ["--port", str(ports[0]), "--ray-client-server-port", str(ports[1]), "--node-ip-address", "127.0.0.1"]
+    log = tmp_path_factory.mktemp("ray") / "log.txt"
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    with log.open("w") as file:
+        head = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), *command], env=environment, stdout=file, stderr=file
+        )
+    give_up_at = time.monotonic() + 120
+    while not _answers(ports[1]):
+        assert head.poll() is None, log.read_text()
+        assert time.monotonic() < give_up_at, log.read_text()
+        time.sleep(0.5)
+    yield f"ray://127.0.0.1:{ports[1]}"
+    head.terminate()  # and what it started, as it says
+    head.wait(60)
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as connection:
+        return connection.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_by_its_address_makes_the_bytes_of_the_cores_here(
+    server: None, small_batches: None, tiny_model_dir: Path, registry: Registry, tmp_path: Path, ray_head: str
+) -> None:
+    """Twice, for Ray's client leaves things behind."""
+    from pipeline.spread import over_cores
+
+    here = _quantized(tmp_path / "here", tiny_model_dir, over_cores)
+    for name in ("first", "second"):
+        tasks = _tasks(tiny_model_dir, registry, f"ray:{ray_head}")
+        assert _quantized(tmp_path / name, tiny_model_dir, tasks) == here
 
 
 def test_a_cluster_without_a_worker_is_an_error_and_no_endless_wait(
