@@ -24,7 +24,7 @@ from pipeline.model_memory import FLOAT32_BYTES, ModelMemory, model_memory
 from pipeline.parallel import num_cores
 from pipeline.run import Run
 from pipeline.spread import is_in_processes, num_workers
-from pipeline.spread_gpus import gpus_of, num_slots
+from pipeline.spread_gpus import SLOT_BYTES, gpus_of, num_slots
 from pipeline.stage_seconds import StageSeconds
 from pipeline.statistics import most_windows_at_once
 from pipeline.summed_parts import PART_WINDOWS, sum_bytes
@@ -302,7 +302,7 @@ class _Facts:
         ]
         slots = [num_slots(device, each) for device in gpus_of(self.run.device)]
         host = self.now + sum(slots) * FLOAT32_BYTES * max(read)
-        return StageForecast(name, seconds, host, host, slots[0] * max(each))
+        return StageForecast(name, seconds, host, host, slots[0] * (SLOT_BYTES + max(each)))
 
     def _host(self, name: str, seconds: float, nbytes: int) -> StageForecast:
         return StageForecast(name, seconds, nbytes, nbytes)

@@ -19,6 +19,7 @@ from pipeline.parallel import map_in_order
 from pipeline.spread import MatrixTask, num_workers
 
 STREAMS = 4  # a GPU; not measured yet
+SLOT_BYTES = 2**28 + 2**25  # beside a matrix: what searches a trellis (kernels/viterbi.py), and a stream's cuBLAS
 
 
 def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
@@ -33,7 +34,8 @@ def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
     slots: SimpleQueue[Slot] = SimpleQueue()
     devices = gpus_of(task.device)
     sizes = [task.working_bytes(matrix) for matrix in matrices]
-    for device in [each for each in devices if free_bytes(each) >= max(sizes)] or [max(devices, key=free_bytes)]:
+    largest = SLOT_BYTES + max(sizes)
+    for device in [each for each in devices if free_bytes(each) >= largest] or [max(devices, key=free_bytes)]:
         if device.type == "cuda":  # loads the library, which threads must not do at the same moment
             torch.linalg.cholesky_ex(torch.eye(1, device=device))
         for _ in range(num_slots(device, sizes)):
@@ -81,7 +83,8 @@ def gpus_of(device: str) -> list[torch.device]:
 
 def num_slots(device: torch.device, working_bytes: Sequence[int]) -> int:
     """How many matrices are worked on at once on it: `STREAMS`, or as many of the largest as its memory holds."""
-    return num_workers(working_bytes, in_processes=False, free=free_bytes(device), most=STREAMS)
+    each = [SLOT_BYTES + nbytes for nbytes in working_bytes]
+    return num_workers(each, in_processes=False, free=free_bytes(device), most=STREAMS)
 
 
 class Slot:

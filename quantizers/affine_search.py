@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from quantizers.scale_search import CHUNK
+from quantizers.scale_search import rows_at_once
 
 # Multiples of the block's range over the codes' range; normal weights want about 0.7 at 2 bits and 1 at 8.
 MULTIPLES = {2: (0.4, 0.5, 0.6, 0.7, 0.85, 1.0), 3: (0.6, 0.7, 0.8, 0.9, 1.0), 4: (0.75, 0.85, 0.95, 1.0)}
@@ -31,7 +31,7 @@ def search_affine(
     """
     weights = torch.ones_like(blocks) if weights is None else weights
     weights = torch.where(weights.amax(dim=1, keepdim=True) > 0, weights, 1.0)
-    rows = max(1, CHUNK // blocks.shape[1])
+    rows = rows_at_once(blocks)
     chunks = zip(blocks.split(rows), weights.split(rows), strict=True)
     return torch.cat([_search(block, weight, bits) for block, weight in chunks])
 

@@ -113,8 +113,11 @@ class QuantizedLinear(KernelHolder):
 
     def quantized_back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... in"]:
         """The gradient of `quantized_product`'s input: `gradient` Q."""
-        dense = self.kernel_part(gradient)
-        return self.quantized().product(gradient, transposed=True) if dense is None else gradient @ dense
+        flat = gradient.reshape(-1, self.out_features)
+        back = self.by_kernels(flat, lambda weight: weight.back(flat))
+        if back is None:
+            return self.quantized().product(gradient, transposed=True)
+        return back.view(*gradient.shape[:-1], self.in_features)
 
     def back(self, gradient: Float[Tensor, "... out"]) -> Float[Tensor, "... in"]:
         """The gradient of `product`'s input: `gradient` (Q + L1 L2)."""

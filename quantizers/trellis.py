@@ -18,7 +18,7 @@ import math
 from pathlib import Path
 
 import torch
-from jaxtyping import Float32, Int32, Int64, UInt8
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -109,9 +109,17 @@ def encode(
         ValueError: a setting is out of range, or a value or level is not finite or too large.
     """
     _check_settings(values.shape[1], levels, bits)
-    _check_values(values)
+    check_encodable(are_encodable(values))
     if not bool(levels.isfinite().all()):
         raise ValueError("the levels hold NaN or infinity; take the ones of trellis_levels, or train them again")
+    return find_symbols(values, levels, bits)
+
+
+@torch.no_grad()
+def find_symbols(
+    values: Float32[Tensor, "sequence step"], levels: Float32[Tensor, " state"], bits: int
+) -> UInt8[Tensor, "sequence step"]:
+    """`encode` of what is known to be fine, or is asked about later: no answer of a GPU is waited for."""
     symbols = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
     some_sequences = math.ceil(_SOME_WEIGHTS / values.shape[1])
     for start in range(0, len(values), some_sequences):
@@ -162,8 +170,36 @@ def decode(
     is_traced = torch.compiler.is_compiling()  # whose values nobody knows, and which stored symbols cannot break
     if not is_traced and symbols.numel() and int(symbols.max()) >= 2**bits:
         raise ValueError(f"symbol {int(symbols.max())} does not fit in {bits} bits; symbols must be below {2**bits}")
+    return values_of(symbols, levels, bits)
+
+
+def values_of(
+    symbols: UInt8[Tensor, "sequence step"], levels: Float32[Tensor, " state"], bits: int
+) -> Float32[Tensor, "sequence step"]:
+    """`decode` of symbols that are known to be fine: no answer of a GPU is waited for."""
     found = states(symbols, bits, len(levels).bit_length() - 1)
     return levels.index_select(0, found.view(-1)).view(symbols.shape)
+
+
+class EncodableCheck:
+    """Whether all values of a matrix could be encoded: said at once on a CPU, and on a GPU, which would be waited for
+    with every call, at the end."""
+
+    def __init__(self) -> None:
+        self._are_fine: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        """Some values. Raises ValueError, unless it is left to `end`."""
+        fine = are_encodable(values)
+        if values.device.type == "cpu":
+            check_encodable(fine)
+        else:
+            self._are_fine = fine if self._are_fine is None else self._are_fine & fine
+
+    def end(self) -> None:
+        """Raises ValueError if there was one among all values that could not."""
+        if self._are_fine is not None:
+            check_encodable(self._are_fine)
 
 
 def states(symbols: UInt8[Tensor, "sequence step"], bits: int, state_bits: int) -> Int32[Tensor, "sequence step"]:
@@ -257,8 +293,14 @@ def _check_settings(num_steps: int, levels: Tensor, bits: int) -> None:
         )
 
 
-def _check_values(values: Tensor) -> None:
-    if not bool((values.abs() <= _LARGEST_VALUE).all()):
+def are_encodable(values: Tensor) -> Bool[Tensor, ""]:
+    """Neither NaN nor infinite, and of a size whose square float32 has."""
+    return (values.abs() <= _LARGEST_VALUE).all()
+
+
+def check_encodable(are_fine: Bool[Tensor, ""]) -> None:
+    """Raises ValueError for what `are_encodable` found."""
+    if not bool(are_fine):
         raise ValueError(
             f"the values to encode hold NaN, infinity or a magnitude above {_LARGEST_VALUE:g}; "
             "scale them to the range of the levels and look for what made them NaN"

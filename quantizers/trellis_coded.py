@@ -14,7 +14,7 @@ from torch import Tensor
 from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
 from quantizers.sides import Sides
-from quantizers.trellis import decode, encode, search_seconds, trellis_distortion
+from quantizers.trellis import EncodableCheck, find_symbols, search_seconds, trellis_distortion, values_of
 from quantizers.trellis_format import TILE, TrellisFormat, num_tiles
 
 
@@ -68,7 +68,7 @@ class _TrellisRounder:
 
     def __init__(self, form: TrellisFormat, shape: tuple[int, int], scale: Tensor) -> None:
         self.form, self.scale = form, scale
-        self.levels = form.levels.to(scale.device)
+        self.levels, self.check = form.levels.to(scale.device), EncodableCheck()
         self.symbols = torch.zeros((*num_tiles(shape), TILE * TILE), dtype=torch.uint8, device=scale.device)
 
     def round_tiles(
@@ -79,13 +79,16 @@ class _TrellisRounder:
         right: Float32[Tensor, "tiles width width"],
     ) -> Float32[Tensor, "tiles height width"]:
         """See TileRounder; there is no feedback within a tile."""
-        symbols = encode((target / self.scale.clamp_min(TINY)).reshape(-1, TILE * TILE), self.levels, self.form.bits)
-        values = decode(symbols, self.levels, self.form.bits) * self.scale
+        tiles = (target / self.scale.clamp_min(TINY)).reshape(-1, TILE * TILE)
+        self.check.add(tiles)
+        symbols = find_symbols(tiles, self.levels, self.form.bits)
+        values = values_of(symbols, self.levels, self.form.bits) * self.scale
         self.symbols[stacked_places(rows, columns, target, TILE)] = symbols
         return values.view(target.shape)
 
     def plain(self) -> dict[str, Tensor]:
-        """The tensors of `TrellisFormat.plain_specs`."""
+        """The tensors of `TrellisFormat.plain_specs`. Raises ValueError if a target could not be encoded."""
+        self.check.end()
         return {
             "weight_packed": pack(self.symbols.view(-1), self.form.bits),
             "weight_scale": self.scale.reshape(1),

@@ -18,7 +18,7 @@ from quantizers.packing import pack
 from quantizers.rotated import TINY, AbstractRotated, StoringRounder, stacked_places
 from quantizers.sides import Sides
 from quantizers.tile_rates import TileRates, fill_tiles
-from quantizers.trellis import decode, encode, search_seconds, trellis_distortion
+from quantizers.trellis import EncodableCheck, find_symbols, search_seconds, trellis_distortion, values_of
 from quantizers.trellis_format import TILE, num_tiles
 from quantizers.variable_trellis_format import WIDTHS, WORDS_A_BIT, VariableTrellisFormat, tiles_by_width
 
@@ -81,7 +81,7 @@ class _VariableRounder:
     """A TileRounder; `plain` gives the tensors to store once every tile is rounded."""
 
     def __init__(self, form: VariableTrellisFormat, shape: tuple[int, int], scale: Tensor, rates: TileRates) -> None:
-        self.scale, self.rates = scale, rates
+        self.scale, self.rates, self.check = scale, rates, EncodableCheck()
         self.bits = rates.bits()
         self.levels = {width: form.levels_of(width, form.levels.to(scale.device)) for width in WIDTHS}
         self.symbols = torch.zeros((*num_tiles(shape), TILE * TILE), dtype=torch.uint8, device=scale.device)
@@ -97,16 +97,18 @@ class _VariableRounder:
         places = stacked_places(rows, columns, target, TILE)
         widths = self.bits[places]
         tiles = (target / self.scale.clamp_min(TINY)).reshape(-1, TILE * TILE)
+        self.check.add(tiles)
         symbols, values = torch.empty_like(tiles, dtype=torch.uint8), torch.empty_like(tiles)
         for width in widths.unique().tolist():
             here = widths == width
-            symbols[here] = encode(tiles[here], self.levels[width], width)
-            values[here] = decode(symbols[here], self.levels[width], width)
+            symbols[here] = find_symbols(tiles[here], self.levels[width], width)
+            values[here] = values_of(symbols[here], self.levels[width], width)
         self.symbols[places] = symbols
         return (values * self.scale).view(target.shape)
 
     def plain(self) -> dict[str, Tensor]:
-        """The tensors of `VariableTrellisFormat.plain_specs`."""
+        """The tensors of `VariableTrellisFormat.plain_specs`. Raises ValueError if a target could not be encoded."""
+        self.check.end()
         symbols = self.symbols.flatten(0, 1)
         words = symbols.new_empty(WORDS_A_BIT * int(self.bits.sum()), dtype=torch.int32)
         for width, here, places in tiles_by_width(self.bits):

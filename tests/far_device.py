@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 FAR = "far"
 _COPY, _COPY_INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+WAITED_FOR: list[str] = []  # what was asked of the device, for which this machine waits until it is computed
 _NUMBER_OF = torch.ops.aten._local_scalar_dense.default
 
 
@@ -44,6 +45,7 @@ class FarTensor(Tensor):
         if func in _PRODUCTS:  # made of operations one of which changes a shape in place, of `held` alone
             return _run(func, args, kwargs or {})
         if func is Tensor.tolist:
+            WAITED_FOR.append("tolist")
             return args[0].held.tolist()
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
@@ -92,6 +94,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _COPY_INTO:
         return args[0]
     is_there = bool(far) if device is None else torch.device(device).type == FAR
+    if far and (func is _NUMBER_OF or not is_there):
+        WAITED_FOR.append(str(func))
     if not is_there or func is _NUMBER_OF:
         return found
     own = {id(each.held): each for each in far}  # of an operation in place

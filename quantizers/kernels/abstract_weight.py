@@ -72,3 +72,7 @@ class AbstractKernelWeight(ABC):
     @abstractmethod
     def product(self, x: Float[Tensor, "rows in"], factors: KernelFactors | None = None) -> Float[Tensor, "rows out"]:
         """x Q^T + (x L2^T) L1^T in the dtype of `x`: float32, float16 or bfloat16."""
+
+    def back(self, gradient: Float[Tensor, "rows out"]) -> Float[Tensor, "rows in"]:
+        """The gradient of the input of x Q^T: `gradient` Q, in its dtype; Q is there for as long as it takes."""
+        return gradient @ self.dense(gradient.dtype)

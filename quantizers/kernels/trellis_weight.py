@@ -78,6 +78,11 @@ class TrellisWeight(AbstractKernelWeight):
         y = unrotate(y.float(), self.form.seed).to(x.dtype)
         return y if factors is None else y + factors.product(x)
 
+    def back(self, gradient: Float[Tensor, "rows out"]) -> Float[Tensor, "rows in"]:
+        """See AbstractKernelWeight; as in `product`, rows are rotated."""
+        turned = rotate(gradient.float(), self.form.seed).to(gradient.dtype)
+        return unrotate((turned @ self.rotated(gradient.dtype)).float(), self.form.seed + 1).to(gradient.dtype)
+
 
 def _backwards(words: Int32[Tensor, " words"], bits: int) -> Int32[Tensor, " words"]:
     """Every tile's symbols in the opposite order; its own inverse."""

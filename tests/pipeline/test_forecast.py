@@ -24,7 +24,7 @@ from pipeline.progress import SILENT
 from pipeline.recipe import Recipe
 from pipeline.run import Run
 from pipeline.spread import num_workers
-from pipeline.spread_gpus import STREAMS
+from pipeline.spread_gpus import SLOT_BYTES, STREAMS
 from pipeline.stages import StageLog
 from pipeline.sweep import compress_budgets
 from pipeline.tail import _kept_bytes, tail_room, tail_within
@@ -268,7 +268,7 @@ def test_on_gpus_so_many_matrices_are_held_at_once_as_fit(
 ) -> None:
     run = dataclasses.replace(opened(tiny_model_dir, Registry(tmp_path), sensitivity="kronecker"), device="cuda")
     shapes = [matrix.shape for matrix in run.model.matrices]
-    most = max(quantize_bytes(shape, "kronecker", run.labels) for shape in shapes)
+    most = SLOT_BYTES + max(quantize_bytes(shape, "kronecker", run.labels) for shape in shapes)
     gpus = [torch.device("cuda", number) for number in range(2)]
     monkeypatch.setattr(forecasting, "gpus_of", lambda device: gpus)
     monkeypatch.setattr("pipeline.stage_seconds.flops", lambda device: 1e12)

@@ -135,6 +135,7 @@ def test_one_without_room_leaves_the_work_to_the_others(
     full, free = torch.device("cpu", 0), torch.device("cpu")
     monkeypatch.setattr(spread_gpus, "gpus_of", lambda device: [full, free])
     monkeypatch.setattr(spread_gpus, "free_bytes", lambda device: 0 if device is full else 2)
+    monkeypatch.setattr(spread_gpus, "SLOT_BYTES", 0)
     used: list[torch.device] = []
 
     class Seen(spread_gpus.Slot):

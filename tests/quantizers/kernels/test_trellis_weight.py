@@ -62,6 +62,18 @@ def test_programs_share_columns(rows: int, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @for_dtypes
+@pytest.mark.parametrize("rows", [0, 1, 18])
+def test_gradients_rotate_the_rows_and_not_the_weight(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = trellis_weight(TrellisCoded(3), (20, 37))
+    monkeypatch.setattr(TrellisWeight, "dense", lambda *_: pytest.fail("the weight is rotated"))
+    gradient = inputs(rows, 20, dtype)
+    expected = (gradient.float() @ quantized(TrellisCoded(3), (20, 37)).quantized_part()).to(dtype)
+    assert_near(weight.back(gradient), expected, dtype)
+
+
+@for_dtypes
 @pytest.mark.parametrize("rows", [0, 1, 16, 18])
 def test_products_rotate_the_rows_and_not_the_weight(rows: int, dtype: torch.dtype) -> None:
     weight = trellis_weight(TrellisCoded(3), (20, 37))
