@@ -38,6 +38,8 @@ class Done(TypedDict):
     reused: bool
     forecast_seconds: float | None
     forecast_memory_bytes: int | None
+    device_peak_bytes: int
+    forecast_device_bytes: int | None
     digest: str | None
 
 

@@ -4,6 +4,7 @@ import re
 from typing import TYPE_CHECKING
 
 from pipeline.budget import human_bytes
+from pipeline.stage_table import stage_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,20 +27,10 @@ def summary(done: "Compressed") -> str:
         ("folder", f"`{done.folder}`"),
         ("digest", f"`{done.version.digest}`"),
     ]
-    stages = [
-        (
-            stage.name,
-            f"{stage.seconds:.1f}",
-            "already done" if stage.reused else _seconds(stage.forecast_seconds),
-            human_bytes(stage.peak_memory_bytes) if stage.peak_memory_bytes else "",
-            human_bytes(stage.forecast_memory_bytes) if stage.forecast_memory_bytes else "",
-        )
-        for stage in done.stages
-    ]
     parts = [f"# {done.version}", _table(("", ""), result)]
     if evaluation is not None:
         parts += ["## Quality", _table(("", "original", "compressed"), evaluation.rows())]
-    parts += ["## Stages", _table(("stage", "seconds", "forecast", "peak memory", "forecast"), stages)]
+    parts += ["## Stages", _table(*stage_table(done.stages))]
     parts += ["## Plan", _table(("choice", "matrices"), _choices(done))]
     return "\n\n".join(parts) + "\n"
 
@@ -79,10 +70,6 @@ def _figure(value: float | None) -> str:
     if value is None:
         return "none"
     return f"{value:,.0f}" if value >= MANY else f"{value:.6g}"
-
-
-def _seconds(forecast: float | None) -> str:
-    return "" if forecast is None else f"{forecast:.0f}"
 
 
 def _choices(done: "Compressed") -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ from rich.table import Table
 from pipeline.budget import human_bytes
 from pipeline.disk_space import disk_bytes
 from pipeline.plain_console import PlainConsole, shown
+from pipeline.stage_table import stage_table
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -224,14 +225,10 @@ def show_result(done: "Compressed") -> None:
     """The table after a run."""
     if done.evaluation is not None:
         show_evaluation(done.evaluation)
-    stages = new_table("stage", "seconds", "forecast", "peak memory", "forecast", title="Stages")
-    for stage in done.stages:
-        seconds, memory = stage.forecast_seconds, stage.forecast_memory_bytes
-        expected = "already done" if stage.reused else "" if seconds is None else f"{seconds:.0f}"
-        expected_memory = "" if memory is None else human_bytes(memory)
-        stages.add_row(
-            stage.name, f"{stage.seconds:.1f}", expected, human_bytes(stage.peak_memory_bytes), expected_memory
-        )
+    headers, rows = stage_table(done.stages)
+    stages = new_table(*headers, title="Stages")
+    for row in rows:
+        stages.add_row(*row)
     RESULTS.print(stages)
     table = new_table(title="Result")
     table.add_row("bits per parameter", f"{done.plan.bits_per_param:.4f} (budget {done.plan.budget})")

@@ -44,6 +44,22 @@ def give_back() -> None:
         torch.cuda.empty_cache()
 
 
+def forget_device_peaks() -> None:
+    """Start the high-water marks of all GPUs that this process uses anew."""
+    for device in _used_devices():
+        sys.modules["torch"].cuda.reset_peak_memory_stats(device)
+
+
+def device_peak_bytes() -> int:
+    """Taken by this process since then, of the GPU of which it took most; 0 where it uses none."""
+    return max((sys.modules["torch"].cuda.max_memory_reserved(device) for device in _used_devices()), default=0)
+
+
+def _used_devices() -> range:
+    torch = sys.modules.get("torch")  # a stage without it is not to load it
+    return range(torch.cuda.device_count() if torch and torch.cuda.is_initialized() else 0)
+
+
 def is_shortage(error: BaseException) -> bool:
     """Did memory run out: Python's, the system's, that of torch on the CPU, or a device's (torch.OutOfMemoryError)?"""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):

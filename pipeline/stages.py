@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import MemoryShortError
-from pipeline.memory import give_back, is_shortage
+from pipeline.memory import device_peak_bytes, forget_device_peaks, give_back, is_shortage
 from pipeline.quiet import first_line
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 class Stage:
     """One finished stage; `reused` if its result was already in the registry.
 
-    `peak_memory_bytes` is of the process that took most. The forecast (forecast.py) is None where there was none.
+    `peak_memory_bytes` is of the process that took most, `device_peak_bytes` of the GPU of which this one took most.
+    A forecast (forecast.py) is None where there was none.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Stage:
     reused: bool = False
     forecast_seconds: float | None = None
     forecast_memory_bytes: int | None = None
+    device_peak_bytes: int = 0
+    forecast_device_bytes: int | None = None
 
 
 class StageLog:
@@ -55,6 +58,7 @@ class StageLog:
             MemoryShortError: memory ran out inside; names the stage.
         """
         forget_peak()
+        forget_device_peaks()
         self._reused, self.workers_peak_bytes = False, 0
         started = time.monotonic()
         try:
@@ -68,11 +72,15 @@ class StageLog:
                 "another output folder; so does --device cpu of a GPU's memory, which collects the statistics anew."
             ) from error
         peak_bytes = max(peak_memory_bytes(), self.workers_peak_bytes)
-        done = Stage(name, time.monotonic() - started, peak_bytes, self._reused)
+        done = Stage(name, time.monotonic() - started, peak_bytes, self._reused, device_peak_bytes=device_peak_bytes())
         for expected in self.forecasts:
             if expected.name == name and not self._reused:
-                seconds, memory_bytes = expected.seconds, expected.memory_bytes
-                done = replace(done, forecast_seconds=seconds, forecast_memory_bytes=memory_bytes)
+                done = replace(
+                    done,
+                    forecast_seconds=expected.seconds,
+                    forecast_memory_bytes=expected.memory_bytes,
+                    forecast_device_bytes=expected.device_bytes,
+                )
         self.stages.append(done)
 
     def reused(self) -> None:

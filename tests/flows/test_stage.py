@@ -55,8 +55,8 @@ def test_a_stage_runs_in_a_child_and_its_progress_and_figures_come_here(job: Any
     from flows.job import Done
     from flows.stage import do
 
-    none = {"forecast_seconds": None, "forecast_memory_bytes": None, "digest": None}
-    before = Done(name="statistics", seconds=0.0, peak_memory_bytes=0, reused=True, **none)
+    none = {"forecast_seconds": None, "forecast_memory_bytes": None, "forecast_device_bytes": None, "digest": None}
+    before = Done(name="statistics", seconds=0.0, peak_memory_bytes=0, device_peak_bytes=0, reused=True, **none)
     done = do(job, "work", _leave_pid, before)
     assert (done["name"], done["digest"], done["reused"]) == ("work", None, False)
     assert done["peak_memory_bytes"] > 400_000_000

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from pipeline.errors import MemoryShortError
+from pipeline.forecast import StageForecast
+from pipeline.stage_table import stage_table
 from pipeline.stages import StageLog
 
 
@@ -23,6 +25,35 @@ def test_a_stage_knows_its_own_peak() -> None:
     assert large.peak_memory_bytes > idle.peak_memory_bytes + 128 * 2**20
     if sys.platform == "linux":  # elsewhere a process does not forget its peak
         assert small.peak_memory_bytes < large.peak_memory_bytes - 128 * 2**20
+
+
+def test_what_a_gpu_took_stands_beside_its_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that the process uses the one of which it took more, since the stage began."""
+    taken = {0: 5 * 10**9, 1: 7 * 10**9}
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("torch.cuda.max_memory_reserved", taken.__getitem__)
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: taken.update({device: 10**9}))
+    log = StageLog()
+    log.forecasts = (StageForecast("costs", 1.0, 2 * 10**9, 2 * 10**9, device_bytes=3 * 10**9),)
+    with log.stage("costs"):
+        taken[1] = 4 * 10**9
+    (costs,) = log.stages
+    assert (costs.device_peak_bytes, costs.forecast_device_bytes) == (4 * 10**9, 3 * 10**9)
+    headers, ((*_, peak, forecast),) = stage_table(log.stages)
+    assert headers[-2:] == ("on the GPU", "forecast")
+    assert (peak, forecast) == ("4.00 GB", "3.00 GB")
+
+
+def test_without_a_gpu_the_table_has_no_columns_for_it() -> None:
+    log = StageLog()
+    with log.stage("plan"):
+        log.reused()
+    headers, (row,) = stage_table(log.stages)
+    assert headers == ("stage", "seconds", "forecast", "peak memory", "forecast")
+    assert row[0] == "plan"
+    assert row[2] == "already done"
 
 
 def an_exabyte() -> None:
