@@ -5,25 +5,32 @@
 
 Weights are made up (random codes, llama_shapes.py), for neither takes longer with others. Generation is a step of
 greedy decoding after a prompt of 32 tokens with a static cache, in one CUDA graph: no launch costs, no Python.
-Decomposition has both factors of a made-up curvature for each matrix, as the default recipe has, and no low-rank parts.
+Decomposition is the stage of `compress --device cuda`, from what is in the machine's memory to files, with both factors
+of a made-up curvature for each matrix as the default recipe has; the last row has that recipe's largest low-rank part.
 """
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from benchmarks.llama_shapes import SHAPES, Shape, matrix
+from pipeline.decompose import QuantizeMatrix, read_error
+from pipeline.model import Matrix
+from pipeline.spread_gpus import over_gpus
 from quantizers import LayerStatistics, QuantizedLinear, quantizer_from_label, weighted_error
 from quantizers.kernels.switch import KERNELS
 
 LABELS = ("lloyd4-g64-s8", "lloyd3-g64-s8", "lloyd2-g64-s8", "trellis4-l12", "trellis3-l12", "trellis2-l12")
-DECOMPOSED = ("lloyd3-g64-s8", "trellis3-l12")
+DECOMPOSED = ("lloyd3-g64-s8", "trellis3-l12", "trellis3-l12-r8-f4")
+NUM_KINDS = 7  # of matrices in a layer
 SEQUENCES = (1, 16)
 VOCABULARY = 32_000
 PROMPT_TOKENS, STEPS = 32, 64
@@ -202,34 +209,65 @@ def step_seconds(network: PreTrainedModel, num_sequences: int) -> float:
 
 
 def print_decomposition(shape: Shape, num_layers: int, device: str) -> None:
-    """A table; all layers one after the other, each with weights of its own."""
+    """A table; what the stage decompose does, a batch of matrices at once in streams, and files that are written."""
     print("\n| codes | seconds | million weights a second | error, of that without codes |\n| --- | --: | --: | --: |")
+    made_up = MadeUp(shape, device)
+    matrices = made_up.matrices(num_layers)
+    num_params = sum(matrix.num_params for matrix in matrices)
     for label in DECOMPOSED:
-        quantizer = quantizer_from_label(label)
-        took = num_params = error = whole = 0.0
-        quantizer.quantize(*next(made_up_matrices(shape, 1, device)))  # compiles
-        for weight, statistics in made_up_matrices(shape, num_layers, device):
-            _wait(weight.device)
-            started = time.monotonic()
-            quantized = quantizer.quantize(weight, statistics)
-            _wait(weight.device)
-            took += time.monotonic() - started
-            num_params += weight.numel()
-            error += weighted_error(weight - quantized.dequantize(), statistics)
-            whole += weighted_error(weight, statistics)
+        _decompose(made_up, matrices[:NUM_KINDS], label, device)  # compiles, in each stream
+        seconds, error = _decompose(made_up, matrices, label, device)
         check_kernels()
-        print(f"| {label} | {took:.1f} | {num_params / took / 1e6:.2f} | {error / whole:.2g} |", flush=True)
+        print(f"| {label} | {seconds:.1f} | {num_params / seconds / 1e6:.2f} | {error:.2g} |", flush=True)
 
 
-def made_up_matrices(shape: Shape, num_layers: int, device: str) -> Iterator[tuple[Tensor, LayerStatistics]]:
-    """The seven of each layer, float32; one curvature for each width, as it decides nothing that takes time."""
-    width, inner = shape.width, shape.inner
-    curvatures = {size: _curvature(size, device) for size in (width, inner)}
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(num_layers):
-        for size in (*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner)):
-            weight = matrix(size, generator).float().to(device)
-            yield weight, LayerStatistics(input_curvature=curvatures[size[1]], output_curvature=curvatures[size[0]])
+def _decompose(made_up: "MadeUp", matrices: list[Matrix], label: str, device: str) -> tuple[float, float]:
+    """Seconds, and the error in units of that without codes."""
+    labels = {matrix.module: label for matrix in matrices}
+    with tempfile.TemporaryDirectory(prefix="bitsmith-gpu-") as folder:
+        task = QuantizeMatrix(made_up, labels, made_up, Path(folder), device)  # type: ignore[arg-type]
+        started = time.monotonic()
+        for _ in over_gpus(task, matrices):
+            pass
+        seconds = time.monotonic() - started
+        error = sum(read_error(task.file(matrix)) for matrix in matrices)
+    whole = {each.shape: weighted_error(made_up.weight(each), made_up.of(each)) for each in matrices[:NUM_KINDS]}
+    return seconds, error / sum(whole[matrix.shape] for matrix in matrices)
+
+
+class MadeUp:
+    """In the place of a model and of its statistics: one weight for each shape, and one curvature for each width.
+
+    Which they are decides nothing that takes time. They are in the machine's memory, as what is read from files.
+    """
+
+    metric = "kronecker"
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        width, inner = shape.width, shape.inner
+        generator = torch.Generator().manual_seed(0)
+        self._curvatures = {size: _curvature(size, device) for size in (width, inner)}
+        self._weights = {
+            size: matrix(size, generator).float() for size in ((width, width), (inner, width), (width, inner))
+        }
+        self._kinds = (*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner))
+
+    def matrices(self, num_layers: int) -> list[Matrix]:
+        """The seven of each layer."""
+        return [
+            Matrix(f"{layer}.{kind}.weight", f"{layer}.{kind}", size, False, "F32", layer, str(kind), f"{layer}.{kind}")
+            for layer in range(num_layers)
+            for kind, size in enumerate(self._kinds)
+        ]
+
+    def weight(self, asked: Matrix) -> Tensor:
+        """As pipeline.model.Model gives it."""
+        return self._weights[asked.shape]
+
+    def of(self, asked: Matrix) -> LayerStatistics:
+        """As pipeline.statistics.Statistics gives it."""
+        outputs, inputs = (self._curvatures[size] for size in asked.shape)
+        return LayerStatistics(input_curvature=inputs, output_curvature=outputs)
 
 
 def _curvature(size: int, device: str) -> Tensor:
@@ -237,7 +275,7 @@ def _curvature(size: int, device: str) -> Tensor:
     generator = torch.Generator(device).manual_seed(size)
     samples = torch.randn(CURVATURE_ROWS, size, generator=generator, device=device)
     samples += 0.3 * torch.randn(CURVATURE_ROWS, 1, generator=generator, device=device)
-    return samples.T @ samples / CURVATURE_ROWS
+    return (samples.T @ samples / CURVATURE_ROWS).cpu()
 
 
 def _wait(device: torch.device) -> None:

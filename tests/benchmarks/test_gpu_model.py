@@ -11,13 +11,13 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 
 def test_the_dry_run_fills_both_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu_model, "LABELS", ("lloyd3-g64-s8", "trellis2-l8"))
-    monkeypatch.setattr(gpu_model, "DECOMPOSED", ("lloyd3-g64-s8", "trellis2-l8"))
+    monkeypatch.setattr(gpu_model, "DECOMPOSED", ("lloyd3-g64-s8", "trellis2-l8", "trellis2-l8-r2-f4"))
     gpu_model.main(["--dry-run", "--layers", "1"])
     out = capsys.readouterr().out
     assert "a dry run, whose times mean nothing" in out
-    for label in gpu_model.LABELS:
-        assert out.count(f"\n| {label} | ") == 2
-    for line in out.splitlines()[-2:]:
+    for label in (*gpu_model.LABELS, *gpu_model.DECOMPOSED):
+        assert out.count(f"\n| {label} | ") == (label in gpu_model.LABELS) + (label in gpu_model.DECOMPOSED)
+    for line in out.splitlines()[-3:]:
         assert 0.005 < float(line.split("|")[-2]) < 0.3  # the error left
 
 
