@@ -183,8 +183,7 @@ def _scores(
             if not is_shortage(error) or len(batch) == 1:
                 raise
             found, batch_size = [], 1
-        if not found:
-            give_back()  # here, where the failed attempt's tensors are gone
+        give_back()  # what the C library keeps of slices and logits, which may be more than it takes to score a batch
         yield from found
         start += len(found)
 
