@@ -1,5 +1,6 @@
 """The flow `sweep`: every recipe on every model; one that fails does not stop the others."""
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import flow, tags, task
@@ -8,6 +9,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 
 from flows.compress import compress
+from flows.job import Outcome
 from flows.notify import WATCHED
 from flows.states import failed
 from flows.steps import PLAIN
@@ -44,16 +46,27 @@ def sweep(
     """
     check_version()
     with tags(*tags_within()):
-        states = {
-            pair["name"]: compress(
-                pair["recipe"], pair["out"], budgets, pair["name"], registry, device, runner, return_state=True
+        found = {
+            pair["name"]: attempted(
+                compress, pair["recipe"], pair["out"], budgets, pair["name"], registry, device, runner
             )
             for pair in pairs(models, recipes, out)
         }
-    rows = [row for name, state in states.items() for row in rows_of(name, state)]
-    create_table_artifact(rows, key="bitsmith-sweep", description=f"{len(states)} pairs of a model and a recipe")
-    failures = [f"{name}: {state.message}" for name, state in states.items() if not state.is_completed()]
-    return failed(failures, len(states)) if failures else [row["version"] for row in rows]
+    rows = [row for name, result in found.items() for row in rows_of(name, result)]
+    create_table_artifact(rows, key="bitsmith-sweep", description=f"{len(found)} pairs of a model and a recipe")
+    failures = [f"{name}: {result}" for name, result in found.items() if isinstance(result, Exception)]
+    return failed(failures, len(found)) if failures else [row["version"] for row in rows]
+
+
+def attempted(run: Callable[..., list[Outcome]], *arguments: Any) -> list[Outcome] | Exception:
+    """What a flow returns or raises.
+
+    Not by way of its state: that is the server's answer, which has no result in it where an answer before was lost.
+    """
+    try:
+        return run(*arguments)
+    except Exception as error:
+        return error
 
 
 @task(**PLAIN)
@@ -76,17 +89,17 @@ def pairs(models: list[str], recipes: dict[str, dict[str, Any]], out: str) -> li
     return found
 
 
-def rows_of(name: str, state: State[Any]) -> list[dict[str, str]]:
+def rows_of(name: str, result: list[Outcome] | Exception) -> list[dict[str, str]]:
     """A version a line, or the failure."""
-    if not state.is_completed():
-        return [{"pair": name, "state": str(state.name), "version": "", "seconds": "", "what": str(state.message)}]
+    if isinstance(result, Exception):
+        return [{"pair": name, "state": "Failed", "version": "", "seconds": "", "what": str(result)}]
     return [
         {
             "pair": name,
-            "state": str(state.name),
+            "state": "Completed",
             "version": outcome["version"],
             "seconds": f"{sum(stage['seconds'] for stage in outcome['stages']):.1f}",
             "what": outcome["job"]["out"],
         }
-        for outcome in state.result()
+        for outcome in result
     ]
