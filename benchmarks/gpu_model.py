@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "generation" in asked.only:
         print_generation(shape, num_layers, device)
     if "decomposition" in asked.only:
-        print_decomposition(shape, num_layers, device)
+        print_decomposition(shape, num_layers, "cpu" if asked.dry_run else "cuda:0")  # cuda would be all of them
 
 
 def print_generation(shape: Shape, num_layers: int, device: str) -> None:
@@ -214,15 +214,18 @@ def print_decomposition(shape: Shape, num_layers: int, device: str) -> None:
     made_up = MadeUp(shape, device)
     matrices = made_up.matrices(num_layers)
     num_params = sum(matrix.num_params for matrix in matrices)
+    whole_of = made_up.whole_errors()
+    whole = sum(whole_of[matrix.shape] for matrix in matrices)
     for label in DECOMPOSED:
-        _decompose(made_up, matrices[:NUM_KINDS], label, device)  # compiles, in each stream
+        _decompose(made_up, matrices[:NUM_KINDS], label, device)  # compiles
         seconds, error = _decompose(made_up, matrices, label, device)
         check_kernels()
-        print(f"| {label} | {seconds:.1f} | {num_params / seconds / 1e6:.2f} | {error:.2g} |", flush=True)
+        left = f"{error / whole:.2g}"
+        print(f"| {label} | {seconds:.1f} | {num_params / seconds / 1e6:.2f} | {left} |", flush=True)
 
 
 def _decompose(made_up: "MadeUp", matrices: list[Matrix], label: str, device: str) -> tuple[float, float]:
-    """Seconds, and the error in units of that without codes."""
+    """Seconds, and the error of all."""
     labels = {matrix.module: label for matrix in matrices}
     with tempfile.TemporaryDirectory(prefix="bitsmith-gpu-") as folder:
         task = QuantizeMatrix(made_up, labels, made_up, Path(folder), device)  # type: ignore[arg-type]
@@ -230,9 +233,7 @@ def _decompose(made_up: "MadeUp", matrices: list[Matrix], label: str, device: st
         for _ in over_gpus(task, matrices):
             pass
         seconds = time.monotonic() - started
-        error = sum(read_error(task.file(matrix)) for matrix in matrices)
-    whole = {each.shape: weighted_error(made_up.weight(each), made_up.of(each)) for each in matrices[:NUM_KINDS]}
-    return seconds, error / sum(whole[matrix.shape] for matrix in matrices)
+        return seconds, sum(read_error(task.file(matrix)) for matrix in matrices)
 
 
 class MadeUp:
@@ -244,7 +245,7 @@ class MadeUp:
     metric = "kronecker"
 
     def __init__(self, shape: Shape, device: str) -> None:
-        width, inner = shape.width, shape.inner
+        width, inner, self._device = shape.width, shape.inner, device
         generator = torch.Generator().manual_seed(0)
         self._curvatures = {size: _curvature(size, device) for size in (width, inner)}
         self._weights = {
@@ -259,6 +260,13 @@ class MadeUp:
             for layer in range(num_layers)
             for kind, size in enumerate(self._kinds)
         ]
+
+    def whole_errors(self) -> dict[tuple[int, int], float]:
+        """Without any codes, by shape."""
+        return {
+            each.shape: weighted_error(self.weight(each).to(self._device), self.of(each).to(self._device))
+            for each in self.matrices(1)
+        }
 
     def weight(self, asked: Matrix) -> Tensor:
         """As pipeline.model.Model gives it."""

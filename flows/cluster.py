@@ -1,7 +1,8 @@
-"""The workers of a runner: started for a stage, and kept for the next ones where several stages want them.
+"""The workers of a runner: a cluster that is started here is kept for the next stages that want it.
 
-A cluster takes seconds to start, and its processes load torch again. `kept_workers` spans a run; `end_workers` ends
-them before its end, for they hold memory.
+It takes seconds to start, and its processes load torch again. `kept_workers` spans a run; `end_workers` ends it before
+that, for its processes hold memory. What takes no time is made for each stage: threads, and the connection to a cluster
+elsewhere, which may be away for a while between two stages.
 """
 
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def workers_of(runner: Runner) -> Iterator[TaskRunner]:
         WorkerError: they did not start, twice; or no cluster is at the runner's address.
     """
     kept = _kept.get()
-    if kept is not None:
+    if kept is not None and runner.starts_a_cluster:
         if runner not in kept.started:
             kept.started[runner] = _started_or_again(runner, kept.stack)
         yield kept.started[runner]
@@ -72,7 +73,7 @@ def workers_of(runner: Runner) -> Iterator[TaskRunner]:
 def has_workers(started: TaskRunner) -> bool:
     """Dask waits for workers for ever; the other runners have theirs, or say that they are lost."""
     client = _client(started)
-    return client is None or bool(client.scheduler_info(n_workers=-1)["workers"])
+    return client is None or bool(client.scheduler_info(n_workers=-1).get("workers"))
 
 
 def _started_or_again(runner: Runner, stack: ExitStack) -> TaskRunner:

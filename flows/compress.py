@@ -65,6 +65,8 @@ def compress(
         statistics = _named(steps.collect_statistics)(jobs[0])
         costs = _named(steps.measure_costs)(jobs[0], statistics)
         choosing = [job for job in jobs if job["embeddings_are_free"]][:1]
+        if choosing:
+            end_workers()  # the original is loaded beside them
         shared = [statistics, costs, *(_named(steps.measure_embeddings)(job) for job in choosing)]
         if len(jobs) == 1:
             return [complete(jobs[0], statistics, costs, shared)]

@@ -51,6 +51,11 @@ class Runner:
         """Do its tasks run in this very process, so that their work wants children of its own?"""
         return self.kind == "threads"
 
+    @property
+    def starts_a_cluster(self) -> bool:
+        """Are there processes to be started on this machine before its first task?"""
+        return not self.is_here and self.address is None
+
     def task_runner(self) -> Any:
         """Prefect's. Raises RecipeError if its package is not installed."""
         try:

@@ -28,6 +28,7 @@ from pipeline.batch import Batch, Blob, PartBatch, batches_of, part_batches, tak
 from pipeline.batch_worker import make_batch, make_part
 from pipeline.curvature_sums import Metric
 from pipeline.errors import WorkerError
+from pipeline.memory import device_peak_bytes, forget_device_peaks
 from pipeline.model import Matrix, Model
 from pipeline.spread import MatrixTask
 from pipeline.stages import StageLog, forget_peak, peak_memory_bytes
@@ -48,6 +49,7 @@ class Made(TypedDict):
 
     blobs: dict[str, Blob]
     peak_memory_bytes: int
+    device_peak_bytes: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def _taken(future: Future, doing: str, log: StageLog) -> dict[str, Blob]:
             "likely because their memory ran out. Give the workers more of it, or start fewer on a machine, and run it "
             "again: what is finished is kept."
         ) from error
-    log.worker_took(made["peak_memory_bytes"])
+    log.worker_took(made["peak_memory_bytes"], made["device_peak_bytes"])
     return made["blobs"]
 
 
@@ -198,8 +200,7 @@ RETRIED: dict[str, Any] = {
 @task(**RETRIED)
 def collect(batch: PartBatch) -> Made:
     """The sums over a part of the calibration windows."""
-    forget_peak()
-    return Made(blobs=make_part(batch), peak_memory_bytes=peak_memory_bytes())
+    return _measured(lambda: make_part(batch))
 
 
 @task(**RETRIED)
@@ -213,5 +214,10 @@ def make(batch: Batch, in_child: bool) -> Made:
 
 def measured_batch(batch: Batch, say: Say) -> Made:
     """`make_batch`, with the memory that this process took for it."""
+    return _measured(lambda: make_batch(batch, say))
+
+
+def _measured(work: Callable[[], dict[str, Blob]]) -> Made:
     forget_peak()
-    return Made(blobs=make_batch(batch, say), peak_memory_bytes=peak_memory_bytes())
+    forget_device_peaks()
+    return Made(blobs=work(), peak_memory_bytes=peak_memory_bytes(), device_peak_bytes=device_peak_bytes())

@@ -31,6 +31,7 @@ def over_gpus(task: MatrixTask, matrices: Sequence[Matrix]) -> Iterator[None]:
     Raises:
         torch.OutOfMemoryError: then, too.
     """
+    give_back()  # what is kept for other streams counts as taken
     slots: SimpleQueue[Slot] = SimpleQueue()
     devices = gpus_of(task.device)
     sizes = [task.working_bytes(matrix) for matrix in matrices]

@@ -48,7 +48,7 @@ class StageLog:
         self.stages: list[Stage] = []
         self.forecasts: tuple[StageForecast, ...] = ()
         self._reused = False
-        self.workers_peak_bytes = 0
+        self.workers_peak_bytes, self.workers_device_peak_bytes = 0, 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -59,7 +59,7 @@ class StageLog:
         """
         forget_peak()
         forget_device_peaks()
-        self._reused, self.workers_peak_bytes = False, 0
+        self._reused, self.workers_peak_bytes, self.workers_device_peak_bytes = False, 0, 0
         started = time.monotonic()
         try:
             yield
@@ -72,7 +72,13 @@ class StageLog:
                 "another output folder; so does --device cpu of a GPU's memory, which collects the statistics anew."
             ) from error
         peak_bytes = max(peak_memory_bytes(), self.workers_peak_bytes)
-        done = Stage(name, time.monotonic() - started, peak_bytes, self._reused, device_peak_bytes=device_peak_bytes())
+        done = Stage(
+            name,
+            time.monotonic() - started,
+            peak_bytes,
+            self._reused,
+            device_peak_bytes=max(device_peak_bytes(), self.workers_device_peak_bytes),
+        )
         for expected in self.forecasts:
             if expected.name == name and not self._reused:
                 done = replace(
@@ -87,9 +93,11 @@ class StageLog:
         """Say that the current stage's result was there already."""
         self._reused = True
 
-    def worker_took(self, peak_bytes: int) -> None:
-        """Say how much memory a process took that works for the current stage; the largest one's counts."""
+    def worker_took(self, peak_bytes: int, device_peak_bytes: int = 0) -> None:
+        """Say how much memory a process took that works for the current stage, and of a GPU; the largest one's
+        counts."""
         self.workers_peak_bytes = max(self.workers_peak_bytes, peak_bytes)
+        self.workers_device_peak_bytes = max(self.workers_device_peak_bytes, device_peak_bytes)
 
 
 def forget_peak() -> None:

@@ -106,7 +106,8 @@ def _encode(
     pattern = torch.where(permuted[:, None], pattern, last_shell[beyond])
     change = torch.where(permuted, order[row, -1], changed[row, beyond])
     wrong = (pattern.sum(dim=1).int() + odd) % 2 == 1
-    negative[wrong, change[wrong]] ^= True
+    at = change[:, None]
+    negative = negative.scatter(1, at, negative.gather(1, at) ^ wrong[:, None])
     return _bytes(index[_digits(pattern)], negative, taken_off)
 
 

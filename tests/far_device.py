@@ -16,6 +16,16 @@ FAR = "far"
 _COPY, _COPY_INTO = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 _PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 WAITED_FOR: list[str] = []  # what was asked of the device, for which this machine waits until it is computed
+_OF_UNKNOWN_SIZE = {
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "repeat_interleave",
+}
+_INDEX, _INDEX_PUT = torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default
 _NUMBER_OF = torch.ops.aten._local_scalar_dense.default
 
 
@@ -82,6 +92,13 @@ def _held(argument: Any) -> Any:
     return argument.held if isinstance(argument, FarTensor) else argument
 
 
+def _waits(func: Any, args: Any) -> bool:
+    """Does what it gives, or how much of it, depend on numbers that must be known here?"""
+    if func in (_INDEX, _INDEX_PUT):
+        return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in args[1])
+    return func is _NUMBER_OF or getattr(func, "_opname", "") in _OF_UNKNOWN_SIZE
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
     far = [each for each in tensors if isinstance(each, FarTensor)]
@@ -94,7 +111,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is _COPY_INTO:
         return args[0]
     is_there = bool(far) if device is None else torch.device(device).type == FAR
-    if far and (func is _NUMBER_OF or not is_there):
+    if far and (_waits(func, args) or not is_there):
         WAITED_FOR.append(str(func))
     if not is_there or func is _NUMBER_OF:
         return found

@@ -93,6 +93,20 @@ def test_the_stages_of_a_run_share_them(starts: Callable[[int], list[str]]) -> N
     assert happened == ["start", "start", "end", "end", "start", "end"]
 
 
+@pytest.mark.parametrize("runner", ["threads:2", "dask:tcp://10.0.0.1:8786"])
+def test_what_takes_no_time_to_start_is_not_kept(starts: Callable[[int], list[str]], runner: str) -> None:
+    """A scheduler elsewhere may be another one by the next stage."""
+    from flows.cluster import kept_workers, workers_of
+    from flows.runner import Runner
+
+    starts(0)
+    with kept_workers():
+        with workers_of(Runner.parse(runner)) as first:
+            pass
+        with workers_of(Runner.parse(runner)) as second:
+            assert second is not first
+
+
 def test_a_cluster_that_is_not_there_is_named_by_its_address() -> None:
     import dask
 

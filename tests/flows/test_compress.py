@@ -25,6 +25,7 @@ def finished(
     """The state of one run of the flow, into the user's registry, which is the test session's own."""
     from flows import cluster, stage
     from flows.compress import compress
+    from flows.runner import Runner
 
     def telling(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *given: (happened.append(name), function(*given))[1]
@@ -39,6 +40,7 @@ def finished(
         patch.setattr(cluster, "_started", telling("start", cluster._started))
         patch.setattr(cluster._Kept, "end", telling("end", cluster._Kept.end))
         patch.setattr(stage, "StageLog", Log)
+        patch.setattr(Runner, "starts_a_cluster", True)  # threads, as if they were one
         return compress(recipe, str(out), return_state=True)
 
 

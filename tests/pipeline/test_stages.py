@@ -46,6 +46,15 @@ def test_what_a_gpu_took_stands_beside_its_forecast(monkeypatch: pytest.MonkeyPa
     assert (peak, forecast) == ("4.00 GB", "3.00 GB")
 
 
+def test_what_a_worker_took_counts_where_it_is_more() -> None:
+    log = StageLog()
+    for _ in range(2):  # the second begins anew
+        with log.stage("costs"):
+            log.worker_took(10**15, 5)
+            log.worker_took(10**14, 7)
+    assert [(stage.peak_memory_bytes, stage.device_peak_bytes) for stage in log.stages] == [(10**15, 7)] * 2
+
+
 def test_without_a_gpu_the_table_has_no_columns_for_it() -> None:
     log = StageLog()
     with log.stage("plan"):
