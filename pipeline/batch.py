@@ -68,7 +68,9 @@ class Batch(Place):
 def batches_of(
     task: MatrixTask, matrices: Sequence[Matrix], model: Model, statistics: Artifact | None, registry: Registry
 ) -> list[Batch]:
-    """The work of `task` on these matrices, in batches of about `PARAMS_A_BATCH` parameters.
+    """The work of `task` on these matrices, in batches of about `PARAMS_A_BATCH` parameters, or of one larger matrix.
+
+    The largest first, so that nobody waits long for the last one.
 
     Raises:
         RegistryError: a model in a folder cannot be sent to the registry's remote store.
@@ -83,7 +85,7 @@ def batches_of(
             names=[matrix.name for matrix in members],
             settings=task.settings(members),
         )
-        for members in _chunks(matrices)
+        for members in sorted(_chunks(matrices), key=_num_params, reverse=True)
     ]
 
 
@@ -144,11 +146,15 @@ def _chunks(matrices: Sequence[Matrix]) -> Iterator[list[Matrix]]:
     members: list[Matrix] = []
     for matrix in matrices:
         members.append(matrix)
-        if sum(each.num_params for each in members) >= PARAMS_A_BATCH:
+        if _num_params(members) >= PARAMS_A_BATCH:
             yield members
             members = []
     if members:
         yield members
+
+
+def _num_params(matrices: Sequence[Matrix]) -> int:
+    return sum(each.num_params for each in matrices)
 
 
 def _place(model: Model, registry: Registry) -> Place:

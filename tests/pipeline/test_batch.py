@@ -105,6 +105,18 @@ def test_a_worker_makes_what_would_be_made_here(
         assert there.file(matrix).read_bytes() == here.file(matrix).read_bytes()
 
 
+def test_the_largest_batches_come_first(
+    model: Model, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "PARAMS_A_BATCH", 1)
+    task, _ = _tasks(model, None, tmp_path / "made")
+    sizes = {matrix.name: matrix.num_params for matrix in model.matrices}
+    names = [name for each in batches_of(task, model.matrices, model, None, registry) for name in each["names"]]
+    assert [sizes[name] for name in names] == sorted(sizes.values(), reverse=True)
+    assert sorted(names) == sorted(sizes)
+    assert names != list(sizes)
+
+
 @pytest.mark.parametrize("metric", ["fisher", "kronecker"])
 def test_parts_collected_elsewhere_give_the_statistics_that_are_collected_here(
     model: Model, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric
