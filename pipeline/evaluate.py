@@ -18,7 +18,7 @@ from pipeline.base_logits import SLICE_TOKENS, BaseFeatures, BaseLogits, BaseWin
 from pipeline.calibration import rendered, tokens_sha256
 from pipeline.errors import CheckpointError
 from pipeline.eval_report import Estimate, EvalReport
-from pipeline.memory import give_back, is_shortage, trim_heap
+from pipeline.memory import give_back, is_shortage
 from pipeline.progress import SILENT, Progress
 from pipeline.scoring import answers_to, inference_only, require_windows
 from pipeline.task import Features, Predictions, task_of
@@ -185,7 +185,6 @@ def _scores(
             found, batch_size = [], 1
         if not found:
             give_back()  # here, where the failed attempt's tensors are gone
-        trim_heap()  # of slices and logits more may be kept than it takes to score a batch
         yield from found
         start += len(found)
 

@@ -36,15 +36,10 @@ def free_bytes(device: "torch.device") -> int:
     return max(0, min([free, *(_left_of_group(place) for place in _groups(_own_groups()))]))
 
 
-def trim_heap() -> None:
-    """Return to the system what is freed of the machine's memory, and kept by the C library."""
+def give_back() -> None:
+    """Return to the system what is freed, which C libraries and torch keep: half a gigabyte after a stage."""
     with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def give_back() -> None:
-    """The same, and what torch keeps of a GPU's memory: half a gigabyte after a stage."""
-    trim_heap()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
