@@ -85,4 +85,5 @@ class Runner:
 
         if self.address:
             return RayTaskRunner(address=self.address)
-        return RayTaskRunner(init_kwargs={"num_cpus": self.num_workers, "include_dashboard": False})
+        own = {"address": "local"}  # not one that somebody has started on this machine, or has left traces of
+        return RayTaskRunner(init_kwargs=own | {"num_cpus": self.num_workers, "include_dashboard": False})
