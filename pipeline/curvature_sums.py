@@ -7,7 +7,7 @@ layer's output, and G = g^T x the weight's gradient:
     factored   F's row and column sums, from which comes its best rank-one estimate    (LQ-LoRA's reduction of F)
     input      H_I = sum over tokens of x x^T                  (GPTQ, arXiv:2210.17323)
     kl         the same H_I, times what disturbing the matrix does to the model's output: no gradients
-    guided     H_I = sum over tokens of |g|^2 x x^T            (GuidedQuant, arXiv:2505.07004, in one group of outputs)
+    guided     H_I = sum over tokens of |g|^2 x x^T / out      (GuidedQuant, arXiv:2505.07004, in one group of outputs)
     kronecker  H_I = sum over tokens of |g|^2 x x^T,
                H_O = sum over tokens of |x|^2 g g^T            (the same on both sides)
     sequence   H_I = sum over windows of G^T G,
@@ -167,28 +167,18 @@ class DivergenceSums(InputSums):
     in_nats = True
 
 
-class GuidedSums(Sums):
+class GuidedSums(InputSums):
     """See the module. Half of the numbers of `kronecker` where a matrix is square, and half of the work."""
 
     title = "Second moments of the inputs, by gradients"
     labels_are_drawn = True
-
-    def shapes(self, shape: tuple[int, int]) -> dict[str, tuple[int, int]]:
-        """See Sums."""
-        return {"input_curvature": (shape[1], shape[1])}
+    of_input_alone = False
+    in_nats = True
 
     def add(self, held: dict[str, Tensor], x: Tensor, g: Tensor) -> None:
         """See Sums. A row's own curvature would weight with that row's gradient; this is their mean over the rows."""
         weighted = x * (g.norm(dim=1, keepdim=True) / g.shape[1] ** 0.5)
         held["input_curvature"].addmm_(weighted.T, weighted)
-
-    def level(self, held: dict[str, Tensor], shape: tuple[int, int]) -> float:
-        """See Sums."""
-        return float(held["input_curvature"].double().trace()) / shape[1]
-
-    def even(self, level: float, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """See Sums."""
-        return {"input_curvature": level * torch.eye(shape[1])}
 
     def statistics(self, held: dict[str, Tensor], num_tokens: int) -> LayerStatistics:
         """See Sums."""

@@ -109,7 +109,7 @@ def encode(
         ValueError: a setting is out of range, or a value or level is not finite or too large.
     """
     _check_settings(values.shape[1], levels, bits)
-    check_encodable(are_encodable(values))
+    _check_encodable(_are_encodable(values))
     if not bool(levels.isfinite().all()):
         raise ValueError("the levels hold NaN or infinity; take the ones of trellis_levels, or train them again")
     return find_symbols(values, levels, bits)
@@ -190,16 +190,16 @@ class EncodableCheck:
 
     def add(self, values: Tensor) -> None:
         """Some values. Raises ValueError, unless it is left to `end`."""
-        fine = are_encodable(values)
+        fine = _are_encodable(values)
         if values.device.type == "cpu":
-            check_encodable(fine)
+            _check_encodable(fine)
         else:
             self._are_fine = fine if self._are_fine is None else self._are_fine & fine
 
     def end(self) -> None:
         """Raises ValueError if there was one among all values that could not."""
         if self._are_fine is not None:
-            check_encodable(self._are_fine)
+            _check_encodable(self._are_fine)
 
 
 def states(symbols: UInt8[Tensor, "sequence step"], bits: int, state_bits: int) -> Int32[Tensor, "sequence step"]:
@@ -293,13 +293,13 @@ def _check_settings(num_steps: int, levels: Tensor, bits: int) -> None:
         )
 
 
-def are_encodable(values: Tensor) -> Bool[Tensor, ""]:
+def _are_encodable(values: Tensor) -> Bool[Tensor, ""]:
     """Neither NaN nor infinite, and of a size whose square float32 has."""
     return (values.abs() <= _LARGEST_VALUE).all()
 
 
-def check_encodable(are_fine: Bool[Tensor, ""]) -> None:
-    """Raises ValueError for what `are_encodable` found."""
+def _check_encodable(are_fine: Bool[Tensor, ""]) -> None:
+    """Raises ValueError for what `_are_encodable` found."""
     if not bool(are_fine):
         raise ValueError(
             f"the values to encode hold NaN, infinity or a magnitude above {_LARGEST_VALUE:g}; "
